@@ -1,0 +1,16 @@
+"""The model families. A new one is a file here, a line in this dict and two scripts."""
+
+from importlib import import_module
+
+from caption_train.families.base import Family
+
+FAMILIES = {
+    "blip": "caption_train.families.blip:Blip",
+    "florence": "caption_train.families.florence:Florence",
+}
+
+
+def get_family(name: str) -> Family:
+    """Return the family object for `name`; its module is imported only now, torch only by its verbs."""
+    module, _, class_name = FAMILIES[name].partition(":")
+    return getattr(import_module(module), class_name)()

@@ -1,0 +1,54 @@
+"""Writing files so that a reader never sees half of one. Standard library only."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+
+@contextmanager
+def open_atomically(path: Path | str, mode: str = "w", encoding: str | None = "utf-8") -> Iterator[IO]:
+    """Open a temporary file beside `path`; on success sync it and rename it over `path`, else remove it.
+
+    The rename is atomic because both names are in one folder. An existing file's permissions are kept.
+    """
+    path = Path(path)
+    # A rename replaces a symlink itself; people who link their captions mean the file behind the link.
+    path = path.resolve() if path.is_symlink() else path
+    binary = "b" in mode
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:80]}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(
+            handle, mode, encoding=None if binary else encoding, newline=None if binary else ""
+        ) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(_mode_of(path))
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(path: Path | str, content: str | bytes) -> None:
+    """Write text (UTF-8, newlines as given) or bytes to `path`, all of it or nothing."""
+    with open_atomically(path, "wb") as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def hash_file(path: Path | str) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _mode_of(path: Path) -> int:
+    if path.exists():
+        return path.stat().st_mode & 0o7777
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
