@@ -1,0 +1,163 @@
+"""Every flag of every script as a dataclass field, with the checks that need no model. Standard library only.
+
+A field is a flag of the same name; its type parses the value, its metadata is the help. `check()` returns all
+that is wrong at once, one line each, naming the flags.
+"""
+
+from dataclasses import MISSING, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+
+def flag(
+    default: Any = MISSING,
+    help: str = "",
+    *,
+    group: str = "general",
+    choices: tuple[str, ...] | None = None,
+    aliases: tuple[str, ...] = (),
+    const: str | None = None,
+    metavar: str | None = None,
+    repeated: bool = False,
+) -> Any:
+    """Make a dataclass field that is a command-line flag.
+
+    const: the value of the flag given alone. repeated: a list is given as the flag several times, one value
+    each, instead of several values after one flag.
+    """
+    metadata = {
+        "help": help,
+        "group": group,
+        "choices": choices,
+        "aliases": aliases,
+        "const": const,
+        "metavar": metavar,
+        "repeated": repeated,
+    }
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+_data = partial(flag, group="data")
+_model = partial(flag, group="model")
+_lora = partial(flag, group="LoRA")
+_optim = partial(flag, group="optimization")
+_memory = partial(flag, group="memory and precision")
+_save = partial(flag, group="saving, samples and logs")
+
+
+@dataclass
+class TrainOptions:
+    """What a training script is asked to do. Defaults are the reference's; a family may override some."""
+
+    dataset_dir: Path = _data(None, "folder with metadata.jsonl, or with image/caption pairs")
+    output_dir: Path = _data(None, "save the LoRA to this folder")
+    caption_extension: list[str] = _data(
+        [".txt"], "caption files beside the images end in this; repeatable", repeated=True
+    )
+    max_length: int = _data(256, "longest caption in tokens, the end token included; longer ones are cut")
+    shuffle_captions: bool = _data(False, "shuffle the comma-separated tags of a caption anew every epoch")
+    keep_tokens: int = _data(0, "with --shuffle_captions, leave the first N tags in place")
+    caption_dropout: float = _data(0.0, "probability of training on an empty caption")
+    num_workers: int = _data(0, "processes that read and resize images ahead of the model")
+
+    model_id: str = _model(None, "model to train: a hub id or a folder")
+    revision: str | None = _model(None, "branch, tag or commit of the model on the hub")
+    prompt: str | None = _model(None, "text the model is given with every image")
+    task: str | None = _model(None, "task token to train, instead of --prompt")
+    device: str | None = _model(
+        None, "device to run on, such as cuda, cuda:1, mps or cpu (found if not given)"
+    )
+    dtype: str = _model(
+        "auto",
+        "how the frozen base is held; auto is the mixed precision for LoRA, else float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+
+    train_method: str = _lora("lora", "train a LoRA, or every weight", choices=("lora", "full"))
+    rank: int = _lora(16, "rank of the LoRA")
+    alpha: float = _lora(32, "alpha, which scales the LoRA by alpha / rank")
+    dropout: float = _lora(0.05, "dropout of the LoRA")
+    target_modules: list[str] = _lora([], "names, or ends of names, of the modules to train")
+    rslora: bool = _lora(False, "scale by alpha / sqrt(rank) (rank-stabilized LoRA)")
+
+    learning_rate: float = _optim(1e-4, "peak learning rate")
+    weight_decay: float = _optim(1e-4, "weight decay")
+    batch_size: int = _optim(1, "images per process and micro-batch")
+    gradient_accumulation_steps: int = _optim(1, "micro-batches per optimizer step")
+    epochs: int = _optim(5, "passes over the dataset")
+    optimizer_name: str = _optim("AdamW", "optimizer", choices=("AdamW", "AdamW8bit", "Flora"))
+    scheduler: str = _optim(
+        "OneCycle", "learning-rate schedule", choices=("OneCycle", "constant", "linear", "cosine")
+    )
+    warmup_steps: int = _optim(0, "optimizer steps of linear warm-up; OneCycle brings its own unless given")
+    max_grad_norm: float | None = _optim(None, "clip gradients to this norm (not clipped if not given)")
+    optimizer_rank: int = _optim(16, "rank of Flora's compressed momentum")
+
+    mixed_precision: str | None = _memory(
+        None, "precision of the forward pass (default: as accelerate is set)", choices=("no", "fp16", "bf16")
+    )
+    gradient_checkpointing: bool = _memory(False, "recompute activations: less memory, slower")
+    quantize: str | None = _memory(
+        None, "hold the frozen base in 4-bit NF4 (or 8bit)", choices=("4bit", "8bit"), const="4bit"
+    )
+    accumulation_compression: bool = _memory(
+        False, "compress accumulated gradients with FloraAccelerator (needs Flora)"
+    )
+    accumulation_rank: int = _memory(
+        16, "rank of the compressed accumulation", aliases=("--accumulation-rank",)
+    )
+    activation_checkpointing: bool = _memory(
+        False, "activation checkpointing together with FloraAccelerator", aliases=("-ac",)
+    )
+
+    save_every_n_epochs: int | None = _save(None, "save a checkpoint every N epochs")
+    save_every_n_steps: int | None = _save(None, "save a checkpoint every N optimizer steps")
+    sample_every_n_epochs: int | None = _save(None, "caption sample images every N epochs")
+    sample_every_n_steps: int | None = _save(None, "caption sample images every N optimizer steps")
+    log_with: str | None = _save(None, "log to this tracker", choices=("all", "wandb", "tensorboard"))
+    name: str | None = _save(None, "name of the run, in logs and saves (default: the output folder's)")
+    seed: int = _save(42, "seed of all random numbers")
+
+    sources: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+    """Where each value that is no default came from: field name → "command line" or the config file."""
+
+    def check(self) -> list[str]:
+        """Return what is wrong with these options, one line each."""
+        problems = [
+            f"--{name} is required" for name in ("dataset_dir", "output_dir") if getattr(self, name) is None
+        ]
+        problems += _below(self, 1, *_COUNTS) + _below(self, 0, "keep_tokens", "num_workers", "warmup_steps")
+        problems += _below(self, 0, "weight_decay", "seed")
+        problems += [
+            f"--{name} must be above 0, not {getattr(self, name)}"
+            for name in ("learning_rate", "alpha", "max_grad_norm")
+            if getattr(self, name) is not None and not getattr(self, name) > 0
+        ]
+        problems += [
+            f"--{name} is a probability from 0 up to, not including, 1; {getattr(self, name)} is not"
+            for name in ("dropout", "caption_dropout")
+            if not 0 <= getattr(self, name) < 1
+        ]
+        if self.keep_tokens and not self.shuffle_captions:
+            problems.append("--keep_tokens only has a meaning with --shuffle_captions")
+        if self.prompt is not None and self.task is not None:
+            problems.append("--prompt and --task name the same thing twice: give one")
+        return problems
+
+
+_COUNTS = (
+    *("rank", "batch_size", "gradient_accumulation_steps", "epochs", "max_length"),
+    *("optimizer_rank", "accumulation_rank"),
+    *("save_every_n_epochs", "save_every_n_steps", "sample_every_n_epochs", "sample_every_n_steps"),
+)
+
+
+def _below(options: Any, least: int, *names: str) -> list[str]:
+    return [
+        f"--{name} must be {least} or more, not {value}"
+        for name in names
+        if (value := getattr(options, name)) is not None and value < least
+    ]
