@@ -1,4 +1,4 @@
-"""A command line from a dataclass: parser, `--config file.yaml`, checks. Standard library until a file is read."""
+"""A command line from a dataclass: parser, `--config file.yaml`, checks. Only a config file needs PyYAML."""
 
 import argparse
 import difflib

@@ -43,6 +43,8 @@ class Family(Protocol):
     """Defaults of training flags that differ from `TrainOptions`, by field name."""
     default_prompt: str
     """What `encode` is given when the user names no prompt: a task token, a sentence, or "" for none."""
+    tasks: Sequence[str]
+    """Task tokens that `--task` offers; empty where the family has none."""
     parts: Mapping[str, str]
     """`vision`, `projector`, `language`: a regular expression that fully matches the part's module names."""
 

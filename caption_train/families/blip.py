@@ -1,0 +1,163 @@
+"""BLIP: a ViT and a BERT decoder that reads the image through cross-attention. No torch until a verb runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from caption_train.errors import CaptionTrainError
+from caption_train.families.base import Batch, Generated
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+    from transformers import BlipForConditionalGeneration, BlipProcessor
+
+
+class Blip:
+    """BLIP captioning. The decoder starts from `[DEC]`, reads the prompt if there is one, ends at `[SEP]`."""
+
+    name = "blip"
+    title = "BLIP"
+    model_id = "Salesforce/blip-image-captioning-base"
+    revision = None
+    base_models = (model_id, "Salesforce/blip-image-captioning-large")
+    lora_target_modules = (
+        *("self.query", "self.key", "self.value", "output.dense"),
+        *("self_attn.qkv", "self_attn.projection", "mlp.fc1", "mlp.fc2"),
+    )
+    train_defaults = {"learning_rate": 1e-3, "batch_size": 2}
+    default_prompt = ""
+    tasks = ()
+    parts = {
+        "vision": r"vision_model\..*",
+        "projector": r"text_decoder\..*\.crossattention\.self\.(key|value)",
+        "language": r"text_decoder\.(?!.*\.crossattention\.self\.(key|value)).*",
+    }
+
+    def load(
+        self,
+        model_id: str,
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+        quantization_config: Any = None,
+    ) -> tuple[BlipForConditionalGeneration, BlipProcessor]:
+        """Load a BLIP captioner; see `Family.load`."""
+        import torch
+        from transformers import BlipForConditionalGeneration, BlipProcessor
+
+        from caption_train.families.loading import load_model, load_processor
+
+        model = load_model(
+            BlipForConditionalGeneration,
+            model_id,
+            revision=revision,
+            dtype=dtype or torch.float32,
+            quantization_config=quantization_config,
+        )
+        processor = load_processor(BlipProcessor.from_pretrained, model_id, revision=revision)
+        _name_start_token(model, processor)
+        return model, processor
+
+    def encode(
+        self, processor: BlipProcessor, images: Sequence[Image.Image], prompts: Sequence[str]
+    ) -> Batch:
+        """Return `pixel_values` [B, 3, H, W], and `[DEC] prompt [SEP]`: `input_ids`, `attention_mask` [B, T]."""
+        pixel_values = processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
+        rows = [_text_ids(processor, prompt, "") for prompt in prompts]
+        return {"pixel_values": pixel_values, **_pad_text(processor, rows)}
+
+    def make_collator(
+        self, processor: BlipProcessor, *, prompt: str, max_length: int
+    ) -> Callable[[Sequence[dict]], Batch]:
+        """Return the training collator; see `Family.make_collator`."""
+        return BlipCollator(processor, prompt, max_length)
+
+    def generate(
+        self, model: BlipForConditionalGeneration, processor: BlipProcessor, batch: Batch, **settings: Any
+    ) -> list[Generated]:
+        """Caption a batch; see `Family.generate`. Rows with prompts of one length go through together."""
+        lengths = batch["attention_mask"].sum(dim=1)
+        results: list[Generated | None] = [None] * len(lengths)
+        for length in lengths.unique().tolist():
+            rows = (lengths == length).nonzero()[:, 0]
+            # generate() writes into the ids it is given and drops their last column, the [SEP].
+            sequences = model.generate(
+                pixel_values=batch["pixel_values"][rows],
+                input_ids=batch["input_ids"][rows, :length].clone(),
+                attention_mask=batch["attention_mask"][rows, :length],
+                **settings,
+            )
+            for row, sequence in zip(rows.tolist(), sequences.tolist(), strict=True):
+                results[row] = _to_generated(processor, sequence[length - 1 :])
+        return results
+
+
+@dataclass
+class BlipCollator:
+    """Items → `pixel_values` [B, 3, H, W], `input_ids`, `attention_mask`, `labels` [B, T].
+
+    The model shifts the labels itself, so `labels` are `input_ids` with the prompt and the padding ignored.
+    The first token is `[DEC]`, which `generate` starts from, not the `[CLS]` that the tokenizer would put.
+    """
+
+    processor: BlipProcessor
+    prompt: str
+    max_length: int
+
+    def __call__(self, items: Sequence[dict]) -> Batch:
+        from caption_train.collate import IGNORE_INDEX
+
+        prompts = [item.get("prompt") or self.prompt for item in items]
+        batch = Blip().encode(self.processor, [item["image"] for item in items], prompts)
+        rows = [
+            _text_ids(self.processor, prompt, item["caption"], self.max_length)
+            for prompt, item in zip(prompts, items, strict=True)
+        ]
+        prompt_lengths = batch["attention_mask"].sum(dim=1) - 1
+        batch |= _pad_text(self.processor, rows)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE_INDEX)
+        for label, length in zip(labels, prompt_lengths.tolist(), strict=True):
+            label[:length] = IGNORE_INDEX
+        return batch | {"labels": labels}
+
+
+def _text_ids(
+    processor: BlipProcessor, prompt: str, caption: str, max_length: int | None = None
+) -> list[int]:
+    """Return `[DEC] prompt caption [SEP]`; caption and `[SEP]` take at most `max_length` tokens."""
+    tokenizer = processor.tokenizer
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    caption_ids = tokenizer(caption, add_special_tokens=False)["input_ids"]
+    if max_length is not None:
+        caption_ids = caption_ids[: max_length - 1]
+    return [tokenizer.bos_token_id, *prompt_ids, *caption_ids, tokenizer.sep_token_id]
+
+
+def _name_start_token(model: BlipForConditionalGeneration, processor: BlipProcessor) -> None:
+    """Make `[DEC]`, which the decoder starts from, the tokenizer's `bos_token`.
+
+    The hub's tokenizers are plain BERT's, and the id just after their vocabulary stands in the config only.
+    """
+    tokenizer, start = processor.tokenizer, model.config.text_config.bos_token_id
+    name = "[DEC]" if start == len(tokenizer) else tokenizer.convert_ids_to_tokens(start)
+    tokenizer.add_special_tokens({"bos_token": name})
+    if tokenizer.bos_token_id != start:
+        raise CaptionTrainError(
+            f"the tokenizer has {len(tokenizer)} entries, but the decoder starts from {start}"
+        )
+
+
+def _pad_text(processor: BlipProcessor, rows: list[list[int]]) -> Batch:
+    padded = processor.tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+    return {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"]}
+
+
+def _to_generated(processor: BlipProcessor, ids: list[int]) -> Generated:
+    end = processor.tokenizer.sep_token_id
+    finished = end in ids
+    ids = ids[: ids.index(end) + 1] if finished else ids
+    text = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return Generated(text, ids, finished)

@@ -1,0 +1,94 @@
+"""Loading a checkpoint with transformers so that what goes wrong is one line, and nothing is left random."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caption_train.errors import CaptionTrainError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+MINIMUM_TRANSFORMERS = (5, 13)
+"""Older native Florence-2 classes shift the labels twice, so their loss is wrong."""
+
+
+def load_model(model_class: type, model_id: str, **keywords: Any) -> PreTrainedModel:
+    """Load weights into `model_class`, in eval mode. A tensor the checkpoint lacks is an error, by name."""
+    check_transformers()
+    with explained(model_id):
+        model, info = model_class.from_pretrained(model_id, output_loading_info=True, **keywords)
+    if missing := sorted(info["missing_keys"]):
+        raise CaptionTrainError(
+            f"--model_id {model_id}: {len(missing)} tensors of {model_class.__name__} are not in the "
+            f"checkpoint and would be random: {shorten(missing)}"
+        )
+    return model.eval()
+
+
+def load_processor(load: Callable[..., ProcessorMixin], model_id: str, **keywords: Any) -> ProcessorMixin:
+    """Load a processor whose images are resized by PIL; torchvision's resampling gives other pixels."""
+    with explained(model_id):
+        return load(model_id, backend="pil", **keywords)
+
+
+@contextmanager
+def explained(model_id: str) -> Iterator[None]:
+    """Say in one line why `model_id` could not be read: no such folder, offline, no access, other family."""
+    if _looks_like_path(model_id) and not Path(model_id).is_dir():
+        raise UsageError(f"--model_id {model_id}: there is no such folder")
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, CaptionTrainError):
+            raise
+        raise CaptionTrainError(f"--model_id {model_id}: {_reason(model_id, error)}") from error
+
+
+def check_transformers() -> None:
+    """Refuse a transformers whose loss or loading is known to be wrong."""
+    import transformers
+
+    version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
+    if version < MINIMUM_TRANSFORMERS:
+        wanted = ".".join(map(str, MINIMUM_TRANSFORMERS))
+        raise CaptionTrainError(
+            f"transformers {transformers.__version__} shifts Florence-2's labels twice: "
+            f"pip install 'transformers>={wanted}'"
+        )
+
+
+def shorten(names: list[str], most: int = 6) -> str:
+    """Return the first few names, comma-separated, and how many more there are."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def _looks_like_path(model_id: str) -> bool:
+    return model_id.startswith(("/", "./", "../", "~")) or model_id.count("/") > 1 or "\\" in model_id
+
+
+def _reason(model_id: str, error: Exception) -> str:
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+        chain.append(cause)
+    kinds = {kind.__name__ for link in chain for kind in type(link).__mro__}
+    if "GatedRepoError" in kinds:
+        return "the hub asks for access: request it on the model's page and run `hf auth login`"
+    if "RevisionNotFoundError" in kinds:
+        return "the hub has no such --revision"
+    if "RepositoryNotFoundError" in kinds:
+        return "the hub has no such model, or it is private: check the spelling, or run `hf auth login`"
+    if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError"}:
+        return "not in the local cache, and the hub cannot be reached: go online once, or give a folder"
+    if Path(model_id).is_dir() and isinstance(error, OSError):
+        return f"the folder is not a complete model: {_first_line(error)}"
+    return _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
