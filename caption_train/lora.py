@@ -1,0 +1,167 @@
+"""The LoRA around a model: what it trains, whether all of it is alive, and whose base it belongs to."""
+
+import difflib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from caption_train.errors import CaptionTrainError, UsageError
+
+TRAINING_FILE = "training.json"
+TRAINABLE_KINDS = (nn.Linear, nn.Conv2d)
+
+
+def wrap_with_lora(
+    model: nn.Module,
+    target_modules: Sequence[str],
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    rslora: bool = False,
+) -> PeftModel:
+    """Freeze `model` and put LoRA on each Linear and Conv2d whose name is, or ends in, a target's.
+
+    Raises UsageError when a target matches nothing; PEFT itself says nothing as long as another one matches.
+    """
+    check_targets(model, target_modules)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(target_modules),
+        use_rslora=rslora,
+    )
+    return get_peft_model(model, config)
+
+
+def check_targets(model: nn.Module, target_modules: Sequence[str]) -> None:
+    """Raise UsageError for a target that matches no Linear or Conv2d, with the closest names there are."""
+    names = [name for name, module in model.named_modules() if isinstance(module, TRAINABLE_KINDS)]
+    endings = sorted({ending for name in names for ending in _endings(name)})
+    for target in target_modules:
+        if target in endings:
+            continue
+        close = difflib.get_close_matches(target, endings, 3, cutoff=0.5)
+        leaves = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
+        hint = f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(leaves[:20])}"
+        raise UsageError(f"--target_modules {target}: no Linear or Conv2d has this name; {hint}")
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return how many parameters are trained, and how many there are; packed 4-bit ones count unpacked."""
+    counts = [(p.requires_grad, _numel(p)) for p in model.parameters()]
+    return sum(n for trained, n in counts if trained), sum(n for _, n in counts)
+
+
+def copy_lora_b(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return a copy of every `lora_B`, to compare with after the first step."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_B" in name}
+
+
+def find_dead_modules(model: nn.Module, before: dict[str, torch.Tensor]) -> list[str]:
+    """Return the names of the modules whose `lora_B` an optimizer step left as it was in `before`.
+
+    `lora_B` starts at zero and has a gradient at once, `lora_A` only from the second step on.
+    """
+    now = {name: p for name, p in model.named_parameters() if name in before}
+    same = [name for name, value in before.items() if torch.equal(now[name], value)]
+    return [name.removeprefix("base_model.model.").partition(".lora_B")[0] for name in same]
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What an adapter folder says of itself; None where it does not say."""
+
+    folder: Path
+    base_model: str | None
+    family: str | None
+    revision: str | None
+    prompt: str | None
+
+
+def read_adapter(folder: Path | str) -> AdapterInfo:
+    """Read an adapter's own account of its base from training.json and adapter_config.json; no weights."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UsageError(f"--peft_model {folder}: there is no such folder")
+    config = _read_json(folder / "adapter_config.json")
+    if config is None:
+        raise UsageError(f"--peft_model {folder}: holds no adapter_config.json, so it is no PEFT adapter")
+    training = _read_json(folder / TRAINING_FILE) or {}
+    return AdapterInfo(
+        folder,
+        training.get("base_model") or config.get("base_model_name_or_path"),
+        training.get("family"),
+        training.get("revision") or config.get("revision"),
+        training.get("prompt"),
+    )
+
+
+def check_base(adapter: AdapterInfo, family: str, base_model: str, base_models: Iterable[str]) -> None:
+    """Raise UsageError when the adapter was trained on another base than `base_model`, before anything loads.
+
+    A base that is a folder may have been moved, so only two ids of the hub are known to differ.
+    """
+    if adapter.family not in (None, family):
+        raise UsageError(f"--peft_model {adapter.folder}: trained on {adapter.family}, not on {family}")
+    known = set(base_models)
+    if adapter.base_model in known and base_model in known and adapter.base_model != base_model:
+        raise UsageError(
+            f"--peft_model {adapter.folder}: trained on {adapter.base_model}, not --base_model {base_model}"
+        )
+
+
+def load_adapter(model: nn.Module, folder: Path | str, *, trainable: bool = False) -> PeftModel:
+    """Put a saved adapter on its base. Every tensor must find its place: a name left over is an error."""
+    from peft import load_peft_weights
+
+    config = LoraConfig.from_pretrained(str(folder))
+    config.inference_mode = not trainable
+    return fill_adapter(get_peft_model(model, config), load_peft_weights(str(folder), device="cpu"), folder)
+
+
+def fill_adapter(model: PeftModel, weights: dict[str, torch.Tensor], folder: Path | str) -> PeftModel:
+    """Load an adapter's tensors into the modules made for them; a name over or missing is an error."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    expected = get_peft_model_state_dict(model)
+    wrong = sorted(expected.keys() ^ weights.keys())
+    if wrong:
+        raise CaptionTrainError(
+            f"--peft_model {folder}: does not fit this base: {len(wrong)} of {len(expected)} tensors have no "
+            f"counterpart, such as {wrong[0]}"
+        )
+    shapes = [name for name in weights if weights[name].shape != expected[name].shape]
+    if shapes:
+        has, needs = list(weights[shapes[0]].shape), list(expected[shapes[0]].shape)
+        raise CaptionTrainError(
+            f"--peft_model {folder}: does not fit this base: {shapes[0]} is {has}, the base needs {needs}"
+        )
+    set_peft_model_state_dict(model, weights)
+    return model
+
+
+def _endings(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    packed = getattr(parameter, "quant_state", None)
+    return packed.shape.numel() if packed is not None else parameter.numel()
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CaptionTrainError(f"{path}: cannot be read: {error}") from error

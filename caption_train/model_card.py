@@ -1,0 +1,106 @@
+"""What a saved adapter says of itself: training.json for programs, README.md for people. Standard library only."""
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from caption_train import __version__
+from caption_train.files import write_atomically
+from caption_train.options import TrainOptions
+
+TRAINING_FILE = "training.json"
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "flora-opt", "pillow")
+
+
+@dataclass
+class TrainingRecord:
+    """Where a LoRA comes from: enough to load it, to resume it, and to refuse the wrong base."""
+
+    family: str
+    base_model: str
+    revision: str | None
+    prompt: str
+    options: dict[str, Any]
+    dataset: dict[str, Any]
+    trainable_parameters: int
+    total_parameters: int
+    versions: dict[str, str]
+
+    def to_json(self, **extra: Any) -> str:
+        """Return training.json's text, with `extra` (step, epoch, loss) beside the fields."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return json.dumps(values | extra, indent=2, ensure_ascii=False) + "\n"
+
+
+def find_versions() -> dict[str, str]:
+    """Return the versions of all that can change a run's numbers."""
+    versions = {"caption-train": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def describe_options(options: TrainOptions) -> dict[str, Any]:
+    """Return the options by name, paths as text."""
+    values = {f.name: getattr(options, f.name) for f in fields(options) if "help" in f.metadata}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def write_card(folder: Path, record: TrainingRecord, extra: Mapping[str, Any]) -> None:
+    """Write training.json and a model card in the hub's format into `folder`."""
+    write_atomically(folder / TRAINING_FILE, record.to_json(**extra))
+    write_atomically(folder / "README.md", _card(record, extra))
+
+
+def _card(record: TrainingRecord, extra: Mapping[str, Any]) -> str:
+    options = record.options
+    is_hub_id = not Path(record.base_model).is_absolute()
+    front = [
+        "---",
+        "library_name: peft" if options["train_method"] == "lora" else "library_name: transformers",
+    ]
+    front += [f"base_model: {record.base_model}"] if is_hub_id else []
+    front += ["pipeline_tag: image-to-text", "tags:", "- image-captioning", f"- {record.family}"]
+    front += ["- lora"] if options["train_method"] == "lora" else []
+    shown = (
+        "rank",
+        "alpha",
+        "dropout",
+        "learning_rate",
+        "batch_size",
+        "gradient_accumulation_steps",
+        "epochs",
+    )
+    rows = [f"| {name} | {options[name]} |" for name in shown]
+    rows += [f"| {name} | {value} |" for name, value in extra.items() if value is not None]
+    script = {"blip": "inference.py"}.get(record.family, f"inference_{record.family}.py")
+    return "\n".join(
+        [
+            *front,
+            "---",
+            "",
+            f"# {options['name'] or 'Captioning LoRA'}",
+            "",
+            f"Captions images in the style of {record.dataset['pairs']} image/caption pairs. "
+            f"Base: `{record.base_model}`. Prompt: `{record.prompt or 'none'}`. "
+            f"{record.trainable_parameters:,} of {record.total_parameters:,} parameters were trained.",
+            "",
+            "```bash",
+            f"python {script} --base_model {record.base_model} --peft_model . --images path/to/images",
+            "```",
+            "",
+            "| | |",
+            "|---|---|",
+            *rows,
+            "",
+            "Made with caption-train " + record.versions["caption-train"] + ".",
+            "",
+        ]
+    )
