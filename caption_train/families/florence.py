@@ -1,0 +1,139 @@
+"""Florence-2: a DaViT, and a BART that reads its features before the prompt. No torch until a verb runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from caption_train.errors import UsageError
+from caption_train.families.base import Batch, Generated
+from caption_train.families.florence_tasks import TASKS, expand_prompt
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+    from transformers import Florence2ForConditionalGeneration, Florence2Processor
+
+
+class Florence:
+    """Florence-2 through transformers' own class. The encoder reads image tokens, `<s>`, prompt, `</s>`."""
+
+    name = "florence"
+    title = "Florence-2"
+    model_id = "microsoft/Florence-2-base-ft"
+    revision = None
+    base_models = (
+        *("microsoft/Florence-2-base-ft", "microsoft/Florence-2-large-ft"),
+        *("microsoft/Florence-2-large", "microsoft/Florence-2-base"),
+    )
+    lora_target_modules = ("qkv", "proj", "k_proj", "v_proj", "q_proj", "out_proj")
+    train_defaults = {}
+    default_prompt = "<CAPTION>"
+    tasks = tuple(TASKS)
+    parts = {
+        "vision": r"model\.vision_tower(\..*)?",
+        "projector": r"model\.multi_modal_projector(\..*)?",
+        "language": r"(model\.language_model|lm_head)(\..*)?",
+    }
+
+    def load(
+        self,
+        model_id: str,
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+        quantization_config: Any = None,
+    ) -> tuple[Florence2ForConditionalGeneration, Florence2Processor]:
+        """Load a Florence-2; see `Family.load`."""
+        import torch
+        from transformers import AutoProcessor, Florence2ForConditionalGeneration
+
+        from caption_train.families.loading import load_model, load_processor
+
+        model = load_model(
+            Florence2ForConditionalGeneration,
+            model_id,
+            revision=revision,
+            dtype=dtype or torch.float32,
+            quantization_config=quantization_config,
+        )
+        return model, load_processor(AutoProcessor.from_pretrained, model_id, revision=revision)
+
+    def encode(
+        self, processor: Florence2Processor, images: Sequence[Image.Image], prompts: Sequence[str]
+    ) -> Batch:
+        """Return `pixel_values` [B, 3, H, W]; `input_ids`, `attention_mask` [B, T] of image tokens and prompt."""
+        texts = [expand_prompt(prompt) for prompt in prompts]
+        for text in texts:
+            if processor.image_token in text:
+                raise UsageError(
+                    f"--prompt: {processor.image_token} stands for the image and cannot be in a text"
+                )
+        batch = processor(
+            text=texts, images=list(images), padding=True, padding_side="right", return_tensors="pt"
+        )
+        return {name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask")}
+
+    def make_collator(
+        self, processor: Florence2Processor, *, prompt: str, max_length: int
+    ) -> Callable[[Sequence[dict]], Batch]:
+        """Return the training collator; see `Family.make_collator`."""
+        return FlorenceCollator(processor, prompt, max_length)
+
+    def generate(
+        self,
+        model: Florence2ForConditionalGeneration,
+        processor: Florence2Processor,
+        batch: Batch,
+        **settings: Any,
+    ) -> list[Generated]:
+        """Caption a batch; see `Family.generate`.
+
+        The checkpoint's `forced_eos_token_id` ends a caption at the token limit too, so there the end token
+        says nothing: such a caption counts as cut.
+        """
+        defaults = model.generation_config
+        if settings.get("num_beams", defaults.num_beams) in (None, 1):
+            settings = {"early_stopping": False, **settings}  # transformers warns of it without beams
+        sequences = model.generate(**batch, **settings)
+        forced = settings.get("forced_eos_token_id", defaults.forced_eos_token_id) is not None
+        limit = settings.get("max_new_tokens") if forced else None
+        return [_to_generated(processor, sequence[1:], limit) for sequence in sequences.tolist()]
+
+
+@dataclass
+class FlorenceCollator:
+    """Items → what `encode` returns, and `labels` [B, T]: `<s> caption </s>`, the official recipe.
+
+    The model shifts the labels right itself, from `</s>`, which `generate` starts from too. `max_length`
+    counts `<s>` and `</s>`.
+    """
+
+    processor: Florence2Processor
+    prompt: str
+    max_length: int
+
+    def __call__(self, items: Sequence[dict]) -> Batch:
+        from caption_train.collate import pad_labels
+
+        prompts = [item.get("prompt") or self.prompt for item in items]
+        batch = Florence().encode(self.processor, [item["image"] for item in items], prompts)
+        return batch | {"labels": pad_labels([self._label_ids(item["caption"]) for item in items])}
+
+    def _label_ids(self, caption: str) -> list[int]:
+        tokenizer = self.processor.tokenizer
+        ids = tokenizer(caption, add_special_tokens=False)["input_ids"][: max(self.max_length - 2, 0)]
+        return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+
+
+def _to_generated(processor: Florence2Processor, ids: list[int], limit: int | None) -> Generated:
+    """Make a result from ids after the start token; `limit`: the length at which the end token is forced."""
+    tokenizer = processor.tokenizer
+    end = tokenizer.eos_token_id
+    finished = end in ids
+    ids = ids[: ids.index(end) + 1] if finished else ids
+    text = tokenizer.decode(ids)
+    for token in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token):
+        text = text.replace(token, "")
+    return Generated(text.strip(), ids, finished and len(ids) != limit)
