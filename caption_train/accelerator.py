@@ -1,0 +1,129 @@
+"""Accelerator, optimizer and learning-rate schedule, made to go together."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import GradientAccumulationPlugin
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+
+from caption_train.combinations import check
+from caption_train.errors import UsageError
+from caption_train.options import TrainOptions
+
+FLORA_BETA1 = 0.9
+"""Momentum of Flora, the paper's. Upstream's default is none, with which `rank` would do nothing."""
+
+
+def make_accelerator(options: TrainOptions) -> Accelerator:
+    """Make the Accelerator, a CompressedAccelerator under `--accumulation_compression`.
+
+    Its `backward` never divides: the loop weighs each micro-batch by its tokens, so accelerate's own count of
+    accumulation steps stays 1. Raises UsageError where flags and what accelerate resolved do not go together.
+    """
+    _forget_last_run()
+    _choose_device(options.device)
+    settings = {
+        "cpu": options.device == "cpu",
+        "mixed_precision": options.mixed_precision,
+        "log_with": options.log_with,
+        "project_dir": options.output_dir,
+        "gradient_accumulation_plugin": GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+    }
+    if options.accumulation_compression:
+        from caption_train.flora import CompressedAccelerator
+
+        accelerator = CompressedAccelerator(options.accumulation_rank, **settings)
+    else:
+        accelerator = Accelerator(**settings)
+    problems = check(
+        options,
+        device=accelerator.device.type,
+        precision=accelerator.mixed_precision,
+        distributed=accelerator.distributed_type.value,
+    )
+    if problems:
+        raise UsageError("; ".join(problems))
+    return accelerator
+
+
+def make_optimizer(options: TrainOptions, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """Make the optimizer of the model's trainable parameters.
+
+    Flora's `scale_parameter` is off: it multiplies the rate by the weight's size, which for a new `lora_B`
+    is zero; `--learning_rate` then means about what it means to AdamW.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    settings = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
+    if options.optimizer_name == "AdamW":
+        # The fused kernel on the CPU gains nothing here and rounds differently from torch's default.
+        fused = PartialState().device.type != "cpu"
+        return torch.optim.AdamW(parameters, fused=fused or None, **settings)
+    if options.optimizer_name == "AdamW8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, **settings)
+    from caption_train.flora import Flora
+
+    embeddings = {p for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    groups = [
+        {"params": [p for p in parameters if p not in embeddings], "rank": options.optimizer_rank},
+        {"params": [p for p in parameters if p in embeddings], "rank": None},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return Flora(groups, beta1=FLORA_BETA1, scale_parameter=False, **settings)
+
+
+def make_lr_scheduler(
+    options: TrainOptions, optimizer: torch.optim.Optimizer, total_steps: int
+) -> LRScheduler:
+    """Make the schedule over `total_steps` optimizer steps.
+
+    The rate rises for `--warmup_steps`; OneCycle without them rises for torch's 30 % of the steps.
+    """
+    if options.scheduler == "OneCycle":
+        # torch ends the rise at step `share * total_steps - 1` and divides by what is left after it.
+        total_steps = max(total_steps, options.warmup_steps + 2)
+        share = (options.warmup_steps + 1) / total_steps if options.warmup_steps else 0.3
+        peaks = [group["lr"] for group in optimizer.param_groups]
+        return OneCycleLR(optimizer, peaks, total_steps, pct_start=share, cycle_momentum=False)
+    from transformers import get_scheduler
+
+    name = "constant_with_warmup" if options.scheduler == "constant" else options.scheduler
+    return get_scheduler(name, optimizer, options.warmup_steps, total_steps)
+
+
+@contextmanager
+def accumulate(accelerator: Accelerator, model: torch.nn.Module, last: bool) -> Iterator[None]:
+    """Run one micro-batch; only the `last` of an optimizer step lets gradients cross between processes."""
+    accelerator.sync_gradients = last
+    if last:
+        yield
+    else:
+        with accelerator.no_sync(model):
+            yield
+
+
+def _forget_last_run() -> None:
+    """Let one process make one Accelerator after another: accelerate keeps its settings in shared state."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    AcceleratorState._reset_state(reset_partial_state=not distributed)
+    GradientState._reset_state()
+
+
+def _choose_device(device: str | None) -> None:
+    """Have accelerate use `--device`; in a launch of several processes each keeps the one it is given."""
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {device} cannot be used on this machine: {reason}") from None
+    if device != "cpu" and "LOCAL_RANK" not in os.environ:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = device
+    else:
+        os.environ.pop("ACCELERATE_TORCH_DEVICE", None)

@@ -1,0 +1,100 @@
+"""Which savers go together: what is not refused here is supported and tested. Standard library only."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run combines. device, precision and processes are None while only the flags are known."""
+
+    optimizer_name: str
+    accumulation_compression: bool
+    gradient_checkpointing: bool
+    activation_checkpointing: bool
+    quantize: str | None
+    train_method: str
+    dtype: str
+    device: str | None
+    precision: str | None
+    distributed: str | None = None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A combination that cannot work. `sentence` names the flags; its {fields} are the setup's."""
+
+    applies: Callable[[Setup], bool]
+    sentence: str
+
+
+REFUSALS = (
+    Refusal(
+        lambda s: s.accumulation_compression and s.optimizer_name != "Flora",
+        "--accumulation_compression cannot be combined with --optimizer_name {optimizer_name}: "
+        "FloraAccelerator steps one decompressed gradient at a time, which only Flora can; "
+        "use --optimizer_name Flora",
+    ),
+    Refusal(
+        lambda s: s.activation_checkpointing and not s.accumulation_compression,
+        "--activation_checkpointing (-ac) is done by the FloraAccelerator: add --accumulation_compression "
+        "and --optimizer_name Flora, or use --gradient_checkpointing, which goes with every optimizer",
+    ),
+    Refusal(
+        lambda s: s.accumulation_compression and s.precision == "fp16",
+        "--accumulation_compression cannot be combined with --mixed_precision fp16: its loss scaler looks "
+        "for gradients that are already compressed; use --mixed_precision bf16",
+    ),
+    Refusal(
+        lambda s: s.quantize is not None and s.train_method == "full",
+        "--quantize {quantize} cannot be combined with --train_method full: quantized weights have no "
+        "gradient; drop --quantize, or train a LoRA on the quantized base with --train_method lora",
+    ),
+    Refusal(
+        lambda s: s.precision == "fp16" and s.device == "cpu",
+        "--mixed_precision fp16 does not work on --device cpu: use --mixed_precision bf16",
+    ),
+    Refusal(
+        lambda s: s.dtype == "float16" and s.train_method == "full",
+        "--dtype float16 cannot be combined with --train_method full: its weights overflow and lose small "
+        "updates; use --dtype float32 with --mixed_precision fp16, or --dtype bfloat16",
+    ),
+    Refusal(
+        lambda s: s.precision == "fp8",
+        "accelerate's configuration asks for fp8, which is not supported: use --mixed_precision bf16",
+    ),
+    Refusal(
+        lambda s: s.distributed not in (None, "NO", "MULTI_CPU", "MULTI_GPU"),
+        "accelerate's configuration asks for {distributed}, which is not supported: launch with plain data "
+        "parallelism (--multi_gpu)",
+    ),
+)
+
+
+def check(
+    options: Any, *, device: str | None = None, precision: str | None = None, distributed: str | None = None
+) -> list[str]:
+    """Return a sentence for everything in `options` (TrainOptions) that does not go together.
+
+    Called with the flags alone before anything is imported, and again with the device type, precision and
+    distributed type that accelerate resolved, before the model loads.
+    """
+    setup = Setup(
+        optimizer_name=options.optimizer_name,
+        accumulation_compression=options.accumulation_compression,
+        gradient_checkpointing=options.gradient_checkpointing,
+        activation_checkpointing=options.activation_checkpointing,
+        quantize=options.quantize,
+        train_method=options.train_method,
+        dtype=options.dtype,
+        device=device or (options.device or "").split(":")[0] or None,
+        precision=precision or options.mixed_precision,
+        distributed=distributed,
+    )
+    return find_refusals(setup)
+
+
+def find_refusals(setup: Setup) -> list[str]:
+    """Return the sentence of every refusal that applies."""
+    return [refusal.sentence.format(**vars(setup)) for refusal in REFUSALS if refusal.applies(setup)]

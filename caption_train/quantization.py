@@ -1,0 +1,59 @@
+"""Holding the frozen base in 4 or 8 bits with bitsandbytes."""
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+
+from caption_train.options import TrainOptions
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+
+COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Its warning about a kernel for another processor is printed on import of peft or bitsandbytes.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def make_quantization_config(
+    options: TrainOptions, mixed_precision: str | None = None
+) -> "BitsAndBytesConfig | None":
+    """Return what `from_pretrained` needs to quantize, or None without `--quantize`.
+
+    4 bits are NF4 with the constants quantized again (QLoRA, arXiv 2305.14314), multiplied in the dtype of
+    `mixed_precision` (as the accelerator resolved it; the flag's if not given).
+    """
+    if options.quantize is None:
+        return None
+    from transformers import BitsAndBytesConfig
+
+    if options.quantize == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=COMPUTE_DTYPES[mixed_precision or options.mixed_precision or "no"],
+    )
+
+
+def prepare_quantized(model: "PreTrainedModel") -> "PreTrainedModel":
+    """Make a quantized model ready to carry adapters; a model that is not quantized comes back as it is.
+
+    Everything is frozen and what is not quantized (norms, embeddings, the head) is float32. Gradients through
+    checkpointed blocks are enabled where checkpointing is, not here: the usual hook on the input embeddings
+    breaks BLIP, which adds to them in place.
+    """
+    if not (getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)):
+        return model
+    from bitsandbytes.nn import Linear4bit
+    from peft import prepare_model_for_kbit_training
+
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # On a CPU with AVX512-BF16 an evaluation would repack the weights for itself, in place; training
+            # afterwards fails and merging afterwards is silently wrong.
+            module.support_avx512bf16_for_cpu = False
+    return model
