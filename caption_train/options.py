@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from caption_train import combinations
+
 
 def flag(
     default: Any = MISSING,
@@ -145,7 +147,7 @@ class TrainOptions:
             problems.append("--keep_tokens only has a meaning with --shuffle_captions")
         if self.prompt is not None and self.task is not None:
             problems.append("--prompt and --task name the same thing twice: give one")
-        return problems
+        return problems + combinations.check(self)
 
 
 _input = partial(flag, group="images")
