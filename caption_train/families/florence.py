@@ -63,7 +63,7 @@ class Florence:
     def encode(
         self, processor: Florence2Processor, images: Sequence[Image.Image], prompts: Sequence[str]
     ) -> Batch:
-        """Return `pixel_values` [B, 3, H, W]; `input_ids`, `attention_mask` [B, T] of image tokens and prompt."""
+        """Return `pixel_values` [B, 3, H, W]; image tokens and prompt: `input_ids`, `attention_mask` [B, T]."""
         texts = [expand_prompt(prompt) for prompt in prompts]
         for text in texts:
             if processor.image_token in text:
