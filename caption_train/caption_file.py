@@ -1,0 +1,146 @@
+"""All captions of a run in one file that survives a kill. Standard library only."""
+
+import csv
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.files import open_atomically
+
+Row = dict[str, Any]
+"""`file_name`, `text`, where there are any `answer` (boxes) and `remarks`; other columns stay as found"""
+
+
+class CaptionFile:
+    """All captions in one `.jsonl` or `.csv` file, a row an image; `metadata.jsonl` is a dataset's own.
+
+    Rows go to a journal beside the file as soon as they exist, one for each process, and `merge` writes the
+    file from the rows it held, the journals and an order. A killed run leaves its journals to the next one.
+    """
+
+    def __init__(self, path: Path, rank: int = 0) -> None:
+        self.path = path
+        self.is_dataset = path.name == "metadata.jsonl"
+        self._folder = path.parent.resolve()
+        self._journal_path = path.with_name(f".{path.name}.{rank}.part")
+        self._journal: IO[str] | None = None
+
+    def name_of(self, image: Path) -> str:
+        """Return what `file_name` says: relative to the file's folder for images in it, else absolute."""
+        image = image.parent.resolve() / image.name
+        if image.is_relative_to(self._folder):
+            return image.relative_to(self._folder).as_posix()
+        if self.is_dataset:
+            raise UsageError(
+                f"--output {self.path}: {image} is not in that folder, and a dataset cannot reach outside: "
+                "put metadata.jsonl above the images, or name the file captions.jsonl"
+            )
+        return image.as_posix()
+
+    def read(self, *, with_journals: bool = True) -> dict[str, Row]:
+        """Return the rows that exist by `file_name`: the file's, then those of runs that were cut short."""
+        rows = {row["file_name"]: row for row in self._read_file()} if self.path.exists() else {}
+        for journal in self._journals() if with_journals else ():
+            for line in journal.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    continue  # The last line of a killed process.
+                rows[row["file_name"]] = row
+        return rows
+
+    def append(self, image: Path, text: str, *, answer: Any = None, remarks: Iterable[str] = ()) -> None:
+        """Put a caption into the journal."""
+        row = {"file_name": self.name_of(image), "text": text, "answer": answer, "remarks": list(remarks)}
+        if self.is_dataset:
+            row = {"file_name": row["file_name"], "text": text}
+        row = {name: value for name, value in row.items() if name in ("file_name", "text") or value}
+        try:
+            if self._journal is None:
+                self._journal = self._journal_path.open("a", encoding="utf-8")
+            self._journal.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._journal.flush()
+        except OSError as error:
+            raise CaptionTrainError(f"{self._journal_path}: {error.strerror or error}") from error
+
+    def merge(self, images: Iterable[Path]) -> None:
+        """Write the file: rows of other images as they stood, then those of `images` in their order."""
+        before = self.read(with_journals=False)
+        now = self.read()
+        order = [name for name in map(self.name_of, images) if name in now]
+        others = [name for name in now if name not in set(order)]
+        kept = ("answer", "remarks", "text")
+        rows = [
+            {k: v for k, v in before.get(name, {}).items() if k not in kept} | now[name]
+            for name in (*others, *order)
+        ]
+        write = _write_csv if self.path.suffix == ".csv" else _write_jsonl
+        try:
+            with open_atomically(self.path) as file:
+                write(file, rows)
+        except OSError as error:
+            raise CaptionTrainError(f"--output {self.path}: {error.strerror or error}") from error
+
+    def discard_journals(self) -> None:
+        """Remove the journals of this and of earlier runs."""
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+        for journal in self._journals():
+            journal.unlink(missing_ok=True)
+
+    def _journals(self) -> list[Path]:
+        return sorted(
+            p
+            for p in self.path.parent.iterdir()
+            if p.name.startswith(f".{self.path.name}.") and p.name.endswith(".part")
+        )
+
+    def _read_file(self) -> list[Row]:
+        try:
+            text = self.path.read_text(encoding="utf-8-sig")
+            rows = list(_read_csv(text) if self.path.suffix == ".csv" else _read_jsonl(text))
+        except (OSError, ValueError, csv.Error) as error:
+            raise UsageError(f"--output {self.path}: the file there cannot be continued: {error}") from error
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+                raise UsageError(
+                    f"--output {self.path}: row {number} of that file has no file_name: name another file"
+                )
+        return rows
+
+
+def _read_jsonl(text: str) -> Iterable[Any]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number} is no JSON ({error})") from error
+
+
+def _read_csv(text: str) -> Iterable[Row]:
+    for row in csv.DictReader(text.splitlines(keepends=True), strict=True):
+        yield {name: value for name, value in row.items() if name is not None}
+
+
+def _write_jsonl(file: IO[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    for row in rows:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _write_csv(file: IO[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    rows = list(rows)
+    columns = list(dict.fromkeys(["file_name", "text", *(name for row in rows for name in row)]))
+    writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: _to_cell(value) for name, value in row.items()})
+
+
+def _to_cell(value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    return json.dumps(value, ensure_ascii=False)

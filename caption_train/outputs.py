@@ -1,0 +1,129 @@
+"""Where captions go: files beside the images, one file for all, the terminal. No torch."""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from caption_train.caption_file import CaptionFile
+from caption_train.captions import IMAGE_SUFFIXES, read_caption
+from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.files import write_atomically
+from caption_train.options import CaptionOptions
+
+
+class Outputs:
+    """All that `--save_captions` and `--output` ask for, as one process writes it."""
+
+    def __init__(self, options: CaptionOptions, rank: int = 0) -> None:
+        self._extension = "." + options.caption_extension.lstrip(".")
+        self._overwrite = options.overwrite
+        self._saves = options.save_captions
+        self._file = CaptionFile(options.output, rank) if options.output else None
+        self._twins = _Twins()
+
+    @property
+    def exist(self) -> bool:
+        """False when captions only go to the terminal."""
+        return self._saves or self._file is not None
+
+    def find_pending(self, images: Sequence[Path]) -> list[Path]:
+        """Return the images without a caption, all of them under `--overwrite`; call it once, before writing.
+
+        A caption that only one of the two outputs has is copied to the other. Raises UsageError where nothing
+        can be written, before any work is done.
+        """
+        self._check_writable(images)
+        if self._file is None and not self._saves:
+            return list(images)
+        if self._overwrite:
+            if self._file:
+                self._file.discard_journals()
+            return list(images)
+        rows = self._file.read() if self._file else {}
+        return [image for image in images if not self._is_done(image, rows)]
+
+    def write(self, image: Path, text: str, *, answer: Any = None, remarks: Iterable[str] = ()) -> None:
+        """Put one caption where it goes."""
+        if self._saves:
+            _write_caption(self.caption_path(image), text)
+        if self._file:
+            self._file.append(image, text, answer=answer, remarks=remarks)
+
+    def finish(self, images: Sequence[Path], *, complete: bool = True) -> None:
+        """Write the one file, in the order of `images`; unless `complete`, others may yet add to it."""
+        if self._file:
+            self._file.merge(images)
+            if complete:
+                self._file.discard_journals()
+
+    def caption_path(self, image: Path) -> Path:
+        """Return where an image's caption goes: `a.txt`; `a.png.txt` if that exists or there is an `a.jpg`.
+
+        Training reads `a.png.txt` before `a.txt` too.
+        """
+        full = image.with_name(image.name + self._extension)
+        if full.exists() or self._twins.has(image):
+            return full
+        return image.with_name(image.stem + self._extension)
+
+    def _is_done(self, image: Path, rows: dict[str, dict[str, Any]]) -> bool:
+        row = rows.get(self._file.name_of(image)) if self._file else None
+        path = self._existing_caption(image) if self._saves else None
+        if self._saves and self._file:
+            if path and row is None:
+                self._file.append(image, read_caption(path))
+            elif row and path is None:
+                _write_caption(self.caption_path(image), row["text"])
+        return bool(path or row)
+
+    def _existing_caption(self, image: Path) -> Path | None:
+        names = (image.name + self._extension, image.stem + self._extension)
+        return next((path for path in map(image.with_name, names) if path.exists()), None)
+
+    def _check_writable(self, images: Sequence[Path]) -> None:
+        if self._extension.lower() in IMAGE_SUFFIXES:
+            raise UsageError(f"--caption_extension {self._extension} would write over images")
+        if self._file:
+            folder = self._file.path.parent
+            if not folder.is_dir():
+                raise UsageError(f"--output {self._file.path}: there is no folder {folder}")
+            if self._file.path.is_dir() or not os.access(folder, os.W_OK):
+                raise UsageError(f"--output {self._file.path}: cannot be written there")
+            for image in images:
+                self._file.name_of(image)
+        if self._saves:
+            for folder in dict.fromkeys(image.parent for image in images):
+                if not os.access(folder, os.W_OK):
+                    raise UsageError(f"--save_captions: {folder} cannot be written to; use --output instead")
+
+
+class _Twins:
+    """Which images share their stem with another image in the same folder. Each folder is listed once."""
+
+    def __init__(self) -> None:
+        self._stems: dict[Path, dict[str, int]] = {}
+
+    def has(self, image: Path) -> bool:
+        stems = self._stems.get(image.parent)
+        if stems is None:
+            stems = self._stems[image.parent] = {}
+            for path in image.parent.iterdir():
+                if path.suffix.lower() in IMAGE_SUFFIXES:
+                    stems[path.stem] = stems.get(path.stem, 0) + 1
+        return stems.get(image.stem, 0) > 1
+
+
+def wrap_caption(text: str, *, prefix: str = "", suffix: str = "", trigger: str | None = None) -> str:
+    """Return prefix, caption and suffix as given, after `trigger, ` unless the trigger is a word of them."""
+    text = f"{prefix}{text}{suffix}".strip()
+    if not trigger or f" {trigger} " in f" {text.replace(',', ' ')} ":
+        return text
+    return f"{trigger}, {text}" if text else trigger
+
+
+def _write_caption(path: Path, text: str) -> None:
+    try:
+        write_atomically(path, text + "\n")
+    except OSError as error:
+        raise CaptionTrainError(f"{path}: cannot be written: {error.strerror or error}") from error

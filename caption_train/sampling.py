@@ -1,0 +1,43 @@
+"""Sampling that depends on the image and the seed alone, not on the batch, the process or the order."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
+
+
+class GumbelNoise(LogitsProcessor):
+    """Adds each row's own Gumbel noise to its logits, so that the greedy choice is a sample.
+
+    argmax(logits + Gumbel noise) is distributed as softmax(logits): the Gumbel-max trick (Gumbel 1954;
+    Maddison et al. 2014, arXiv:1411.0030). `transformers`' own sampling draws a batch from one generator.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return `scores` [B, vocabulary] plus noise; B must be the number of seeds."""
+        rows = zip(self._generators, scores, strict=True)
+        uniform = torch.stack([torch.rand(row.shape, generator=generator) for generator, row in rows])
+        noise = -torch.log(-torch.log(uniform.clamp(min=torch.finfo(uniform.dtype).tiny)))
+        return scores.float() + noise.to(scores.device)
+
+
+class Temperature(LogitsProcessor):
+    """Divides logits by the temperature."""
+
+    def __init__(self, temperature: float) -> None:
+        self._temperature = temperature
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return `scores` [B, vocabulary], scaled."""
+        return scores / self._temperature
+
+
+def make_sampler(names: Sequence[str], *, temperature: float, top_p: float, seed: int) -> LogitsProcessorList:
+    """Return logits processors under which greedy search samples; row i by `seed` and `names[i]`."""
+    seeds = [int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]) for name in names]
+    warpers = [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    return LogitsProcessorList([Temperature(temperature), *warpers, GumbelNoise(seeds)])
