@@ -5,7 +5,6 @@ import re
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 
 from caption_train.errors import CaptionTrainError, UsageError
@@ -34,27 +33,16 @@ class Folder:
 
     captions: (path without its extension, extension as the user wrote it) → files. The rest was left alone:
     hidden files and folders, symbolic links that lead out of the folder, what is no file or cannot be listed.
+    metadata: files that datasets' imagefolder would read as metadata.
     """
 
     root: Path
     images: list[str] = field(default_factory=list)
     captions: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    metadata: list[str] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
     links: list[str] = field(default_factory=list)
     unusable: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Matches:
-    """Images with their captions, and every file that did not make a pair."""
-
-    pairs: list[Pair] = field(default_factory=list)
-    without_caption: list[str] = field(default_factory=list)
-    without_image: list[str] = field(default_factory=list)
-    empty: list[str] = field(default_factory=list)
-    shared: list[str] = field(default_factory=list)
-    second: list[str] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)
 
 
 def find_images(root: Path | str, *, recursive: bool = True, follow_symlinks: bool = False) -> list[Path]:
@@ -77,13 +65,15 @@ def scan_folder(
     folder = Folder(Path(root))
     if not folder.root.is_dir():
         raise UsageError(f"{printable(root)}: no such folder")
-    extensions = sorted(caption_extensions, key=len, reverse=True)
+    extensions = sorted(map(with_dot, caption_extensions), key=len, reverse=True)
     captions: list[tuple[str, str]] = []
     for name in _walk(folder, recursive, follow_symlinks):
         if _is_image(name):
             folder.images.append(name)
         elif extension := next((e for e in extensions if name.lower().endswith(e.lower())), None):
             captions.append((name, extension))
+        elif name.rpartition("/")[2] in ("metadata.jsonl", "metadata.csv", "metadata.parquet"):
+            folder.metadata.append(name)
     folder.images.sort(key=natural_key)
     # `a.txt` goes before `a.TXT` where both are there.
     for name, extension in sorted(captions, key=lambda c: (not c[0].endswith(c[1]), c[0])):
@@ -99,28 +89,9 @@ def natural_key(name: str) -> list[tuple[int, int | str]]:
     return [(1, int(part)) if i % 2 else (0, part) for i, part in enumerate(parts)] + [(0, name)]
 
 
-def match_captions(
-    folder: Folder, caption_extensions: Sequence[str] = CAPTION_SUFFIXES, *, encoding: str = "utf-8"
-) -> Matches:
-    """Pair each image with its caption: `a.png.txt` before `a.txt`, earlier extensions before later ones."""
-    matches = Matches()
-    used: dict[str, list[str]] = {}
-    candidates: set[str] = set()
-    for name in folder.images:
-        stem = name[: name.rindex(".")]
-        keys = [(base, extension) for extension in caption_extensions for base in (name, stem)]
-        found = [caption for key in keys for caption in folder.captions.get(key, ())]
-        candidates.update(found)
-        if not found:
-            matches.without_caption.append(name)
-            continue
-        used.setdefault(found[0], []).append(name)
-        _read_into(matches, folder.root, name, found[0], encoding)
-    matches.shared = [f"{caption}: {', '.join(names)}" for caption, names in used.items() if len(names) > 1]
-    files = sorted(chain.from_iterable(folder.captions.values()), key=natural_key)
-    matches.second = [name for name in files if name in candidates and name not in used]
-    matches.without_image = [name for name in files if name not in candidates]
-    return matches
+def with_dot(extension: str) -> str:
+    """Return `.txt` for `txt` and for `.txt`."""
+    return extension if extension.startswith(".") else f".{extension}"
 
 
 def read_caption(path: Path | str, encoding: str = "utf-8") -> str:
@@ -137,31 +108,23 @@ def read_caption(path: Path | str, encoding: str = "utf-8") -> str:
         raise CaptionTrainError(f"{printable(path)}: {error}") from error
 
 
+def join_lines(text: str) -> str:
+    """Return text as one line, as `read_caption` joins it."""
+    return " ".join(line for line in (line.strip() for line in text.splitlines()) if line)
+
+
 def printable(text: object) -> str:
     """Return text that takes one line and can be printed: control and lone surrogate characters escaped."""
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _DIGITS = re.compile("([0-9]+)")
 _UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
 
 def _is_image(name: str) -> bool:
     return name[name.rfind(".") :].lower() in IMAGE_SUFFIXES
-
-
-def _read_into(matches: Matches, root: Path, image: str, caption: str, encoding: str) -> None:
-    try:
-        text = _decode(_read_bytes(root / caption), encoding)
-    except OSError as error:
-        matches.unreadable.append(f"{caption}: {error.strerror or error}")
-    except ValueError as error:
-        matches.unreadable.append(f"{caption}: {error}")
-    else:
-        if text:
-            matches.pairs.append(Pair(root / image, text, caption))
-        else:
-            matches.empty.append(caption)
 
 
 def _read_bytes(path: Path | str) -> bytes:
@@ -179,16 +142,18 @@ def _read_bytes(path: Path | str) -> bytes:
 def _decode(data: bytes, encoding: str) -> str:
     plain = encoding.lower().replace("_", "-") in ("utf-8", "utf8")
     if plain and data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise ValueError("not UTF-8 but UTF-16, by its first bytes; try --encoding utf-16")
+        raise ValueError("not UTF-8 but UTF-16, by its first bytes; give --encoding utf-16")
     try:
         text = data.decode("utf-8-sig" if plain else encoding)
-    except UnicodeDecodeError as error:
-        byte = f"byte 0x{data[error.start]:02x} at position {error.start}" if error.start < len(data) else ""
-        hint = "; try --encoding cp1252, or whatever wrote it" if plain else ""
-        raise ValueError(f"not {encoding.upper()} text{byte and f' ({byte})'}{hint}") from error
+    except UnicodeError as error:
+        at = f" (position {error.start})" if isinstance(error, UnicodeDecodeError) else ""
+        hint = "; give --encoding cp1252, or whatever it was written in" if plain else ""
+        raise ValueError(f"not {encoding.upper()} text{at}{hint}") from error
     if "\0" in text:
         raise ValueError("holds NUL characters, so it is not a text file")
-    return " ".join(line for line in (line.strip() for line in text.splitlines()) if line)
+    if _SURROGATE.search(text):
+        raise ValueError("holds half characters (lone surrogates)")
+    return join_lines(text)
 
 
 def _walk(folder: Folder, recursive: bool, follow_symlinks: bool) -> Iterator[str]:

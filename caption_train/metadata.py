@@ -10,6 +10,7 @@ import os
 import posixpath
 import re
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -20,21 +21,16 @@ from caption_train.captions import (
     MAX_CAPTION_BYTES,
     Pair,
     is_inside,
-    match_captions,
     printable,
     scan_folder,
 )
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.files import hash_file, open_atomically
+from caption_train.pairing import match_captions
 
 METADATA_NAME = "metadata.jsonl"
 TEXT_COLUMNS = ("text", "caption")
-SPLITS = {
-    None: "train",
-    "train": "train",
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    "test": "test",
-}
+SPLITS = {None: "train", "train": "train", "validation": "validation", "val": "validation", "test": "test"}
 
 
 def read_dataset(dataset_dir: Path | str, **settings: Any) -> list[Pair]:
@@ -80,7 +76,7 @@ def inspect_dataset(
 
 
 def read_metadata(path: Path | str, *, follow_symlinks: bool = False) -> tuple[list[Pair], list[str]]:
-    """Return the good rows of a metadata.jsonl in order, and a line for each bad one: `metadata.jsonl:2: …`"""
+    """Return the good rows of a metadata.jsonl in order, and a line for each bad one (`name:12: …`)."""
     path = Path(path)
     locate = _make_locator(path.parent, follow_symlinks)
     pairs, problems = [], []
@@ -126,10 +122,7 @@ def split_by_content(pairs: Sequence[Pair], fraction: float, seed: int) -> tuple
     the split depends on nothing but the images and the seed: not on names, order or captions.
     """
     digests = {image: _digest(image) for image in {pair.image for pair in pairs}}
-    groups: dict[str, int] = {}
-    for pair in pairs:
-        digest = digests[pair.image]
-        groups[digest] = groups.get(digest, 0) + 1
+    groups = Counter(digests[pair.image] for pair in pairs)
     ranked = sorted(groups, key=lambda digest: hashlib.sha256(f"{seed} {digest}".encode()).digest())
     target, taken, chosen = round(fraction * len(pairs)), 0, set()
     for digest in ranked:

@@ -1,0 +1,80 @@
+"""Which caption belongs to which image, and what is left over. Standard library only."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+from caption_train.captions import (
+    CAPTION_SUFFIXES,
+    Folder,
+    Pair,
+    natural_key,
+    printable,
+    read_caption,
+    with_dot,
+)
+from caption_train.errors import CaptionTrainError
+
+
+@dataclass
+class Matches:
+    """Images with their captions, and every file that did not make a pair.
+
+    empty: files, or entries, whose caption is blank. shared: caption files of several images, as `a.txt:
+    a.png, a.jpg`. second: caption files that another one goes before. unreadable: file and reason.
+    """
+
+    pairs: list[Pair] = field(default_factory=list)
+    without_caption: list[str] = field(default_factory=list)
+    without_image: list[str] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
+    shared: list[str] = field(default_factory=list)
+    second: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+
+
+def match_captions(
+    folder: Folder,
+    caption_extensions: Sequence[str] = CAPTION_SUFFIXES,
+    *,
+    encoding: str = "utf-8",
+    given: Mapping[str, tuple[str, str]] | None = None,
+) -> Matches:
+    """Pair each image with its caption: `a.png.txt` before `a.txt`, earlier extensions before later ones.
+
+    given: image → (caption, source) read elsewhere; these go before caption files.
+    """
+    matches, given = Matches(), given or {}
+    extensions = [with_dot(extension) for extension in caption_extensions]
+    used: dict[str, list[str]] = {}
+    candidates: set[str] = set()
+    for name in folder.images:
+        stem = name[: name.rindex(".")]
+        keys = [(base, extension) for extension in extensions for base in (name, stem)]
+        found = [caption for key in keys for caption in folder.captions.get(key, ())]
+        candidates.update(found)
+        if name in given:
+            _add(matches, folder.root / name, *given[name])
+        elif found:
+            used.setdefault(found[0], []).append(name)
+            try:
+                caption = read_caption(folder.root / found[0], encoding)
+            except CaptionTrainError as error:
+                matches.unreadable.append(str(error).removeprefix(f"{printable(folder.root)}/"))
+            else:
+                _add(matches, folder.root / name, caption, found[0])
+        else:
+            matches.without_caption.append(name)
+    matches.shared = [f"{caption}: {', '.join(names)}" for caption, names in used.items() if len(names) > 1]
+    files = sorted(chain.from_iterable(folder.captions.values()), key=natural_key)
+    matches.second = [name for name in files if name in candidates and name not in used]
+    matches.without_image = [name for name in files if name not in candidates]
+    return matches
+
+
+def _add(matches: Matches, image: Path, caption: str, source: str) -> None:
+    if caption:
+        matches.pairs.append(Pair(image, caption, source))
+    else:
+        matches.empty.append(source)
