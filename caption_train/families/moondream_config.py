@@ -1,0 +1,260 @@
+"""What a Moondream 2 checkpoint is: its dimensions, and what its revision of the code knew of tokens and images.
+
+The hub's `config.json` is empty inside (`"config": {}`): dimensions and templates are defaults of the remote code,
+another set in every revision. They stand here as data. Source: vikhyat/moondream, `moondream/torch/config.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PhiConfig, PreTrainedConfig, SiglipVisionConfig
+from transformers.configuration_utils import SubConfigSpec
+
+CODEGEN_ID, STARMIE_ID = 50256, 0
+"""Id of `<|endoftext|>`, which begins and ends every sequence, in the two tokenizers of Moondream 2."""
+
+TOKENIZER_NAMES = {CODEGEN_ID: "CodeGen (GPT-2)", STARMIE_ID: "moondream/starmie-v1"}
+
+_CODEGEN_TEMPLATES = {
+    "caption": {
+        "short": [198, 198, 16438, 8305, 25],
+        "normal": [198, 198, 24334, 1159, 25],
+        "long": [198, 198, 14617, 8305, 25],
+    },
+    "query": {"prefix": [198, 198, 24361, 25], "suffix": [198, 198, 33706, 25]},
+    "detect": {"prefix": [198, 198, 47504, 25], "suffix": [628]},
+    "point": {"prefix": [198, 198, 12727, 25], "suffix": [628]},
+}
+_STARMIE_TEMPLATES = {
+    "caption": {
+        "short": [1, 32708, 2, 12492, 3],
+        "normal": [1, 32708, 2, 6382, 3],
+        "long": [1, 32708, 2, 4059, 3],
+    },
+    "query": {"prefix": [1, 15381, 2], "suffix": [3]},
+    "detect": {"prefix": [1, 7235, 476, 2], "suffix": [3]},
+    "point": {"prefix": [1, 2581, 2], "suffix": [3]},
+}
+_NO_LONG = {**_CODEGEN_TEMPLATES, "caption": {**_CODEGEN_TEMPLATES["caption"], "long": None}}
+
+REVISIONS: dict[str, dict[str, Any]] = {
+    "2024-08-26": {
+        "bos_token_id": CODEGEN_ID,
+        "templates": _NO_LONG,
+        "question_space": True,
+        "prefix_attention": False,
+        "crops": "fixed",
+        "overlap_margin": 0,
+        "local_pooling": "bilinear",
+    },
+    "2025-01-09": {"bos_token_id": CODEGEN_ID, "templates": _NO_LONG, "question_space": False},
+    "2025-03-27": {"bos_token_id": CODEGEN_ID, "templates": _CODEGEN_TEMPLATES, "question_space": True},
+    "2025-04-14": {"bos_token_id": CODEGEN_ID, "templates": _CODEGEN_TEMPLATES, "question_space": True},
+    "2025-06-21": {
+        "bos_token_id": STARMIE_ID,
+        "templates": _STARMIE_TEMPLATES,
+        "answer_token_id": 3,
+        "unused_token_ids": {
+            "thinking_id": 4,
+            "coord_id": 5,
+            "size_id": 6,
+            "start_ground_points_id": 7,
+            "end_ground_id": 9,
+        },
+    },
+}
+"""Fields of `MoondreamConfig` that each release differs in."""
+
+REVISIONS["9a7d4024050840e001defacec2b00727e89149e6"] = REVISIONS["2025-06-21"]
+DEFAULT_REVISION = "2025-06-21"
+
+_USED_IDS = ("bos_id", "eos_id", "answer_id")
+_REGION_2B = {
+    "dim": 2048,
+    "coord_feat_dim": 256,
+    "coord_out_dim": 1024,
+    "size_feat_dim": 512,
+    "size_out_dim": 2048,
+    "inner_dim": 8192,
+}
+
+
+@strict
+class MoondreamConfig(PreTrainedConfig):
+    """Moondream 2. The defaults are the 2B model's at revision 2025-06-21.
+
+    bos_token_id: begins and ends sequences. answer_token_id: generated at no step but the first, where given.
+    unused_token_ids: the official names and ids of tokens that captions do not need.
+    templates: token ids around a caption task or a question; `question_space`: a space precedes the question.
+    prefix_attention: BOS and image see each other in both directions. crops: "overlap" or "fixed" (before 2025).
+    max_crops, overlap_margin (patches): see `moondream_images`. region: dimensions of the heads for detection.
+    """
+
+    # The hub's own name, so that AutoConfig reads the official config.json with this class.
+    model_type = "moondream1"
+    sub_configs_defaults = {  # noqa: RUF012
+        "text_config": SubConfigSpec(AutoConfig, "phi", {}),
+        "vision_config": SubConfigSpec(AutoConfig, "siglip_vision_model", {}),
+    }
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    projector_dim: int = 8192
+    region: dict | None = None
+    bos_token_id: int | None = STARMIE_ID
+    answer_token_id: int | None = None
+    image_token_id: int | None = None
+    unused_token_ids: dict | None = None
+    templates: dict | None = None
+    question_space: bool = False
+    prefix_attention: bool = True
+    crops: str = "overlap"
+    max_crops: int = 12
+    overlap_margin: int = 4
+    local_pooling: str = "average"
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.text_config is None:
+            self.text_config = make_text_config({})
+        if self.vision_config is None:
+            self.vision_config = make_vision_config({})
+        super().__post_init__(**kwargs)
+        if self.templates is None:
+            self.templates = _STARMIE_TEMPLATES
+        if self.image_token_id is None:
+            self.image_token_id = self.text_config.vocab_size - 1
+        self.text_config.bos_token_id = self.text_config.eos_token_id = self.bos_token_id
+        # bitsandbytes and PEFT read hidden_size and vocab_size here.
+        self.hidden_size, self.vocab_size = self.text_config.hidden_size, self.text_config.vocab_size
+
+    @property
+    def image_seq_length(self) -> int:
+        """Image tokens in every prompt: one a patch of a crop."""
+        return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> MoondreamConfig:
+        """Read a saved config, or the official layout (`"config": {…}`, which may be empty)."""
+        if "config" in config_dict:
+            config_dict = native_dict(config_dict)
+        return super().from_dict(config_dict, **kwargs)
+
+
+def make_text_config(text: dict[str, Any]) -> PhiConfig:
+    """Return the Phi config of the official nested `text` dict; what it leaves out is the 2B model's."""
+    heads = text.get("n_heads", text.get("dim", 2048) // 64)
+    return PhiConfig(
+        hidden_size=text.get("dim", 2048),
+        intermediate_size=text.get("ff_dim", 8192),
+        num_hidden_layers=text.get("n_layers", 24),
+        vocab_size=text.get("vocab_size", 51200),
+        max_position_embeddings=text.get("max_context", 2048),
+        num_attention_heads=heads,
+        # The official code fills a missing count with the 2B model's 32, which is wrong for the 0.5B one.
+        num_key_value_heads=text.get("n_kv_heads") or heads,
+        hidden_act="gelu_pytorch_tanh",
+        layer_norm_eps=1e-5,
+        partial_rotary_factor=0.5,
+        tie_word_embeddings=False,
+    )
+
+
+def make_vision_config(vision: dict[str, Any]) -> SiglipVisionConfig:
+    """Return the SigLIP config of the official nested `vision` dict; what it leaves out is the 2B model's."""
+    return SiglipVisionConfig(
+        hidden_size=vision.get("enc_dim", 1152),
+        intermediate_size=vision.get("enc_ff_dim", 4304),
+        num_hidden_layers=vision.get("enc_n_layers", 27),
+        num_attention_heads=vision.get("enc_n_heads", vision.get("enc_dim", 1152) // 72),
+        num_channels=vision.get("in_channels", 3),
+        image_size=vision.get("crop_size", 378),
+        patch_size=vision.get("enc_patch_size", 14),
+        hidden_act="gelu_pytorch_tanh",
+        layer_norm_eps=1e-5,
+        vision_use_head=False,
+    )
+
+
+def native_dict(official: dict[str, Any], facts: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Translate the official `config.json` to `MoondreamConfig` keywords.
+
+    facts: what the revision knew (an entry of `REVISIONS`), for what the nested dict does not say.
+    """
+    nested = official.get("config") or {}
+    vision, tokenizer = nested.get("vision", {}), nested.get("tokenizer", {})
+    told = dict(REVISIONS[DEFAULT_REVISION] if facts is None else facts)
+    if "bos_id" in tokenizer:
+        told |= {
+            "bos_token_id": tokenizer["bos_id"],
+            "answer_token_id": tokenizer.get("answer_id"),
+            "unused_token_ids": {
+                k: v for k, v in tokenizer.items() if k.endswith("_id") and k not in _USED_IDS
+            },
+            "templates": tokenizer.get("templates") or told["templates"],
+            "question_space": tokenizer["bos_id"] == CODEGEN_ID,
+        }
+    told |= {
+        ours: vision[theirs]
+        for ours, theirs in {
+            "max_crops": "max_crops",
+            "overlap_margin": "overlap_margin",
+            "projector_dim": "proj_inner_dim",
+        }.items()
+        if theirs in vision
+    }
+    return {
+        "text_config": make_text_config(nested.get("text", {})).to_dict(),
+        "vision_config": make_vision_config(vision).to_dict(),
+        "region": {**_REGION_2B, **{k: v for k, v in nested.get("region", {}).items() if k in _REGION_2B}},
+        "dtype": official.get("dtype") or official.get("torch_dtype"),
+        **told,
+    }
+
+
+def official_dict(config: MoondreamConfig) -> dict[str, Any]:
+    """Translate a config back to the official `config.json`, with the nested dict filled."""
+    text, vision, dtype = config.text_config, config.vision_config, config.dtype or "float32"
+    tokenizer = {"bos_id": config.bos_token_id, "eos_id": config.bos_token_id}
+    if config.answer_token_id is not None:
+        tokenizer["answer_id"] = config.answer_token_id
+    tokenizer |= {**(config.unused_token_ids or {}), "templates": config.templates}
+    return {
+        "architectures": ["HfMoondream"],
+        "auto_map": {
+            "AutoConfig": "hf_moondream.HfConfig",
+            "AutoModelForCausalLM": "hf_moondream.HfMoondream",
+        },
+        "config": {
+            "text": {
+                "dim": text.hidden_size,
+                "ff_dim": text.intermediate_size,
+                "n_layers": text.num_hidden_layers,
+                "vocab_size": text.vocab_size,
+                "max_context": text.max_position_embeddings,
+                "n_heads": text.num_attention_heads,
+                "n_kv_heads": text.num_key_value_heads,
+                "prefix_attn": config.image_seq_length + 1,
+            },
+            "vision": {
+                "enc_dim": vision.hidden_size,
+                "enc_patch_size": vision.patch_size,
+                "enc_n_layers": vision.num_hidden_layers,
+                "enc_ff_dim": vision.intermediate_size,
+                "enc_n_heads": vision.num_attention_heads,
+                "proj_out_dim": text.hidden_size,
+                "crop_size": vision.image_size,
+                "in_channels": vision.num_channels,
+                "max_crops": config.max_crops,
+                "overlap_margin": config.overlap_margin,
+                "proj_inner_dim": config.projector_dim,
+            },
+            "region": config.region,
+            "tokenizer": tokenizer,
+        },
+        "model_type": config.model_type,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }

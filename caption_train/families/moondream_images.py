@@ -1,0 +1,140 @@
+"""Cutting an image into Moondream 2's crops: one of the whole image, and overlapping windows of a larger copy.
+
+Legend: C crops, H/W pixels, S = 378 the side of a crop. Source: vikhyat/moondream, `moondream/torch/image_crops.py`
+and, for the crops before 2025, `moondream/hf/vision_encoder.py`. The resizer is PIL's, as in the official code
+without libvips; libvips gives other pixels when it enlarges.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers import BaseImageProcessor, BatchFeature
+
+_FIXED_SIZES = ((378, 378), (378, 756), (756, 378), (756, 756))
+
+
+def select_tiling(height: int, width: int, *, window: int, margin: int, max_crops: int) -> tuple[int, int]:
+    """Return how many rows and columns of windows cover an image of this size (pixels).
+
+    window: new pixels that a crop adds, without the `margin` it shares with each neighbour.
+    """
+    height, width = height - 2 * margin, width - 2 * margin
+    if height <= window or width <= window:
+        return 1, 1
+    rows, columns = math.ceil(height / window), math.ceil(width / window)
+    if rows * columns > max_crops:
+        ratio = math.sqrt(max_crops / (rows * columns))
+        return max(1, math.floor(rows * ratio)), max(1, math.floor(columns * ratio))
+    rows = max(rows, math.floor(math.sqrt(max_crops * height / width)))
+    columns = max(columns, math.floor(math.sqrt(max_crops * width / height)))
+    if rows * columns > max_crops:
+        if columns > rows:
+            columns = math.floor(max_crops / rows)
+        else:
+            rows = math.floor(max_crops / columns)
+    return max(1, rows), max(1, columns)
+
+
+def cut_crops(
+    image: Image.Image, *, size: int = 378, patch: int = 14, margin: int = 4, max_crops: int = 12
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Return the crops of an RGB image, uint8 [1 + rows × columns, size, size, 3], and (rows, columns).
+
+    Crop 0 is the whole image. The others, row by row, are windows of a copy that is resized, whatever its aspect,
+    to a whole number of windows; neighbours overlap by two margins (`margin` is in patches of `patch` pixels).
+    """
+    border = margin * patch
+    window = size - 2 * border
+    tiling = select_tiling(image.height, image.width, window=window, margin=border, max_crops=max_crops)
+    rows, columns = tiling
+    canvas_size = (columns * window + 2 * border, rows * window + 2 * border)
+    canvas = np.asarray(image.resize(canvas_size, Image.Resampling.LANCZOS))
+    whole = np.asarray(image.resize((size, size), Image.Resampling.LANCZOS))
+    tiles = [
+        canvas[top : top + size, left : left + size]
+        for top in range(0, rows * window, window)
+        for left in range(0, columns * window, window)
+    ]
+    return np.stack([whole, *tiles]), tiling
+
+
+def cut_fixed_crops(image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
+    """Return the crops of revisions before 2025, float32 0…255 [1 + rows × columns, 378, 378, 3], and the tiling.
+
+    The image becomes one of four sizes, cut without overlap; the whole is a bilinear reduction of that copy.
+    """
+    width, height = image.size
+    size = _FIXED_SIZES[0]
+    if max(width, height) >= 512:
+        size = min(
+            _FIXED_SIZES,
+            key=lambda s: (abs(s[1] / s[0] - width / height), abs(s[0] - width) + abs(s[1] - height)),
+        )
+    rows, columns = size[0] // 378, size[1] // 378
+    canvas = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC), dtype=np.float32)
+    tiles = canvas.reshape(rows, 378, columns, 378, 3).swapaxes(1, 2).reshape(-1, 378, 378, 3)
+    # Halving with bilinear weights and no antialiasing is the mean of each pair.
+    whole = canvas.reshape(378, rows, 378, columns, 3).mean(axis=(1, 3))
+    return np.concatenate([whole[None], tiles]), (rows, columns)
+
+
+def normalise(crops: np.ndarray) -> np.ndarray:
+    """Return crops [C, H, W, 3] of 0…255 as float32 [C, 3, H, W] of -1…1."""
+    pixels = crops.transpose(0, 3, 1, 2).astype(np.float32)
+    return (pixels / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
+
+
+class MoondreamImageProcessor(BaseImageProcessor):
+    """Images → the crops of all of them in one flat batch.
+
+    `pixel_values` [C, 3, S, S] and `tilings` [images, 2] (rows, columns). An image has 1 + rows × columns crops; an
+    image of one window has a single crop, since the window equals the whole and is encoded once.
+    """
+
+    model_input_names = ["pixel_values", "tilings"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        crops: str = "overlap",
+        crop_size: int = 378,
+        patch_size: int = 14,
+        overlap_margin: int = 4,
+        max_crops: int = 12,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.crops = crops
+        self.crop_size, self.patch_size = crop_size, patch_size
+        self.overlap_margin, self.max_crops = overlap_margin, max_crops
+
+    def cut(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
+        """Return all crops of one image [1 + rows × columns, S, S, 3], and (rows, columns).
+
+        Alpha is dropped and EXIF rotation is not applied, as in the official code.
+        """
+        image = image.convert("RGB")
+        if self.crops == "fixed":
+            return cut_fixed_crops(image)
+        return cut_crops(
+            image,
+            size=self.crop_size,
+            patch=self.patch_size,
+            margin=self.overlap_margin,
+            max_crops=self.max_crops,
+        )
+
+    def preprocess(
+        self, images: Image.Image | Sequence[Image.Image], return_tensors: str | None = None, **kwargs: Any
+    ) -> BatchFeature:
+        """Return `pixel_values` and `tilings` of the images; see the class."""
+        images = [images] if isinstance(images, Image.Image) else list(images)
+        crops, tilings = zip(*map(self.cut, images), strict=True)
+        kept = [c[:1] if tiling == (1, 1) else c for c, tiling in zip(crops, tilings, strict=True)]
+        pixel_values = normalise(np.concatenate(kept))
+        data = {"pixel_values": pixel_values, "tilings": np.array(tilings, dtype=np.int64)}
+        return BatchFeature(data, tensor_type=return_tensors)
