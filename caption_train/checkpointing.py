@@ -1,0 +1,45 @@
+"""Gradient checkpointing that reaches every repeated block: activations are recomputed, not kept."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def enable_checkpointing(model: nn.Module) -> None:
+    """Keep only the inputs of every repeated block for the backward pass. Call it when adapters are in place.
+
+    transformers does this for layers made for it. Florence-2's vision tower has none and holds most of the
+    activations, so its blocks are wrapped here. `use_reentrant=False` needs no gradient on a block's input:
+    a frozen embedding before it is no obstacle. Random numbers are restored, so losses stay the same.
+    """
+    with warnings.catch_warnings():
+        # The name this method has in later releases is unknown to the earlier ones we support.
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.config.use_cache = False
+    for block in find_unreached_blocks(model):
+        block.forward = partial(_recompute, block, block.forward)
+
+
+def find_unreached_blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the outermost elements of module lists that hold no layer transformers checkpoints by itself."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for child in module.children():
+        if any(isinstance(m, GradientCheckpointingLayer) for m in child.modules()):
+            if not isinstance(child, GradientCheckpointingLayer):
+                yield from find_unreached_blocks(child)
+        elif isinstance(module, nn.ModuleList) and not isinstance(child, nn.ModuleList):
+            yield child
+        else:
+            yield from find_unreached_blocks(child)
+
+
+def _recompute(block: nn.Module, forward: Callable, *args: Any, **keywords: Any) -> Any:
+    if not block.training:
+        return forward(*args, **keywords)
+    return checkpoint(forward, *args, use_reentrant=False, **keywords)
