@@ -171,7 +171,9 @@ class CaptionOptions:
     )
     recursive: bool = _input(False, "look into the folders inside a folder too")
 
-    base_model: str | None = _model(None, "model to caption with: a hub id or a folder")
+    base_model: str | None = _model(
+        None, "model to caption with: a hub id or a folder (default: the adapter's, or see above)"
+    )
     peft_model: Path | None = _model(None, "folder of the adapter (LoRA, IA3, …) to put on the base model")
     revision: str | None = _model(None, "branch, tag or commit of the base model on the hub")
     device: str | None = _model(

@@ -1,0 +1,81 @@
+"""What `--images` finds."""
+
+import pytest
+
+from caption_train.errors import UsageError
+from caption_train.inputs import find_inputs
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("img10.png", "img2.JPG", "notes.txt", ".hidden.png", "sub/deep/c.webp", "[x] 1/d.gif"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return tmp_path
+
+
+def names(folder, *patterns, **options):
+    found = find_inputs([str(folder / pattern) for pattern in patterns], **options)
+    return [path.relative_to(folder).as_posix() for path in found.images]
+
+
+def test_a_folder_gives_its_images_in_natural_order(folder):
+    assert names(folder, ".") == ["img2.JPG", "img10.png"]
+
+
+def test_recursive_gives_the_folders_inside_too(folder):
+    assert names(folder, ".", recursive=True) == ["[x] 1/d.gif", "img2.JPG", "img10.png", "sub/deep/c.webp"]
+
+
+def test_a_glob_gives_images_only(folder):
+    assert names(folder, "*") == ["img2.JPG", "img10.png"]
+    assert names(folder, "**/*.webp") == ["sub/deep/c.webp"]
+
+
+def test_a_folder_whose_name_looks_like_a_glob_is_a_folder(folder):
+    assert names(folder, "[x] 1") == ["[x] 1/d.gif"]
+
+
+def test_an_image_named_twice_is_captioned_once(folder):
+    assert names(folder, "img2.JPG", ".", "img2.JPG") == ["img2.JPG", "img10.png"]
+
+
+def test_a_list_keeps_its_order_and_names_what_is_missing(folder):
+    (folder / "list.txt").write_bytes("\ufeffsub/deep/c.webp\r\n\r\nno such.png\r\nimg2.JPG".encode())
+    inputs = find_inputs([str(folder / "list.txt")])
+    assert [path.name for path in inputs.images] == ["c.webp", "img2.JPG"]
+    assert inputs.missing == [f"no such.png: there is no such file ({folder}/list.txt:3)"]
+
+
+def test_list_names_are_relative_to_the_current_folder_first(folder, monkeypatch):
+    monkeypatch.chdir(folder / "sub")
+    (folder / "list.txt").write_text("deep/c.webp\nimg2.JPG\n")
+    assert [path.as_posix() for path in find_inputs([str(folder / "list.txt")]).images] == [
+        "deep/c.webp",
+        f"{folder}/img2.JPG",
+    ]
+
+
+def test_links_to_images_elsewhere_are_captioned(folder, tmp_path_factory):
+    links = tmp_path_factory.mktemp("links")
+    (links / "a.jpg").symlink_to(folder / "img2.JPG")
+    (links / "loop").symlink_to(links)
+    assert names(links, ".", recursive=True) == ["a.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("gone", "no such file or folder"),
+        ("*.bmp", "no images there"),
+        ("sub", "--recursive"),
+        ("empty.txt", "the list is empty"),
+        ("binary.txt", "cannot be read as a list"),
+    ],
+)
+def test_what_names_no_image_is_refused(folder, pattern, message):
+    (folder / "empty.txt").touch()
+    (folder / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match=message):
+        find_inputs([str(folder / pattern)])
