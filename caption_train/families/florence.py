@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from caption_train.errors import UsageError
 from caption_train.families.base import Batch, Generated
 from caption_train.families.florence_tasks import TASKS, expand_prompt
+from caption_train.families.loading import check_transformers
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,7 @@ class Florence:
 
     name = "florence"
     title = "Florence-2"
+    inference_script = "inference_florence.py"
     model_id = "microsoft/Florence-2-base-ft"
     revision = None
     base_models = (
@@ -47,23 +49,18 @@ class Florence:
     ) -> tuple[Florence2ForConditionalGeneration, Florence2Processor]:
         """Load a Florence-2; see `Family.load`."""
         import torch
-        from transformers import AutoProcessor, Florence2ForConditionalGeneration
 
-        from caption_train.families.loading import load_model, load_processor
+        from caption_train.families.florence_legacy import find_checkpoint, load_legacy, load_native
 
-        model = load_model(
-            Florence2ForConditionalGeneration,
-            model_id,
-            revision=revision,
-            dtype=dtype or torch.float32,
-            quantization_config=quantization_config,
-        )
-        return model, load_processor(AutoProcessor.from_pretrained, model_id, revision=revision)
+        check_transformers()
+        checkpoint = find_checkpoint(model_id, revision)
+        load = load_legacy if checkpoint.is_legacy else load_native
+        return load(checkpoint, dtype=dtype or torch.float32, quantization_config=quantization_config)
 
     def encode(
         self, processor: Florence2Processor, images: Sequence[Image.Image], prompts: Sequence[str]
     ) -> Batch:
-        """Return `pixel_values` [B, 3, H, W]; image tokens and prompt: `input_ids`, `attention_mask` [B, T]."""
+        """Return `pixel_values` [B, 3, H, W]; `input_ids`, `attention_mask` [B, T] of image and prompt."""
         texts = [expand_prompt(prompt) for prompt in prompts]
         for text in texts:
             if processor.image_token in text:

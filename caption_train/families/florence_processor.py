@@ -1,0 +1,113 @@
+"""The processor of a legacy Florence-2 folder: its tokenizer completed, its images as in the original."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caption_train.errors import CaptionTrainError
+
+if TYPE_CHECKING:
+    from transformers import Florence2Processor, PreTrainedTokenizerBase
+
+_PAIRED = ("cap", "ncap", "dcap", "grounding", "seg")
+ADDED_TOKENS = (
+    *("<od>", "</od>", "<ocr>", "</ocr>"),
+    *(f"<loc_{number}>" for number in range(1000)),
+    *(token for name in _PAIRED for token in (f"<{name}>", f"</{name}>")),
+    "<sep>",
+    *("<region_cap>", "</region_cap>", "<region_to_desciption>", "</region_to_desciption>"),  # spelt so
+    *("<proposal>", "</proposal>", "<poly>", "</poly>", "<and>"),
+)
+"""The 1024 tokens that the legacy processor adds to BART's, in its order."""
+
+IMAGE_TOKEN = "<image>"
+UNREACHABLE = "madeupword"
+"""How fairseq named the entries that fill BART's vocabulary up; no text is ever encoded to one."""
+
+PREPROCESSOR_DEFAULTS = {
+    "size": {"height": 768, "width": 768},
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+}
+
+POST_PROCESSOR_CONFIG = {
+    "ocr": {"PATTERN": "(.+?)" + r"<loc_(\d+)>" * 8, "AREA_THRESHOLD": 0.0},
+    "phrase_grounding": {"banned_grounding_tokens": []},
+    **{name: {} for name in ("pure_text", "description_with_bboxes", "description_with_polygons")},
+    **{name: {} for name in ("polygons", "bboxes", "description_with_bboxes_or_polygons")},
+}
+"""What transformers' own post-processing needs to be callable; ours does not read it."""
+
+
+def convert_processor(folder: Path, vision: Mapping[str, Any], rows: int) -> Florence2Processor:
+    """Return the native processor of a legacy folder.
+
+    vision: the vision_config, which tells how many tokens an image becomes. rows: entries of the embedding.
+    Raises CaptionTrainError where the folder has no tokenizer, or one that does not fit the embedding.
+    """
+    from transformers import CLIPImageProcessorPil, Florence2Processor
+
+    tokenizer = _load_tokenizer(folder, rows)
+    path = folder / "preprocessor_config.json"
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = {name: saved.get(name, value) for name, value in PREPROCESSOR_DEFAULTS.items()}
+    image_processor = CLIPImageProcessorPil(**settings, do_center_crop=False, do_convert_rgb=True)
+    image_processor.image_seq_length = count_image_tokens(settings["size"], vision)
+    return Florence2Processor(image_processor, tokenizer, post_processor_config=POST_PROCESSOR_CONFIG)
+
+
+def count_image_tokens(size: Mapping[str, int], vision: Mapping[str, Any]) -> int:
+    """Return how many tokens an image of `size` pixels becomes: the last stage's grid, and its average."""
+    sides = [size["height"], size["width"]]
+    for kernel, stride, padding in zip(
+        vision["patch_size"], vision["patch_stride"], vision["patch_padding"], strict=True
+    ):
+        sides = [(side + 2 * padding - kernel) // stride + 1 for side in sides]
+    return 1 + sides[0] * sides[1]
+
+
+def _load_tokenizer(folder: Path, rows: int) -> PreTrainedTokenizerBase:
+    from tokenizers import AddedToken
+    from transformers import BartTokenizer
+
+    tokenizer = BartTokenizer.from_pretrained(
+        folder,
+        extra_special_tokens=list(ADDED_TOKENS),
+        image_token=_choose_image_token(_read_vocabulary(folder)),
+        mask_token=AddedToken("<mask>", lstrip=True, special=True),
+    )
+    if len(tokenizer) > rows:
+        raise CaptionTrainError(
+            f"the tokenizer of {folder} has {len(tokenizer)} entries, but the embedding only {rows} rows"
+        )
+    return tokenizer
+
+
+def _choose_image_token(vocabulary: Mapping[str, int]) -> str:
+    """Return an entry of the vocabulary to stand for the image, so that the embedding needs no new row.
+
+    A new row would enter the softmax and change the loss. No text is encoded to the entries chosen here.
+    """
+    if IMAGE_TOKEN in vocabulary:
+        return IMAGE_TOKEN
+    unreachable = [token for token in vocabulary if token.startswith(UNREACHABLE)]
+    return max(unreachable, key=vocabulary.get, default="</region_to_desciption>")
+
+
+def _read_vocabulary(folder: Path) -> dict[str, int]:
+    vocabulary = {}
+    for name in ("vocab.json", "added_tokens.json", "tokenizer.json"):
+        if (folder / name).is_file():
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            if name == "tokenizer.json":
+                added = {token["content"]: token["id"] for token in content["added_tokens"]}
+                content = {**content["model"]["vocab"], **added}
+            vocabulary |= content
+    if not vocabulary:
+        raise CaptionTrainError(f"{folder} has no tokenizer.json: copy it from the model it was made from")
+    return vocabulary
