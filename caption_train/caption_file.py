@@ -1,6 +1,7 @@
 """All captions of a run in one file that survives a kill. Standard library only."""
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -43,7 +44,7 @@ class CaptionFile:
         """Return the rows that exist by `file_name`: the file's, then those of runs that were cut short."""
         rows = {row["file_name"]: row for row in self._read_file()} if self.path.exists() else {}
         for journal in self._journals() if with_journals else ():
-            for line in journal.read_text(encoding="utf-8").splitlines():
+            for line in journal.read_text(encoding="utf-8").split("\n"):
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError:
@@ -60,6 +61,7 @@ class CaptionFile:
         try:
             if self._journal is None:
                 self._journal = self._journal_path.open("a", encoding="utf-8")
+                self._journal.write("\n")  # A killed process may have left half a line.
             self._journal.write(json.dumps(row, ensure_ascii=False) + "\n")
             self._journal.flush()
         except OSError as error:
@@ -100,7 +102,7 @@ class CaptionFile:
 
     def _read_file(self) -> list[Row]:
         try:
-            text = self.path.read_text(encoding="utf-8-sig")
+            text = self.path.read_bytes().decode("utf-8-sig")
             rows = list(_read_csv(text) if self.path.suffix == ".csv" else _read_jsonl(text))
         except (OSError, ValueError, csv.Error) as error:
             raise UsageError(f"--output {self.path}: the file there cannot be continued: {error}") from error
@@ -122,7 +124,7 @@ def _read_jsonl(text: str) -> Iterable[Any]:
 
 
 def _read_csv(text: str) -> Iterable[Row]:
-    for row in csv.DictReader(text.splitlines(keepends=True), strict=True):
+    for row in csv.DictReader(io.StringIO(text, newline=""), strict=True):
         yield {name: value for name, value in row.items() if name is not None}
 
 
@@ -134,7 +136,7 @@ def _write_jsonl(file: IO[str], rows: Iterable[Mapping[str, Any]]) -> None:
 def _write_csv(file: IO[str], rows: Iterable[Mapping[str, Any]]) -> None:
     rows = list(rows)
     columns = list(dict.fromkeys(["file_name", "text", *(name for row in rows for name in row)]))
-    writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+    writer = csv.DictWriter(file, columns, restval="")
     writer.writeheader()
     for row in rows:
         writer.writerow({name: _to_cell(value) for name, value in row.items()})

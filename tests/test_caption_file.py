@@ -93,7 +93,7 @@ def test_a_journal_that_cannot_be_written_is_one_line(tmp_path):
         CaptionFile(tmp_path / "gone" / "captions.csv").append(tmp_path / "a.png", "text")
 
 
-TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from(',"\n\u2028'), max_size=30)
+TEXTS = st.text(st.sampled_from("aé😀 ,;\"'\\\n\r\t\u2028\x85\x1c"), max_size=9)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
