@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from caption_train.errors import CaptionTrainError
@@ -91,7 +91,7 @@ def find_latest(output_dir: Path) -> tuple[Path | None, list[str]]:
     return None, passed
 
 
-def prune(output_dir: Path, keep: int, protected: set[Path]) -> None:
+def prune(output_dir: Path, keep: int, protected: Collection[Path] = ()) -> None:
     """Delete all but the `keep` newest checkpoints; never one in `protected`, nor what is no checkpoint."""
     for old in list_checkpoints(output_dir)[keep:]:
         if old not in protected:

@@ -1,6 +1,6 @@
 """Putting samples of different lengths into one batch so that the padding is never learned."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -14,6 +14,21 @@ def pad_labels(rows: Sequence[Sequence[int]]) -> torch.Tensor:
     for label, row in zip(labels, rows, strict=True):
         label[: len(row)] = torch.as_tensor(row, dtype=torch.long)
     return labels
+
+
+def move_batch(
+    batch: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Return the batch on `device`, pixels and other floating-point tensors in the model's `dtype`."""
+    return {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
+        for name, tensor in batch.items()
+    }
+
+
+def find_dtype(model: torch.nn.Module) -> torch.dtype:
+    """Return the dtype that `model` takes its pixels in: its first floating-point weight's."""
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 def count_label_tokens(labels: torch.Tensor) -> int:

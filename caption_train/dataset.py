@@ -35,10 +35,6 @@ class MicroBatch:
         """Copy the tensors to page-locked memory; the DataLoader calls this."""
         return replace(self, inputs={name: tensor.pin_memory() for name, tensor in self.inputs.items()})
 
-    def to(self, device: torch.device) -> dict[str, Any]:
-        """Return the model's keyword arguments on `device`."""
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
-
 
 class CaptionDataset(Dataset):
     """Pairs as `{"image": PIL.Image, "caption": str, "file": str}`, read by the key `(epoch, index)`."""

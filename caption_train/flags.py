@@ -61,13 +61,16 @@ def _build_parser(
     defaults: Mapping[str, Any],
     choices: Mapping[str, Sequence[str]],
 ) -> argparse.ArgumentParser:
-    parser = _Parser(prog, description=description, formatter_class=_Formatter, allow_abbrev=False)
+    usage = f"%(prog)s [flags] {' '.join(positionals)}".rstrip()
+    parser = _Parser(
+        prog, usage=usage, description=description, formatter_class=_Formatter, allow_abbrev=False
+    )
     parser.add_argument("--config", type=Path, metavar="FILE", default=argparse.SUPPRESS, help=_CONFIG_HELP)
     hints = typing.get_type_hints(options_class)
     groups: dict[str, argparse._ArgumentGroup] = {}
     for name in positionals:
         help = flags[name].metadata["help"]
-        parser.add_argument(name, nargs="?", type=Path, default=argparse.SUPPRESS, help=help)
+        parser.add_argument(name, nargs="?", type=_path, default=argparse.SUPPRESS, help=help)
     for name, flag in flags.items():
         group = flag.metadata["group"]
         if group not in groups:
@@ -75,6 +78,11 @@ def _build_parser(
         keywords = _argument(flag, hints[name], defaults[name], choices.get(name))
         groups[group].add_argument(*flag.metadata["aliases"], f"--{name}", dest=name, **keywords)
     return parser
+
+
+def _path(value: str) -> Path | str:
+    # argparse sends the default of an absent positional through here, and looks for this very object.
+    return value if value is argparse.SUPPRESS else Path(value)
 
 
 _CONFIG_HELP = "YAML file of flags, by their names without dashes; the command line wins over it"

@@ -1,4 +1,4 @@
-"""What a saved adapter says of itself: training.json for programs, README.md for people. Standard library only."""
+"""What a saved adapter says of itself: training.json for programs, README.md for people. No torch."""
 
 import json
 import platform

@@ -35,6 +35,7 @@ class Family(Protocol):
 
     name: str
     title: str
+    inference_script: str
     model_id: str
     revision: str | None
     base_models: Sequence[str]

@@ -20,6 +20,7 @@ class Blip:
 
     name = "blip"
     title = "BLIP"
+    inference_script = "inference.py"
     model_id = "Salesforce/blip-image-captioning-base"
     revision = None
     base_models = (model_id, "Salesforce/blip-image-captioning-large")
@@ -64,7 +65,7 @@ class Blip:
     def encode(
         self, processor: BlipProcessor, images: Sequence[Image.Image], prompts: Sequence[str]
     ) -> Batch:
-        """Return `pixel_values` [B, 3, H, W], and `[DEC] prompt [SEP]` as `input_ids`, with its mask [B, T]."""
+        """Return `pixel_values` [B, 3, H, W], and `[DEC] prompt [SEP]` as `input_ids`, with a mask [B, T]."""
         pixel_values = processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
         rows = [_text_ids(processor, prompt, "") for prompt in prompts]
         return {"pixel_values": pixel_values, **_pad_text(processor, rows)}

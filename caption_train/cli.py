@@ -1,0 +1,148 @@
+"""From a command line to the work: the room that knows all the others, where errors become exit codes.
+
+Nothing heavy is imported before the flags are read, so `--help` answers at once.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from caption_train.errors import CaptionTrainError
+from caption_train.families import get_family
+from caption_train.flags import parse_options
+from caption_train.options import CaptionOptions, CompileOptions, TrainOptions
+
+TRAIN = """Train a LoRA for {title} on your own captions.
+
+  accelerate launch {prog} --dataset_dir images/ --output_dir loras/my-style
+
+dataset_dir holds images with captions beside them (a.png, a.txt), or what compile_captions.py made of them.
+output_dir can be given to an inference script as --peft_model; every checkpoint in it can be, too."""
+
+CAPTION = """Caption images with {title}, with a LoRA of yours if you have one.
+
+  python {prog} --images photos/ --peft_model loras/my-style --save_captions
+
+Without --base_model it is the one that the LoRA was trained on, or {model_id}.
+Any {title} on the hub or in a folder will do; the official ones are
+  {bases}"""
+
+COMPILE = """Compile image/caption pairs, or Kohya-ss folders, into a metadata.jsonl that trains.
+
+  python compile_captions.py images/                  writes images/metadata.jsonl
+  python compile_captions.py images/ dataset/         writes dataset/, images and all
+
+Pairs are a.png with a.txt beside it (or a.png.txt), at any depth; captions of several lines become one.
+The result is read by the training scripts and by datasets.load_dataset("imagefolder", data_dir=...,
+data_files={"train": "**"}). Its rows may only name images below metadata.jsonl, so with an output_dir that
+does not hold the images they are put there too, as hard links. An output_dir inside dataset_dir is refused."""
+
+
+def train_main(family_name: str, argv: Sequence[str] | None = None) -> int:
+    """Run a training script for a family; return the exit code."""
+    family, prog = get_family(family_name), _program_name()
+
+    def work() -> int:
+        options = parse_options(
+            TrainOptions,
+            argv,
+            prog=prog,
+            description=TRAIN.format(title=family.title, prog=prog),
+            positionals=("dataset_dir", "output_dir"),
+            defaults={
+                "model_id": family.model_id,
+                "revision": family.revision,
+                "target_modules": list(family.lora_target_modules),
+                **family.train_defaults,
+            },
+            **_task_flag(family),
+        )
+        from caption_train.console import print_summary
+        from caption_train.prepare import prepare_training
+
+        trainer = prepare_training(options, family)
+        summary = trainer.train()
+        if trainer.run.accelerator.is_main_process:
+            print_summary(summary, options.output_dir, f"python {family.inference_script}")
+        return 0
+
+    return run(work)
+
+
+def caption_main(family_name: str, argv: Sequence[str] | None = None) -> int:
+    """Run an inference script for a family; return the exit code."""
+    family, prog = get_family(family_name), _program_name()
+
+    def work() -> int:
+        options = parse_options(
+            CaptionOptions,
+            argv,
+            prog=prog,
+            description=CAPTION.format(
+                title=family.title, prog=prog, model_id=family.model_id, bases="\n  ".join(family.base_models)
+            ),
+            **_task_flag(family),
+        )
+        from caption_train.captioning import caption_folder
+
+        return caption_folder(options, family)
+
+    return run(work)
+
+
+def compile_main(argv: Sequence[str] | None = None) -> int:
+    """Run compile_captions.py; return the exit code."""
+
+    def work() -> int:
+        options = parse_options(
+            CompileOptions,
+            argv,
+            prog=_program_name(),
+            description=COMPILE,
+            positionals=("dataset_dir", "output_dir"),
+        )
+        from caption_train.compiling import compile_captions
+
+        return compile_captions(options)
+
+    return run(work)
+
+
+def run(work: Callable[[], int]) -> int:
+    """Do the work; turn what a user can cause into one line and an exit code, never a traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        return work()
+    except CaptionTrainError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        # The reader of our output went away; what is left to say has nobody to hear it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        return _fail(f"out of memory: {str(error).splitlines()[0]} {_SAVERS}", 1)
+
+
+_SAVERS = (
+    "Use less with --batch_size 1 (and --gradient_accumulation_steps to make up for it), "
+    "--gradient_checkpointing, --mixed_precision bf16 or --quantize."
+)
+
+
+def _fail(message: str, exit_code: int) -> int:
+    for line in message.splitlines():
+        print(f"{_program_name()}: {line}", file=sys.stderr)
+    return exit_code
+
+
+def _task_flag(family) -> dict:
+    return {"choices": {"task": family.tasks}, "omit": () if family.tasks else ("task",)}
+
+
+def _program_name() -> str:
+    return Path(sys.argv[0]).name

@@ -1,0 +1,63 @@
+"""What a training run prints: its resolved settings at the start, what became of them at the end."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from rich.console import Console
+from rich.table import Table
+
+from caption_train.dataset import BatchPlan
+from caption_train.model_card import TrainingRecord
+from caption_train.options import TrainOptions
+
+GIB = 1024**3
+
+
+def print_settings(
+    options: TrainOptions, record: TrainingRecord, plan: BatchPlan, accelerator: Accelerator
+) -> None:
+    """Print every setting that is not a default with where it came from, the defaults, and what follows."""
+    table = Table("setting", "value", "from", box=None, title="settings", title_justify="left")
+    defaults = []
+    for f in fields(options):
+        if "help" not in f.metadata:
+            continue
+        value = getattr(options, f.name)
+        shown = " ".join(value) if isinstance(value, list) else str(value)
+        if f.name in options.sources:
+            table.add_row(f.name, shown, options.sources[f.name])
+        elif value not in (None, False):
+            defaults.append(f"{f.name} {shown}")
+    console = Console(stderr=True, markup=False, highlight=False)
+    console.print(table)
+    console.print("defaults: " + " · ".join(defaults), style="dim")
+    share = record.trainable_parameters / record.total_parameters
+    console.print(
+        f"{record.trainable_parameters:,} of {record.total_parameters:,} parameters are trained "
+        f"({share:.2%})\n"
+        f"{record.dataset['pairs']:,} image/caption pairs, effective batch size {plan.effective_batch_size} "
+        f"({plan.batch_size} images × {plan.accumulation_steps} micro-batches × {plan.num_processes} "
+        f"processes), {plan.total_steps:,} steps in {plan.epochs} epochs\n"
+        f"on {accelerator.device}, mixed precision {accelerator.mixed_precision}, "
+        f"prompt {record.prompt or 'none'}"
+    )
+
+
+def print_summary(summary: Mapping[str, Any], output_dir: Path, script: str) -> None:
+    """Print how the run ended and the command that uses what it made."""
+    console = Console(stderr=True, markup=False, highlight=False)
+    console.print(
+        f"{summary['global_step']:,} steps in {summary['train_seconds']:,.1f} s, "
+        f"{summary['images_per_second']:.1f} images/s, last loss {summary['loss']:.4f}, "
+        f"peak memory {summary['peak_memory_bytes'] / GIB:.2f} GiB"
+    )
+    if summary["skipped_steps"]:
+        console.print(f"{summary['skipped_steps']} steps were skipped: loss or gradient was not finite")
+    for reason in summary["skipped_files"]:
+        console.print(f"skipped {reason}")
+    console.print(
+        f"saved to {output_dir}; caption with:\n  {script} --peft_model {output_dir} --images FOLDER"
+    )

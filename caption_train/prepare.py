@@ -1,0 +1,149 @@
+"""From options to a run that is ready to train: data, model, LoRA, optimizer, and where it stood."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+
+from caption_train.accelerator import make_accelerator, make_lr_scheduler, make_optimizer
+from caption_train.captions import Pair
+from caption_train.console import print_settings
+from caption_train.dataset import BatchPlan, CaptionDataset, make_train_dataloader
+from caption_train.evaluation import Sampler
+from caption_train.families.base import Family
+from caption_train.lora import count_parameters, fill_adapter, wrap_with_lora
+from caption_train.metadata import fingerprint, read_dataset
+from caption_train.model_card import TrainingRecord, describe_options, find_versions
+from caption_train.options import TrainOptions
+from caption_train.quantization import make_quantization_config, prepare_quantized
+from caption_train.resume import check_same_run, find_resume_point, read_progress, read_state
+from caption_train.run import Run
+from caption_train.saving import Saver
+from caption_train.tracking import RunLog, start_trackers
+from caption_train.training import Trainer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SAMPLES = 4
+
+
+def prepare_training(options: TrainOptions, family: Family) -> Trainer:
+    """Make everything a run needs. Cheap checks come first: flags and data before the model loads."""
+    accelerator = make_accelerator(options)
+    pairs = read_dataset(options.dataset_dir, caption_extensions=tuple(options.caption_extension))
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    checkpoint = find_resume_point(options)
+    set_seed(options.seed)
+    model, processor = load_trainable(options, family, accelerator, checkpoint)
+    plan = BatchPlan(
+        len(pairs),
+        options.batch_size,
+        options.gradient_accumulation_steps,
+        accelerator.num_processes,
+        accelerator.process_index,
+        options.epochs,
+        options.seed,
+    )
+    record = make_record(options, family, model, pairs)
+    optimizer = make_optimizer(options, model)
+    lr_scheduler = make_lr_scheduler(options, optimizer, plan.total_steps)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    # The LoRA starts the same on every process; dropout must not.
+    set_seed(options.seed + accelerator.process_index)
+    dataset = CaptionDataset(
+        pairs,
+        seed=options.seed,
+        shuffle_captions=options.shuffle_captions,
+        keep_tokens=options.keep_tokens,
+        caption_dropout=options.caption_dropout,
+    )
+    collate_fn = family.make_collator(processor, prompt=record.prompt, max_length=options.max_length)
+    loader = make_train_dataloader(
+        dataset,
+        plan,
+        collate_fn,
+        num_workers=options.num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    run = Run(options, record, accelerator, model, processor, optimizer, lr_scheduler, plan, loader)
+    if checkpoint is not None:
+        check_same_run(checkpoint, record, options.resume_anyway)
+        run.progress = read_progress(checkpoint)
+        plan.first_step = run.progress.global_step
+        read_state(checkpoint, accelerator, optimizer, lr_scheduler)
+    return _make_trainer(run, family, pairs)
+
+
+def load_trainable(
+    options: TrainOptions, family: Family, accelerator: Accelerator, checkpoint: Path | None
+) -> tuple[nn.Module, Any]:
+    """Load the base and make trainable what `--train_method` names; weights from `checkpoint` if resuming."""
+    half = {"bf16": "bfloat16", "fp16": "float16"}.get(accelerator.mixed_precision, "float32")
+    is_lora = options.train_method == "lora"
+    dtype = options.dtype if options.dtype != "auto" else half if is_lora else "float32"
+    model, processor = family.load(
+        options.model_id if is_lora or checkpoint is None else str(checkpoint),
+        revision=options.revision,
+        dtype=DTYPES[dtype],
+        quantization_config=make_quantization_config(options, accelerator.mixed_precision),
+    )
+    model = prepare_quantized(model)
+    if is_lora:
+        model = wrap_with_lora(
+            model,
+            options.target_modules,
+            rank=options.rank,
+            alpha=options.alpha,
+            dropout=options.dropout,
+            rslora=options.rslora,
+        )
+        _name_base(model, options)
+        if checkpoint is not None:
+            from peft import load_peft_weights
+
+            fill_adapter(model, load_peft_weights(str(checkpoint), device="cpu"), checkpoint)
+    if options.gradient_checkpointing or options.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.config.use_cache = False
+    return model, processor
+
+
+def make_record(options: TrainOptions, family: Family, model: nn.Module, pairs: list[Pair]) -> TrainingRecord:
+    """Return what the saved LoRA will say of where it comes from."""
+    trainable, total = count_parameters(model)
+    return TrainingRecord(
+        family=family.name,
+        base_model=_base_name(options),
+        revision=options.revision,
+        prompt=options.prompt or options.task or family.default_prompt,
+        options=describe_options(options),
+        dataset={"pairs": len(pairs), "fingerprint": fingerprint(pairs)},
+        trainable_parameters=trainable,
+        total_parameters=total,
+        versions=find_versions(),
+    )
+
+
+def _make_trainer(run: Run, family: Family, pairs: list[Pair]) -> Trainer:
+    options, accelerator = run.options, run.accelerator
+    if accelerator.is_main_process:
+        print_settings(options, run.record, run.plan, accelerator)
+    if options.log_with:
+        name = options.name or options.output_dir.name
+        start_trackers(accelerator, name, run.record.options)
+    log = RunLog(accelerator, options.output_dir, run.plan.first_step)
+    return Trainer(run, Sampler(run, family, pairs[:SAMPLES], log), Saver(run), log)
+
+
+def _base_name(options: TrainOptions) -> str:
+    """Return the base as others can find it: the hub's id, or the absolute path of a folder."""
+    folder = Path(options.model_id)
+    return str(folder.resolve()) if folder.is_dir() else options.model_id
+
+
+def _name_base(model: nn.Module, options: TrainOptions) -> None:
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = _base_name(options)
+    config.revision = options.revision

@@ -1,0 +1,30 @@
+"""The parts of one training run, which loop, saver and sampler share."""
+
+from dataclasses import dataclass, field
+
+from accelerate import Accelerator
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, ProcessorMixin
+
+from caption_train.dataset import BatchPlan
+from caption_train.model_card import TrainingRecord
+from caption_train.options import TrainOptions
+from caption_train.resume import Progress
+
+
+@dataclass
+class Run:
+    """Everything prepared. Plan and loader start at the step that `progress` stands at."""
+
+    options: TrainOptions
+    record: TrainingRecord
+    accelerator: Accelerator
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    optimizer: Optimizer
+    lr_scheduler: LRScheduler
+    plan: BatchPlan
+    train_dataloader: DataLoader
+    progress: Progress = field(default_factory=Progress)
