@@ -12,7 +12,10 @@ from caption_train.families.florence_tasks import TASKS, expand_prompt
 from caption_train.families.loading import check_transformers
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
+    from peft import LoraConfig
     from PIL import Image
     from transformers import Florence2ForConditionalGeneration, Florence2Processor
 
@@ -97,6 +100,14 @@ class Florence:
         forced = settings.get("forced_eos_token_id", defaults.forced_eos_token_id) is not None
         limit = settings.get("max_new_tokens") if forced else None
         return [_to_generated(processor, sequence[1:], limit) for sequence in sequences.tolist()]
+
+    def convert_adapter(
+        self, folder: Path | str, model: Florence2ForConditionalGeneration
+    ) -> tuple[LoraConfig, dict[str, torch.Tensor]] | None:
+        """Return an adapter of Microsoft's remote code as PEFT's config and weights; None if it is native."""
+        from caption_train.families.florence_adapter import convert_adapter
+
+        return convert_adapter(folder, model)
 
 
 @dataclass

@@ -1,0 +1,233 @@
+"""LoRA adapters of Florence-2 in both layouts: trained on Microsoft's remote code, or on transformers' class.
+
+PEFT loads an adapter whose names match nothing without an error, as zeros; so every tensor is accounted for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caption_train.errors import CaptionTrainError
+from caption_train.families.florence_names import LEGACY_STARTS, legacy_name, native_name
+from caption_train.families.loading import shorten
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig, PeftModel
+    from transformers import Florence2ForConditionalGeneration
+
+PREFIX = "base_model.model."
+EMBEDDINGS = ("shared", "embed_tokens")
+
+REPLACED = {
+    **{"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None},
+    **{"auto_mapping": None, "layer_replication": None, "target_parameters": None},
+}
+"""Fields that hold names of modules or classes; the explicit list of target modules stands for them all."""
+
+CORE_FIELDS = (
+    *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode"),
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "bias", "fan_in_fan_out"),
+    *("init_lora_weights", "rank_pattern", "alpha_pattern", "use_rslora"),
+)
+"""What adapter_config.json has held since PEFT 0.8."""
+
+
+@dataclass
+class Adapter:
+    """An adapter as its files say: adapter_config.json, and tensors by name without PEFT's prefix."""
+
+    config: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+    @property
+    def is_legacy(self) -> bool:
+        """Whether it was trained on the remote code; native names start with `model.` or `lm_head.`."""
+        return any(name.startswith(LEGACY_STARTS) for name in self.tensors)
+
+    def ranks(self) -> dict[str, int]:
+        """Return module → rank of its LoRA, from the shape of A: [r, …]."""
+        return {
+            _module(name): tensor.shape[0]
+            for name, tensor in self.tensors.items()
+            if name.endswith((".lora_A.weight", ".lora_embedding_A"))
+        }
+
+    def alphas(self) -> dict[str, float]:
+        """Return module → alpha, as PEFT looks it up."""
+        from peft.utils.other import get_pattern_key
+
+        pattern = self.config.get("alpha_pattern") or {}
+        default = self.config["lora_alpha"]
+        return {name: pattern.get(get_pattern_key(pattern, name), default) for name in self.ranks()}
+
+    def saved_modules(self) -> list[str]:
+        """Return the innermost modules of `modules_to_save`, which are in the file whole."""
+        wanted = self.config.get("modules_to_save") or []
+        parents = {name.rpartition(".")[0] for name in self.tensors if "lora_" not in name}
+        return sorted(name for name in parents if any(_is_part(name, module) for module in wanted))
+
+
+def read_adapter_files(folder: Path | str) -> Adapter:
+    """Read an adapter's config and tensors, safetensors or `.bin` (weights only)."""
+    from peft import load_peft_weights
+
+    folder = Path(folder)
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    tensors = load_peft_weights(str(folder), device="cpu")
+    if foreign := sorted(name for name in tensors if not name.startswith(PREFIX)):
+        raise CaptionTrainError(f"--peft_model {folder}: no PEFT names: {shorten(foreign)}")
+    return Adapter(config, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()})
+
+
+def convert_adapter(
+    folder: Path | str, model: Florence2ForConditionalGeneration
+) -> tuple[LoraConfig, dict[str, torch.Tensor]] | None:
+    """Return a legacy adapter as PEFT's config and weights for the native `model`; None if it is native.
+
+    The weights have PEFT's names and belong to exactly the modules that the config targets or saves.
+    Raises CaptionTrainError for tensors without a place in `model`, naming them.
+    """
+    from peft import LoraConfig
+
+    adapter = read_adapter_files(folder)
+    if not adapter.is_legacy:
+        return None
+    try:
+        native = rename_adapter(adapter, native_name)
+        drop_base_copies(native, model)
+        fit_vocabulary(native, model)
+    except CaptionTrainError as error:
+        raise CaptionTrainError(f"--peft_model {folder}: {error}") from error
+    modules = dict(model.named_modules())
+    if absent := sorted({*native.ranks(), *native.saved_modules()} - modules.keys()):
+        raise CaptionTrainError(f"--peft_model {folder}: the base has no {shorten(absent)}")
+    weights = {PREFIX + name: tensor for name, tensor in native.tensors.items()}
+    return LoraConfig.from_peft_type(**native.config), weights
+
+
+def rename_adapter(adapter: Adapter, rename: Callable[[str], str | None]) -> Adapter:
+    """Return the adapter with every module renamed, the config listing each by its whole name."""
+    config = adapter.config
+    if config.get("peft_type") != "LORA":
+        raise CaptionTrainError(f"{config.get('peft_type')} adapters cannot be converted, only LORA")
+    for field in ("target_parameters", "trainable_token_indices"):
+        if config.get(field):
+            raise CaptionTrainError(f"adapters with {field} cannot be converted")
+    names = {name: rename(name) for name in adapter.tensors}
+    modules = {name: rename(name) for name in {*adapter.ranks(), *adapter.saved_modules()}}
+    if unknown := sorted(name for name, new in (names | modules).items() if new is None):
+        raise CaptionTrainError(f"{len(unknown)} names have no counterpart: {shorten(unknown)}")
+    wanted = config.get("modules_to_save") or []
+    saved = adapter.saved_modules()
+    if empty := [module for module in wanted if not any(_is_part(name, module) for name in saved)]:
+        raise CaptionTrainError(f"modules_to_save names {shorten(empty)}, but the file has no such tensors")
+    ranks, alphas = adapter.ranks(), adapter.alphas()
+    config = config | {field: value for field, value in REPLACED.items() if field in config}
+    config |= {
+        "target_modules": sorted(modules[name] for name in ranks),
+        "modules_to_save": sorted(modules[name] for name in adapter.saved_modules()) or None,
+        "rank_pattern": {modules[name]: rank for name, rank in ranks.items() if rank != config["r"]},
+        "alpha_pattern": {
+            modules[name]: alpha for name, alpha in alphas.items() if alpha != config["lora_alpha"]
+        },
+    }
+    return Adapter(config, {names[name]: tensor for name, tensor in adapter.tensors.items()})
+
+
+def drop_base_copies(adapter: Adapter, model: Florence2ForConditionalGeneration) -> None:
+    """Remove the base's embeddings, which PEFT saves along with a LoRA on them; others are an error."""
+    import torch
+
+    saved = tuple(f"{name}." for name in adapter.saved_modules())
+    base = dict(model.named_parameters(remove_duplicate=False))
+    for name in [name for name in adapter.tensors if "lora_" not in name and not name.startswith(saved)]:
+        if adapter.config.get("bias", "none") != "none" and name.endswith(".bias"):
+            continue
+        tensor, own = adapter.tensors[name], base.get(name.replace(".base_layer.", "."))
+        rows = len(tensor) if tensor.ndim else 0
+        if own is None or not torch.equal(own[:rows], tensor.to(own.dtype)):
+            raise CaptionTrainError(f"{name} is neither LoRA, nor in modules_to_save, nor the base's own")
+        del adapter.tensors[name]
+
+
+def fit_vocabulary(adapter: Adapter, model: Florence2ForConditionalGeneration) -> None:
+    """Give tensors with a row per vocabulary entry as many as the base has: zeros, or the base's own."""
+    import torch
+
+    rows = model.get_output_embeddings().weight.shape[0]
+    for name, tensor in adapter.tensors.items():
+        module = _module(name).removesuffix(".weight")
+        dim = 1 if name.endswith("lora_embedding_A") else 0
+        if not _is_part(module, "lm_head", *EMBEDDINGS) or name.endswith(
+            ("lora_A.weight", "lora_embedding_B")
+        ):
+            continue
+        missing = rows - tensor.shape[dim]
+        if missing < 0:
+            raise CaptionTrainError(
+                f"{name} has {tensor.shape[dim]} vocabulary entries, the base only {rows}"
+            )
+        if missing and "magnitude" in name:
+            raise CaptionTrainError(f"{name} (DoRA) has {missing} vocabulary entries less than the base")
+        if missing:
+            own = model.get_parameter(name)[-missing:] if "lora_" not in name else None
+            shape = [missing if axis == dim else size for axis, size in enumerate(tensor.shape)]
+            filler = tensor.new_zeros(shape) if own is None else own.detach().to(tensor.dtype)
+            adapter.tensors[name] = torch.cat([tensor, filler], dim=dim)
+
+
+def restore_adapter(adapter: Adapter) -> Adapter:
+    """Return a native adapter as the legacy tools load it: legacy names, and no field that old PEFT lacks."""
+    from peft import LoraConfig
+
+    legacy = rename_adapter(adapter, legacy_name)
+    defaults = LoraConfig().to_dict()
+    config = {
+        name: value
+        for name, value in legacy.config.items()
+        if name in CORE_FIELDS or (value and value != defaults.get(name) and name != "peft_version")
+    }
+    return Adapter(config, legacy.tensors)
+
+
+def prepare_merge(model: PeftModel) -> None:
+    """Make an adapter mergeable: where it changes the head, the head gets weights of its own.
+
+    A tied head is the input embedding, which a merge would change too. Raises CaptionTrainError for adapters
+    of the embedding itself, which encoder and decoder share.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+    from torch import nn
+
+    base = model.get_base_model()
+    changed = {
+        name: module
+        for name, module in base.named_modules()
+        if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))
+    }
+    if embeddings := sorted(name for name in changed if _is_part(name, *EMBEDDINGS)):
+        raise CaptionTrainError(
+            f"an adapter of {shorten(embeddings)} cannot be merged: its weights are shared"
+        )
+    if "lm_head" not in changed:
+        return
+    head = changed["lm_head"]
+    layer = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head.original_module
+    layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    base.config.tie_word_embeddings = False
+
+
+def _module(name: str) -> str:
+    """Return the module of a tensor's name: what stands before `.lora_`, or the whole name."""
+    return name.partition(".lora_")[0]
+
+
+def _is_part(name: str, *modules: str) -> bool:
+    """Say whether a dotted name is one of `modules`, by its end, or lies within one."""
+    return any(f".{module}." in f".{name}." for module in modules)
