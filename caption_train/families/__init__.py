@@ -7,6 +7,7 @@ from caption_train.families.base import Family
 FAMILIES = {
     "blip": "caption_train.families.blip:Blip",
     "florence": "caption_train.families.florence:Florence",
+    "moondream": "caption_train.families.moondream:Moondream",
 }
 
 

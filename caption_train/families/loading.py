@@ -19,7 +19,11 @@ MINIMUM_TRANSFORMERS = (5, 13)
 
 def load_model(model_class: type, model_id: str, **keywords: Any) -> PreTrainedModel:
     """Load weights into `model_class`, in eval mode. A tensor the checkpoint lacks is an error, by name."""
+    from transformers.utils import logging
+
     check_transformers()
+    # Its bar for reading a file counts tensors; hub downloads keep theirs.
+    logging.disable_progress_bar()
     with explained(model_id):
         model, info = model_class.from_pretrained(model_id, output_loading_info=True, **keywords)
     if missing := sorted(info["missing_keys"]):

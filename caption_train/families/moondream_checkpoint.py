@@ -1,8 +1,9 @@
 """The tensors of Moondream 2 in the layouts of the official code, and in ours.
 
-New layout (2025-01-09 and later): `model.vision.…`, `model.text.…`, `model.region.…`, with or without `model.`.
-Old layout (2024): `vision_encoder.…`, `text_model.…`, `region_model.…`. Both hold the same tensors; attention is one
-fused [queries | keys | values] projection in them. Source: vikhyat/moondream, `moondream/torch/weights.py`.
+New layout (2025-01-09 and later): `model.vision.…`, `model.text.…`, `model.region.…`, with or without
+`model.`. Old layout (2024): `vision_encoder.…`, `text_model.…`, `region_model.…`. Both hold the same tensors;
+attention is one fused [queries | keys | values] projection in them. Source: vikhyat/moondream,
+`moondream/torch/weights.py`.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ _OLD_NAMES = (
 
 
 def official_names(config: MoondreamConfig) -> dict[str, tuple[str, ...]]:
-    """Return each tensor of the new layout, without `model.`, and the tensors of ours it is made of, in order."""
+    """Return each tensor of the new layout, without `model.`, with those of ours that it joins, in order."""
     names = {
         "vision.pos_emb": ("model.vision_tower.embeddings.position_embedding.weight",),
         "text.wte": ("model.language_model.embed_tokens.weight",),
@@ -126,7 +127,7 @@ def to_native(tensors: Mapping[str, torch.Tensor], config: MoondreamConfig) -> d
 
 
 def to_official(state: Mapping[str, torch.Tensor], config: MoondreamConfig) -> dict[str, torch.Tensor]:
-    """Turn a state dict of our model into the tensors of the new layout, names with `model.`; exact inverse."""
+    """Turn a state dict of our model into the new layout, names with `model.`: the exact inverse."""
     tensors = {}
     for theirs, ours in official_names(config).items():
         tensor = state[ours[0]] if len(ours) == 1 else torch.cat([state[name] for name in ours])

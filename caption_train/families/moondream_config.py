@@ -1,7 +1,8 @@
-"""What a Moondream 2 checkpoint is: its dimensions, and what its revision of the code knew of tokens and images.
+"""What a Moondream 2 checkpoint is: dimensions, and what its revision of the code knew of tokens and crops.
 
-The hub's `config.json` is empty inside (`"config": {}`): dimensions and templates are defaults of the remote code,
-another set in every revision. They stand here as data. Source: vikhyat/moondream, `moondream/torch/config.py`.
+The hub's `config.json` is empty inside (`"config": {}`): dimensions and templates are defaults of the remote
+code, another set in every revision. They stand here as data. Source: vikhyat/moondream,
+`moondream/torch/config.py`.
 """
 
 from __future__ import annotations
@@ -86,19 +87,19 @@ class MoondreamConfig(PreTrainedConfig):
     """Moondream 2. The defaults are the 2B model's at revision 2025-06-21.
 
     bos_token_id: begins and ends sequences. answer_token_id: generated at no step but the first, where given.
-    unused_token_ids: the official names and ids of tokens that captions do not need.
-    templates: token ids around a caption task or a question; `question_space`: a space precedes the question.
-    prefix_attention: BOS and image see each other in both directions. crops: "overlap" or "fixed" (before 2025).
-    max_crops, overlap_margin (patches): see `moondream_images`. region: dimensions of the heads for detection.
+    unused_token_ids: the official names and ids of tokens that captions do not need. templates: token ids
+    around a caption task or a question; `question_space`: a space precedes the question. prefix_attention:
+    BOS and image see each other in both directions. crops: "overlap" or "fixed" (before 2025). max_crops,
+    overlap_margin (patches): see `moondream_images`. region: dimensions of the heads for detection.
     """
 
     # The hub's own name, so that AutoConfig reads the official config.json with this class.
     model_type = "moondream1"
-    sub_configs_defaults = {  # noqa: RUF012
+    sub_configs_defaults = {
         "text_config": SubConfigSpec(AutoConfig, "phi", {}),
         "vision_config": SubConfigSpec(AutoConfig, "siglip_vision_model", {}),
     }
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values"]
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None

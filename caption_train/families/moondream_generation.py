@@ -1,4 +1,4 @@
-"""Generating with Moondream 2: the image is encoded once, and its part of the key-value cache shared by every row."""
+"""Generating with Moondream 2: an image is encoded once, and its key-value cache shared by all its rows."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class MoondreamGenerationMixin(GenerationMixin):
     ) -> Any:
         """Return prompts and answers [B × returned, T + new], right-padded; see transformers' `generate`.
 
-        All crops are encoded in one pass. BOS and image of every image go through the decoder once, however many
-        rows, beams or returned sequences read them.
+        All crops are encoded in one pass. BOS and image of every image go through the decoder once, however
+        many rows, beams or returned sequences read them.
         """
         input_ids = inputs if input_ids is None else input_ids
         if pixel_values is not None:
@@ -107,7 +107,7 @@ class MoondreamGenerationMixin(GenerationMixin):
     def _can_share_prefix(
         self, input_ids: torch.Tensor, chosen: GenerationConfig, kwargs: dict[str, Any]
     ) -> bool:
-        """Whether every row begins with BOS and image, goes on after it, and the cache is the default kind."""
+        """Whether every row is BOS, image and more, and the cache is of the default kind."""
         if kwargs.get("past_key_values") is not None or kwargs.get("assistant_model") is not None:
             return False
         if kwargs.get("cache_implementation", chosen.cache_implementation) is not None:

@@ -1,8 +1,8 @@
-"""Cutting an image into Moondream 2's crops: one of the whole image, and overlapping windows of a larger copy.
+"""Cutting an image into Moondream 2's crops: the whole image, and overlapping windows of a larger copy.
 
-Legend: C crops, H/W pixels, S = 378 the side of a crop. Source: vikhyat/moondream, `moondream/torch/image_crops.py`
-and, for the crops before 2025, `moondream/hf/vision_encoder.py`. The resizer is PIL's, as in the official code
-without libvips; libvips gives other pixels when it enlarges.
+Legend: C crops, H/W pixels, S = 378 the side of a crop. Source: vikhyat/moondream,
+`moondream/torch/image_crops.py` and, for the crops before 2025, `moondream/hf/vision_encoder.py`. The resizer
+is PIL's, as in the official code without libvips; libvips gives other pixels when it enlarges.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ def cut_crops(
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """Return the crops of an RGB image, uint8 [1 + rows × columns, size, size, 3], and (rows, columns).
 
-    Crop 0 is the whole image. The others, row by row, are windows of a copy that is resized, whatever its aspect,
-    to a whole number of windows; neighbours overlap by two margins (`margin` is in patches of `patch` pixels).
+    Crop 0 is the whole image. The others, row by row, are windows of a copy that is resized, whatever its
+    aspect, to a whole number of windows; neighbours overlap by two margins (`margin` is in patches of `patch`
+    pixels).
     """
     border = margin * patch
     window = size - 2 * border
@@ -64,7 +65,7 @@ def cut_crops(
 
 
 def cut_fixed_crops(image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
-    """Return the crops of revisions before 2025, float32 0…255 [1 + rows × columns, 378, 378, 3], and the tiling.
+    """Return the crops of 2024's revisions, float32 0…255 [1 + rows × columns, 378, 378, 3], and the tiling.
 
     The image becomes one of four sizes, cut without overlap; the whole is a bilinear reduction of that copy.
     """
@@ -92,11 +93,11 @@ def normalise(crops: np.ndarray) -> np.ndarray:
 class MoondreamImageProcessor(BaseImageProcessor):
     """Images → the crops of all of them in one flat batch.
 
-    `pixel_values` [C, 3, S, S] and `tilings` [images, 2] (rows, columns). An image has 1 + rows × columns crops; an
-    image of one window has a single crop, since the window equals the whole and is encoded once.
+    `pixel_values` [C, 3, S, S] and `tilings` [images, 2] (rows, columns). An image has 1 + rows × columns
+    crops; an image of one window has a single crop, since the window equals the whole and is encoded once.
     """
 
-    model_input_names = ["pixel_values", "tilings"]  # noqa: RUF012
+    model_input_names = ["pixel_values", "tilings"]
 
     def __init__(
         self,

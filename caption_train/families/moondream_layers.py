@@ -1,7 +1,7 @@
 """The parts of Moondream 2 that transformers has no module for.
 
-Legend: I images, C crops of all images, P = 27 patches a side, N = P² image tokens, V width of the vision tower,
-D width of the decoder. Source: vikhyat/moondream, `moondream/torch/`.
+Legend: I images, C crops of all images, P = 27 patches a side, N = P² image tokens, V width of the vision
+tower, D width of the decoder. Source: vikhyat/moondream, `moondream/torch/`.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ class MoondreamPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["PhiDecoderLayer", "SiglipEncoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _no_split_modules = ["PhiDecoderLayer", "SiglipEncoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_attention_backend = True
 
@@ -77,7 +77,7 @@ class MoondreamModel(MoondreamPreTrainedModel):
         return self.multi_modal_projector(torch.stack(features))
 
     def pool_windows(self, windows: torch.Tensor, tiling: tuple[int, int]) -> torch.Tensor:
-        """Average the features of an image's windows [rows × columns, N, V] down to one crop's worth [N, V]."""
+        """Average the features of an image's windows [rows × columns, N, V] to one crop's worth [N, V]."""
         if tiling == (1, 1):
             return windows[0]
         side = self.config.vision_config.image_size // self.config.vision_config.patch_size
@@ -114,9 +114,7 @@ class MoondreamModel(MoondreamPreTrainedModel):
                 image_embeds = image_embeds[image_index]
             is_image = find_image_tokens(input_ids, self.config.image_token_id, self.config.image_seq_length)
             if int(is_image.sum()) != image_embeds.shape[0] * image_embeds.shape[1]:
-                raise ValueError(
-                    f"{int(is_image.sum())} image tokens in input_ids, but features for {len(image_embeds)} images"
-                )
+                raise ValueError(f"{int(is_image.sum())} image tokens, but {len(image_embeds)} images")
             inputs_embeds = inputs_embeds.masked_scatter(
                 is_image[..., None], image_embeds.to(inputs_embeds.dtype)
             )
@@ -140,7 +138,7 @@ class MoondreamModel(MoondreamPreTrainedModel):
         cache: Any,
         positions: Any,
     ) -> Any:
-        """Return a causal mask in which BOS and image, everything up to the last image token, see each other."""
+        """Return a causal mask in which BOS and image, all up to the last image token, see each other."""
         places = torch.arange(is_image.shape[1], device=is_image.device)
         ends = torch.where(is_image, places, -1).amax(dim=1)
 
@@ -158,7 +156,7 @@ class MoondreamModel(MoondreamPreTrainedModel):
 
 
 class MoondreamForConditionalGeneration(MoondreamPreTrainedModel, MoondreamGenerationMixin):
-    """Moondream 2 with its head. `from_pretrained` also reads the official layouts, from the hub or a folder."""
+    """Moondream 2 with its head. `from_pretrained` also reads the official layouts, hub or folder."""
 
     def __init__(self, config: MoondreamConfig) -> None:
         super().__init__(config)
@@ -213,9 +211,9 @@ class MoondreamForConditionalGeneration(MoondreamPreTrainedModel, MoondreamGener
         """Return logits, and the mean cross-entropy over `labels` [B, T] where they are not IGNORE_INDEX.
 
         input_ids [B, T]: BOS, N image tokens, text; padding may stand anywhere outside BOS and image.
-        pixel_values [C, 3, S, S] and tilings [I, 2], or image_embeds [I, N, D]. image_index [B]: each row's image
-        (row i has image i if not given). logits_to_keep: positions to compute logits of, as a number of last ones
-        or as indices; all if 0. The loss needs those before the labelled positions only.
+        pixel_values [C, 3, S, S] and tilings [I, 2], or image_embeds [I, N, D]. image_index [B]: each row's
+        image (row i has image i if not given). logits_to_keep: positions to compute logits of, as a number of
+        last ones or as indices; all if 0. The loss needs those before the labelled positions only.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -233,7 +231,7 @@ class MoondreamForConditionalGeneration(MoondreamPreTrainedModel, MoondreamGener
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
-            following = F.pad(labels, (0, 1), value=-100)[:, 1:][:, keep]
+            following = F.pad(labels, (0, 1), value=-100)[:, 1:][:, keep].contiguous()
             loss = self.loss_function(
                 logits=logits, labels=None, shift_labels=following, vocab_size=logits.shape[-1]
             )

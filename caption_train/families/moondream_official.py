@@ -59,8 +59,9 @@ def read_official(
 ) -> tuple[MoondreamConfig, dict[str, torch.Tensor]] | None:
     """Return config and state dict of an official checkpoint, None if `model_id` is none (or is ours).
 
-    revision: branch, tag or commit on the hub; for a folder, which release its weights are, where its config.json
-    does not say. Raises CaptionTrainError naming each tensor that is missing, left over or misshapen.
+    revision: branch, tag or commit on the hub; for a folder, which release its weights are, where its
+    config.json does not say. Raises CaptionTrainError naming each tensor that is missing, left over or
+    misshapen.
     """
     folder = model_id and find_folder(model_id, revision, **kwargs)
     files = find_weight_files(folder) if folder else []
@@ -142,9 +143,9 @@ def read_tokenizer(model_id: str | Path, revision: str | None, bos_token_id: int
     found = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
     if found != bos_token_id:
         raise UsageError(
-            f"--model_id {model_id}: its tokenizer.json is {_tokenizer_name(found)}, but its weights were trained "
-            f"with {_tokenizer_name(bos_token_id)}: put that tokenizer.json there, or name the release of the "
-            f"weights with --revision ({', '.join(name for name in REVISIONS if len(name) == 10)})"
+            f"--model_id {model_id}: its tokenizer.json is {_tokenizer_name(found)}, but its weights were "
+            f"trained with {_tokenizer_name(bos_token_id)}: put that tokenizer.json there, or name the "
+            f"release of the weights with --revision ({', '.join(r for r in REVISIONS if len(r) == 10)})"
         )
     return tokenizer
 
@@ -173,7 +174,7 @@ def _layer_counts(layers: int) -> dict[str, Any]:
 
 
 def _describe(folder: Path, shapes: dict[str, list[int]], old: bool, revision: str | None) -> MoondreamConfig:
-    """Return the config: what config.json says, then what the weights' shapes say, then the revision's facts."""
+    """Return the config: config.json's word first, then the weights' shapes, then the revision's facts."""
     official = _read_json(folder / "config.json")
     nested = {
         part: dict((official.get("config") or {}).get(part) or {}) for part in (*_DIMENSIONS, "tokenizer")
@@ -191,8 +192,8 @@ def _describe(folder: Path, shapes: dict[str, list[int]], old: bool, revision: s
         _settle(folder, nested[part], f"{part}.{key}", key, layers)
     if "enc_n_heads" not in nested["vision"] and nested["vision"]["enc_dim"] % 72:
         raise CaptionTrainError(
-            f"--model_id {folder}: config.json does not give vision.enc_n_heads, and {nested['vision']['enc_dim']} "
-            "is no multiple of the released models' 72"
+            f"--model_id {folder}: config.json does not give vision.enc_n_heads, and "
+            f"{nested['vision']['enc_dim']} is no multiple of the released models' 72"
         )
     release = revision if revision in REVISIONS else "2024-08-26" if old else DEFAULT_REVISION
     fields = native_dict({**official, "config": nested}, REVISIONS[release])

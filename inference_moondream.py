@@ -1,0 +1,8 @@
+"""Caption images with Moondream 2, with a LoRA or without."""
+
+import sys
+
+from caption_train.cli import caption_main
+
+if __name__ == "__main__":
+    sys.exit(caption_main("moondream"))

@@ -1,0 +1,8 @@
+"""Train a LoRA for Moondream 2 on a folder of captioned images."""
+
+import sys
+
+from caption_train.cli import train_main
+
+if __name__ == "__main__":
+    sys.exit(train_main("moondream"))
