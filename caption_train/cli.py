@@ -3,13 +3,17 @@
 Nothing heavy is imported before the flags are read, so `--help` answers at once.
 """
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from caption_train.errors import CaptionTrainError
 from caption_train.families import get_family
+from caption_train.families.base import Family
 from caption_train.flags import parse_options
 from caption_train.options import CaptionOptions, CompileOptions, TrainOptions
 
@@ -111,7 +115,7 @@ def compile_main(argv: Sequence[str] | None = None) -> int:
 
 def run(work: Callable[[], int]) -> int:
     """Do the work; turn what a user can cause into one line and an exit code, never a traceback."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _quiet_libraries()
     try:
         return work()
     except CaptionTrainError as error:
@@ -128,6 +132,14 @@ def run(work: Callable[[], int]) -> int:
         return _fail(f"out of memory: {str(error).splitlines()[0]} {_SAVERS}", 1)
 
 
+def _quiet_libraries() -> None:
+    """Keep advice that is meant for a library's callers, not for its users' users, off the screen."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|bitsandbytes|torch")
+
+
 _SAVERS = (
     "Use less with --batch_size 1 (and --gradient_accumulation_steps to make up for it), "
     "--gradient_checkpointing, --mixed_precision bf16 or --quantize."
@@ -140,7 +152,7 @@ def _fail(message: str, exit_code: int) -> int:
     return exit_code
 
 
-def _task_flag(family) -> dict:
+def _task_flag(family: Family) -> dict[str, Any]:
     return {"choices": {"task": family.tasks}, "omit": () if family.tasks else ("task",)}
 
 

@@ -69,8 +69,7 @@ def _build_parser(
     hints = typing.get_type_hints(options_class)
     groups: dict[str, argparse._ArgumentGroup] = {}
     for name in positionals:
-        help = flags[name].metadata["help"]
-        parser.add_argument(name, nargs="?", type=_path, default=argparse.SUPPRESS, help=help)
+        parser.add_argument(name, nargs="?", type=Path, default=argparse.SUPPRESS, help=f"as --{name}")
     for name, flag in flags.items():
         group = flag.metadata["group"]
         if group not in groups:
@@ -85,6 +84,7 @@ def _path(value: str) -> Path | str:
     return value if value is argparse.SUPPRESS else Path(value)
 
 
+METAVARS = {int: "N", float: "X", Path: "PATH"}
 _CONFIG_HELP = "YAML file of flags, by their names without dashes; the command line wins over it"
 
 
@@ -101,10 +101,12 @@ def _argument(flag: Field, hint: Any, default: Any, choices: Sequence[str] | Non
         return keywords | {"action": "store_true"}
     if typing.get_origin(kind) is list:
         many = {"action": "append"} if flag.metadata["repeated"] else {"action": "extend", "nargs": "+"}
-        return keywords | many | {"type": typing.get_args(kind)[0], "metavar": flag.metadata["metavar"]}
-    keywords |= {"type": kind, "metavar": flag.metadata["metavar"]}
+        return keywords | many | {"type": typing.get_args(kind)[0], "metavar": "NAME"}
+    keywords |= {"type": kind, "metavar": flag.metadata["metavar"] or METAVARS.get(kind, "NAME")}
     if choices:
-        keywords |= {"choices": tuple(choices)}
+        listed = len(choices) > 5
+        keywords |= {"choices": tuple(choices), "metavar": "NAME" if listed else None}
+        keywords["help"] += f"; one of {' '.join(choices)}" if listed else ""
     if flag.metadata["const"]:
         keywords |= {"nargs": "?", "const": flag.metadata["const"]}
     return keywords
