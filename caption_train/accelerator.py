@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -56,25 +57,40 @@ def make_optimizer(options: TrainOptions, model: torch.nn.Module) -> torch.optim
     Flora's `scale_parameter` is off: it multiplies the rate by the weight's size, which for a new `lora_B`
     is zero; `--learning_rate` then means about what it means to AdamW.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = group_parameters(options, model)
     settings = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
     if options.optimizer_name == "AdamW":
         # The fused kernel on the CPU gains nothing here and rounds differently from torch's default.
         fused = PartialState().device.type != "cpu"
-        return torch.optim.AdamW(parameters, fused=fused or None, **settings)
-    if options.optimizer_name == "AdamW8bit":
-        from bitsandbytes.optim import AdamW8bit
+        return torch.optim.AdamW(groups, fused=fused or None, **settings)
+    if options.optimizer_name == "Flora":
+        from caption_train.flora import Flora
 
-        return AdamW8bit(parameters, **settings)
-    from caption_train.flora import Flora
+        return Flora(groups, beta1=FLORA_BETA1, scale_parameter=False, **settings)
+    import bitsandbytes
 
+    return getattr(bitsandbytes.optim, options.optimizer_name)(groups, **settings)
+
+
+def group_parameters(options: TrainOptions, model: torch.nn.Module) -> list[dict[str, Any]]:
+    """Return the trainable parameters as groups of one learning rate and, for Flora, one rank.
+
+    A `lora_B` learns `--lora_plus_ratio` times as fast (LoRA+, arXiv 2402.12354). An embedding's momentum is
+    left whole, as in Flora's paper.
+    """
+    is_flora = options.optimizer_name == "Flora"
     embeddings = {p for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
-    groups = [
-        {"params": [p for p in parameters if p not in embeddings], "rank": options.optimizer_rank},
-        {"params": [p for p in parameters if p in embeddings], "rank": None},
+    groups: dict[tuple, list[torch.nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            is_fast = options.lora_plus_ratio is not None and "lora_B" in name
+            rate = options.learning_rate * (options.lora_plus_ratio if is_fast else 1)
+            rank = options.optimizer_rank if is_flora and p not in embeddings else None
+            groups.setdefault((rate, rank), []).append(p)
+    return [
+        {"params": parameters, "lr": rate, **({"rank": rank} if is_flora else {})}
+        for (rate, rank), parameters in groups.items()
     ]
-    groups = [group for group in groups if group["params"]]
-    return Flora(groups, beta1=FLORA_BETA1, scale_parameter=False, **settings)
 
 
 def make_lr_scheduler(

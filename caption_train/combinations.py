@@ -15,6 +15,9 @@ class Setup:
     activation_checkpointing: bool
     quantize: str | None
     train_method: str
+    dora: bool
+    lora_plus_ratio: float | None
+    quantize_parts: tuple[str, ...]
     dtype: str
     device: str | None
     precision: str | None
@@ -52,6 +55,23 @@ REFUSALS = (
         "gradient; drop --quantize, or train a LoRA on the quantized base with --train_method lora",
     ),
     Refusal(
+        lambda s: s.dora and s.train_method == "full",
+        "--dora cannot be combined with --train_method full, which has no LoRA: drop one of them",
+    ),
+    Refusal(
+        lambda s: s.lora_plus_ratio is not None and s.train_method == "full",
+        "--lora_plus_ratio cannot be combined with --train_method full, which has no LoRA: drop one of them",
+    ),
+    Refusal(
+        lambda s: bool(s.quantize_parts) and s.quantize is None,
+        "--quantize_parts says what --quantize is to quantize: add --quantize, or drop it",
+    ),
+    Refusal(
+        lambda s: s.optimizer_name.startswith("Paged") and s.device == "cpu",
+        "--optimizer_name {optimizer_name} moves its state between a GPU and the CPU, so it does not work on "
+        "--device cpu: use --optimizer_name AdamW8bit",
+    ),
+    Refusal(
         lambda s: s.precision == "fp16" and s.device == "cpu",
         "--mixed_precision fp16 does not work on --device cpu: use --mixed_precision bf16",
     ),
@@ -87,6 +107,9 @@ def check(
         activation_checkpointing=options.activation_checkpointing,
         quantize=options.quantize,
         train_method=options.train_method,
+        dora=options.dora,
+        lora_plus_ratio=options.lora_plus_ratio,
+        quantize_parts=tuple(options.quantize_parts),
         dtype=options.dtype,
         device=device or (options.device or "").split(":")[0] or None,
         precision=precision or options.mixed_precision,

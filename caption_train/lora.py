@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.parts import choose_targets, outside
 
 TRAINING_FILE = "training.json"
 TRAINABLE_KINDS = (nn.Linear, nn.Conv2d)
@@ -25,9 +26,12 @@ def wrap_with_lora(
     alpha: float,
     dropout: float,
     rslora: bool = False,
+    dora: bool = False,
+    parts: Sequence[str] = (),
 ) -> PeftModel:
     """Freeze `model` and put LoRA on each Linear and Conv2d whose name is, or ends in, a target's.
 
+    `parts` are regular expressions of module names; if there are any, only what one matches is trained.
     Raises UsageError when a target matches nothing; PEFT itself says nothing as long as another one matches.
     """
     check_targets(model, target_modules)
@@ -35,8 +39,10 @@ def wrap_with_lora(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=list(target_modules),
+        target_modules=choose_targets(model, target_modules, parts),
+        exclude_modules=outside(parts),
         use_rslora=rslora,
+        use_dora=dora,
     )
     return get_peft_model(model, config)
 

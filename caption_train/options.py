@@ -43,6 +43,9 @@ def flag(
     return field(default=default, metadata=metadata)
 
 
+OPTIMIZERS = ("AdamW", "AdamW8bit", "PagedAdamW", "PagedAdamW8bit", "Flora")
+PARTS = ("vision", "projector", "language")
+
 _data = partial(flag, group="data")
 _model = partial(flag, group="model")
 _lora = partial(flag, group="LoRA")
@@ -85,13 +88,20 @@ class TrainOptions:
     dropout: float = _lora(0.05, "dropout of the LoRA")
     target_modules: list[str] = _lora([], "names, or ends of names, of the modules to train")
     rslora: bool = _lora(False, "scale by alpha / sqrt(rank) (rank-stabilized LoRA)")
+    dora: bool = _lora(False, "learn each weight's magnitude beside its direction (DoRA); slower")
+    lora_plus_ratio: float | None = _lora(
+        None, "learning rate of every lora_B in units of lora_A's; LoRA+ suggests 16 (1 if not given)"
+    )
+    train_parts: list[str] = _lora(
+        [], "parts to train: vision, projector, language; the rest is frozen (all if not given)"
+    )
 
     learning_rate: float = _optim(1e-4, "peak learning rate")
     weight_decay: float = _optim(1e-4, "weight decay")
     batch_size: int = _optim(1, "images per process and micro-batch")
     gradient_accumulation_steps: int = _optim(1, "micro-batches per optimizer step")
     epochs: int = _optim(5, "passes over the dataset")
-    optimizer_name: str = _optim("AdamW", "optimizer", choices=("AdamW", "AdamW8bit", "Flora"))
+    optimizer_name: str = _optim("AdamW", "optimizer", choices=OPTIMIZERS)
     scheduler: str = _optim(
         "OneCycle", "learning-rate schedule", choices=("OneCycle", "constant", "linear", "cosine")
     )
@@ -106,6 +116,9 @@ class TrainOptions:
     gradient_checkpointing: bool = _memory(False, "recompute activations: less memory, slower")
     quantize: str | None = _memory(
         None, "hold the frozen base in 4-bit NF4 (or 8bit)", choices=("4bit", "8bit"), const="4bit"
+    )
+    quantize_parts: list[str] = _memory(
+        [], "parts that --quantize quantizes: vision, projector, language (all if not given)"
     )
     accumulation_compression: bool = _memory(
         False, "compress accumulated gradients with FloraAccelerator (needs Flora)"
@@ -142,13 +155,19 @@ class TrainOptions:
         problems += _below(self, 0, "weight_decay", "seed")
         problems += [
             f"--{name} must be above 0, not {getattr(self, name)}"
-            for name in ("learning_rate", "alpha", "max_grad_norm")
+            for name in ("learning_rate", "alpha", "max_grad_norm", "lora_plus_ratio")
             if getattr(self, name) is not None and not getattr(self, name) > 0
         ]
         problems += [
             f"--{name} is a probability from 0 up to, not including, 1; {getattr(self, name)} is not"
             for name in ("dropout", "caption_dropout")
             if not 0 <= getattr(self, name) < 1
+        ]
+        problems += [
+            f"--{name} {part}: the parts are {', '.join(PARTS)}"
+            for name in ("train_parts", "quantize_parts")
+            for part in getattr(self, name)
+            if part not in PARTS
         ]
         if self.keep_tokens and not self.shuffle_captions:
             problems.append("--keep_tokens only has a meaning with --shuffle_captions")

@@ -10,6 +10,7 @@ from torch import nn
 
 from caption_train.accelerator import make_accelerator, make_lr_scheduler, make_optimizer
 from caption_train.captions import Pair
+from caption_train.checkpointing import enable_checkpointing
 from caption_train.console import print_settings
 from caption_train.dataset import BatchPlan, CaptionDataset, make_train_dataloader
 from caption_train.evaluation import Sampler
@@ -18,6 +19,7 @@ from caption_train.lora import count_parameters, fill_adapter, wrap_with_lora
 from caption_train.metadata import fingerprint, read_dataset
 from caption_train.model_card import TrainingRecord, describe_options, find_versions
 from caption_train.options import TrainOptions
+from caption_train.parts import freeze_outside
 from caption_train.quantization import make_quantization_config, prepare_quantized
 from caption_train.resume import check_same_run, find_resume_point, read_progress, read_state
 from caption_train.run import Run
@@ -82,12 +84,13 @@ def load_trainable(
     """Load the base and make trainable what `--train_method` names; weights from `checkpoint` if resuming."""
     half = {"bf16": "bfloat16", "fp16": "float16"}.get(accelerator.mixed_precision, "float32")
     is_lora = options.train_method == "lora"
+    parts = [family.parts[part] for part in options.train_parts]
     dtype = options.dtype if options.dtype != "auto" else half if is_lora else "float32"
     model, processor = family.load(
         options.model_id if is_lora or checkpoint is None else str(checkpoint),
         revision=options.revision,
         dtype=DTYPES[dtype],
-        quantization_config=make_quantization_config(options, accelerator.mixed_precision),
+        quantization_config=make_quantization_config(options, accelerator.mixed_precision, family.parts),
     )
     model = prepare_quantized(model)
     if is_lora:
@@ -98,15 +101,18 @@ def load_trainable(
             alpha=options.alpha,
             dropout=options.dropout,
             rslora=options.rslora,
+            dora=options.dora,
+            parts=parts,
         )
         _name_base(model, options)
         if checkpoint is not None:
             from peft import load_peft_weights
 
             fill_adapter(model, load_peft_weights(str(checkpoint), device="cpu"), checkpoint)
+    else:
+        freeze_outside(model, parts)
     if options.gradient_checkpointing or options.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.config.use_cache = False
+        enable_checkpointing(model)
     return model, processor
 
 

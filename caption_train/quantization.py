@@ -1,6 +1,7 @@
 """Holding the frozen base in 4 or 8 bits with bitsandbytes."""
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,27 +12,35 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HEADS = ("lm_head", "predictions.decoder")
+"""Ends of the names of output heads, whose weights are the embedding's and stay in full precision."""
 
 # Its warning about a kernel for another processor is printed on import of peft or bitsandbytes.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def make_quantization_config(
-    options: TrainOptions, mixed_precision: str | None = None
+    options: TrainOptions, mixed_precision: str | None = None, parts: Mapping[str, str] | None = None
 ) -> "BitsAndBytesConfig | None":
     """Return what `from_pretrained` needs to quantize, or None without `--quantize`.
 
     4 bits are NF4 with the constants quantized again (QLoRA, arXiv 2305.14314), multiplied in the dtype of
-    `mixed_precision` (as the accelerator resolved it; the flag's if not given).
+    `mixed_precision` (as the accelerator resolved it; the flag's if not given). `parts` are the family's.
     """
     if options.quantize is None:
         return None
     from transformers import BitsAndBytesConfig
 
+    skipped = None
+    if options.quantize_parts:
+        # Naming any module to skip makes transformers forget that it would have skipped the head.
+        kept = [pattern for name, pattern in parts.items() if name not in options.quantize_parts]
+        skipped = [*kept, *HEADS]
     if options.quantize == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(
         load_in_4bit=True,
+        llm_int8_skip_modules=skipped,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=COMPUTE_DTYPES[mixed_precision or options.mixed_precision or "no"],
