@@ -1,4 +1,4 @@
-"""Moondream 2: a SigLIP tower, and a Phi that reads the image before the prompt. No torch until a verb runs."""
+"""Moondream 2: a SigLIP tower, and a Phi that reads BOS, image, prompt. No torch until a verb runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Moondream:
     revision = "2025-06-21"
     base_models = (model_id,)
     lora_target_modules = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
-    train_defaults = {}
+    train_defaults = {"train_parts": ["language"]}
     default_prompt = "normal"
     tasks = ("short", "normal", "long")
     parts = {
@@ -97,7 +97,7 @@ class Moondream:
 
 @dataclass
 class MoondreamCollator:
-    """Items → what `encode` returns, the caption and EOS after the prompt, and `labels` [B, T] on those alone.
+    """Items → what `encode` returns, caption and EOS after the prompt, and `labels` [B, T] on those alone.
 
     `logits_to_keep` spares the model the vocabulary's width on the image tokens, where no loss is due.
     """

@@ -14,14 +14,8 @@ from safetensors.torch import save_file
 
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families.moondream_checkpoint import official_names, old_name, to_native, to_official
-from caption_train.families.moondream_config import (
-    DEFAULT_REVISION,
-    REVISIONS,
-    TOKENIZER_NAMES,
-    MoondreamConfig,
-    native_dict,
-    official_dict,
-)
+from caption_train.families.moondream_config import MoondreamConfig, native_dict, official_dict
+from caption_train.families.moondream_revisions import DEFAULT_REVISION, REVISIONS, TOKENIZER_NAMES
 from caption_train.files import write_atomically
 
 END_OF_TEXT = "<|endoftext|>"

@@ -59,17 +59,16 @@ class MoondreamProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, folder: str, **kwargs: Any) -> MoondreamProcessor:
-        """Load what `save_pretrained` wrote; an official checkpoint has no processor files, see `from_config`."""
+        """Load what `save_pretrained` wrote; for an official checkpoint, see `from_config`."""
         from transformers import PreTrainedTokenizerFast
 
         kwargs.pop("backend", None)
         settings, _ = cls.get_processor_dict(folder, **kwargs)
         names = ("image_token_id", "image_seq_length", "templates", "question_space")
         images = settings.get("image_processor") or {}
+        crops = {key: value for key, value in images.items() if key != "image_processor_type"}
         return cls(
-            MoondreamImageProcessor(
-                **{k: v for k, v in images.items() if not k.endswith(("_type", "_class"))}
-            ),
+            MoondreamImageProcessor(**crops),
             PreTrainedTokenizerFast.from_pretrained(folder, **kwargs),
             **{name: settings[name] for name in names},
         )
