@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from caption_train.errors import CaptionTrainError
@@ -40,13 +41,17 @@ RECOMPUTABLE = "model.multi_modal_projector.visual_temporal_embed.pos_idx_to_emb
 class Checkpoint:
     """The files of a model: `folder` with its config and tokenizer, and its weight files, shards in order."""
 
+    model_id: str
     folder: Path
     weights: tuple[Path, ...]
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json as it is."""
-        return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        try:
+            return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CaptionTrainError(f"{self.folder / 'config.json'} is not JSON: {error}") from error
 
     @cached_property
     def tensors(self) -> dict[str, Any]:
@@ -94,7 +99,7 @@ def find_checkpoint(model_id: str, revision: str | None = None) -> Checkpoint:
         weights = {name: find(name) for name in names}
     if absent := [name for name, path in weights.items() if path is None]:
         raise CaptionTrainError(f"--model_id {model_id}: {found.name} names {shorten(absent)}, not there")
-    return Checkpoint(folder, tuple(weights.values()))
+    return Checkpoint(model_id, folder, tuple(weights.values()))
 
 
 def load_legacy(
@@ -106,14 +111,7 @@ def load_legacy(
     """
     from transformers import Florence2ForConditionalGeneration
 
-    tensors = dict(checkpoint.tensors)
-    shapes = {name: tuple(shape_of(tensor)) for name, tensor in tensors.items()}
-    state, tied = convert_tensors(tensors)
-    rows = next((shapes[name][0] for name in TIED.values() if name in shapes), 0)
-    config = convert_config(checkpoint.config, shapes, tied=tied, image_token_id=0)
-    processor = convert_processor(checkpoint.folder, config.vision_config.to_dict(), rows)
-    config.image_token_id = processor.image_token_id
-    check_complete(config, state)
+    config, processor, state = convert_checkpoint(checkpoint)
     model, info = Florence2ForConditionalGeneration.from_pretrained(
         None,
         config=config,
@@ -123,9 +121,26 @@ def load_legacy(
         output_loading_info=True,
     )
     if left := sorted({*info["missing_keys"], *info["unexpected_keys"]} - {RECOMPUTABLE}):
-        raise CaptionTrainError(f"{checkpoint.folder}: not loaded: {shorten(left)}")
+        raise CaptionTrainError(f"--model_id {checkpoint.model_id}: not loaded: {shorten(left)}")
     model.generation_config = make_generation_config(checkpoint.config.get("text_config") or {})
-    return model.eval(), processor
+    return _name(model.eval(), checkpoint), processor
+
+
+def convert_checkpoint(
+    checkpoint: Checkpoint,
+) -> tuple[Florence2Config, Florence2Processor, dict[str, Any]]:
+    """Return config, processor and tensors as the native class has them; safetensors are not read yet."""
+    shapes = {name: tuple(shape_of(tensor)) for name, tensor in checkpoint.tensors.items()}
+    rows = next((shapes[name][0] for name in TIED.values() if name in shapes), 0)
+    try:
+        state, tied = convert_tensors(checkpoint.tensors)
+        config = convert_config(checkpoint.config, shapes, tied=tied, image_token_id=0)
+        processor = convert_processor(checkpoint.folder, config.vision_config.to_dict(), rows)
+        config.image_token_id = processor.image_token_id
+        check_complete(config, state)
+    except CaptionTrainError as error:
+        raise CaptionTrainError(f"--model_id {checkpoint.model_id}: {error}") from error
+    return config, processor, state
 
 
 def load_native(
@@ -144,7 +159,7 @@ def load_native(
     if is_lost(saved):
         text_config = checkpoint.config.get("text_config") or {}
         model.generation_config = make_generation_config(text_config, saved)
-    return model, load_processor(AutoProcessor.from_pretrained, str(checkpoint.folder))
+    return _name(model, checkpoint), load_processor(AutoProcessor.from_pretrained, str(checkpoint.folder))
 
 
 def convert_tensors(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
@@ -198,14 +213,22 @@ def check_complete(config: Florence2Config, state: Mapping[str, Any]) -> None:
         if tuple(shape_of(state[name])) != tuple(expected[name].shape)
     ]
     if wrong:
-        problems.append(f"{len(wrong)} tensors have another shape than the config says: {shorten(wrong)}")
+        problems.append(f"{len(wrong)} tensors have another shape than config.json says: {shorten(wrong)}")
     if problems:
-        raise CaptionTrainError("the checkpoint does not fit its config.json: " + "; ".join(problems))
+        raise CaptionTrainError("; ".join(problems))
 
 
 def shape_of(tensor: Any) -> list[int]:
     """Return the shape of a tensor or of a slice of a safetensors file."""
     return list(tensor.shape) if hasattr(tensor, "shape") else tensor.get_shape()
+
+
+def _name(
+    model: Florence2ForConditionalGeneration, checkpoint: Checkpoint
+) -> Florence2ForConditionalGeneration:
+    """Let adapters that are saved from the model name it as the user did, not by a folder of the cache."""
+    model.name_or_path = model.config.name_or_path = checkpoint.model_id
+    return model
 
 
 def _say(name: str) -> str:
@@ -219,11 +242,13 @@ def _equal(first: Any, second: Any) -> bool:
 
 
 def _open_weights(path: Path) -> dict[str, Any]:
-    if path.suffix == ".safetensors":
-        from safetensors import safe_open
+    import torch
+    from safetensors import SafetensorError, safe_open
 
+    try:
+        if path.suffix == ".bin":
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         file = safe_open(path, framework="pt")
         return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-    import torch
-
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+        raise CaptionTrainError(f"{path} is damaged, or holds other things than tensors") from error
