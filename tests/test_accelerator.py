@@ -165,3 +165,35 @@ def test_backward_never_divides(monkeypatch):
     weight = torch.ones((), requires_grad=True)
     accelerator.backward(weight * 3)
     assert weight.grad == 3
+
+
+@pytest.mark.parametrize("optimizer_name", ["AdamW", "AdamW8bit", "Flora"])
+def test_lora_plus_steps_lora_b_that_much_faster(optimizer_name):
+    options = make_options(optimizer_name=optimizer_name, lora_plus_ratio=16, scheduler="constant")
+    run = Run(options)
+    rates = {p: group["lr"] for group in run.optimizer.param_groups for p in group["params"]}
+    by_name = {name: rates[p] for name, p in run.model.named_parameters()}
+    assert by_name.pop("lora_B.weight") == pytest.approx(16e-2)
+    assert set(by_name.values()) == {1e-2} and len(rates) == len(list(run.model.parameters()))
+    run.train(make_updates(1))
+
+
+def test_a_frozen_parameter_is_in_no_optimizer():
+    model = make_network()
+    model.embed.weight.requires_grad_(False)
+    optimizer = make_optimizer(make_options(), model)
+    assert all(p is not model.embed.weight for group in optimizer.param_groups for p in group["params"])
+
+
+def test_the_8bit_state_is_a_quarter():
+    model = torch.nn.Linear(128, 128, bias=False)
+    states = []
+    for name in ("AdamW", "AdamW8bit"):
+        optimizer = make_optimizer(make_options(optimizer_name=name), model)
+        model.weight.grad = torch.randn(128, 128)
+        optimizer.step()
+        tensors = [v for v in optimizer.state[model.weight].values() if isinstance(v, torch.Tensor)]
+        moments = [t for t in tensors if t.shape == (128, 128)]
+        assert len(moments) == 2
+        states.append(sum(t.nbytes for t in moments))
+    assert states[1] == states[0] / 4

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from PIL import Image
 from caption_train.families import get_family
 from caption_train.lora import wrap_with_lora
 from caption_train.options import TrainOptions
-from caption_train.quantization import make_quantization_config, prepare_quantized
+from caption_train.quantization import HEADS, make_quantization_config, prepare_quantized
 
 FAMILIES = ("blip", "florence")
 
@@ -31,7 +32,9 @@ def folder(family, tmp_path_factory):
 
 def load(family, folder, **flags):
     options = TrainOptions(**flags)
-    model, processor = family.load(str(folder), quantization_config=make_quantization_config(options))
+    model, processor = family.load(
+        str(folder), quantization_config=make_quantization_config(options, parts=family.parts)
+    )
     return prepare_quantized(model), processor
 
 
@@ -95,9 +98,26 @@ def test_every_targeted_linear_is_held_in_nf4(family, folder):
         name for name, m in model.named_modules() if type(m) is torch.nn.Linear and name.endswith(targets)
     ]
     assert not missed
+    heads = [m for name, m in model.named_modules() if name.endswith(HEADS)]
+    assert heads and all(type(m) is torch.nn.Linear for m in heads)
     assert not any(p.requires_grad for p in model.parameters())
     norms = [m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)]
     assert norms and all(m.weight.dtype == torch.float32 for m in norms)
+
+
+@pytest.mark.parametrize("quantize", ["4bit", "8bit"])
+def test_a_part_can_stay_in_full_precision(family, folder, quantize):
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    model, _ = load(family, folder, quantize=quantize, quantize_parts=["language", "projector"])
+    kinds = {
+        name: isinstance(module, (Linear4bit, Linear8bitLt))
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    for name, is_quantized in kinds.items():
+        in_vision = re.fullmatch(family.parts["vision"], name) is not None
+        assert is_quantized == (not in_vision and not name.endswith(HEADS)), name
 
 
 def test_training_equals_training_on_the_dequantized_base(family, folder):
