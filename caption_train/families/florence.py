@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from caption_train.errors import UsageError
 from caption_train.families.base import Batch, Generated
-from caption_train.families.florence_tasks import TASKS, expand_prompt
+from caption_train.families.florence_answers import Answer, parse_answer
+from caption_train.families.florence_tasks import TASKS, expand_prompt, find_task
 from caption_train.families.loading import check_transformers
 
 if TYPE_CHECKING:
@@ -100,6 +101,20 @@ class Florence:
         forced = settings.get("forced_eos_token_id", defaults.forced_eos_token_id) is not None
         limit = settings.get("max_new_tokens") if forced else None
         return [_to_generated(processor, sequence[1:], limit) for sequence in sequences.tolist()]
+
+    def parse_answer(self, text: str, prompt: str, image_size: tuple[int, int]) -> Answer | None:
+        """Return the boxes or polygons of a generated text, in pixels of an image (width, height) large.
+
+        None for tasks that are answered in text, and for prompts that are no task.
+        """
+        task = find_task(prompt)
+        return task and parse_answer(text, task, image_size)
+
+    def draw_answer(self, image: Image.Image, answer: Answer) -> Image.Image:
+        """Return a copy of `image` with the shapes and labels of what `parse_answer` found."""
+        from caption_train.families.florence_drawing import draw_answer
+
+        return draw_answer(image, answer)
 
     def convert_adapter(
         self, folder: Path | str, model: Florence2ForConditionalGeneration

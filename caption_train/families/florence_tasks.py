@@ -22,12 +22,17 @@ TASKS = {
 """Task token → the sentence Florence-2 was trained on; `{input}` is the rest of the prompt."""
 
 
+def find_task(prompt: str) -> str | None:
+    """Return the task token in a prompt; None where there is none."""
+    return next((token for token in TASKS if token in prompt), None)
+
+
 def expand_prompt(prompt: str) -> str:
     """Return the sentence for a task token, with the rest of the prompt put in; other text as it is.
 
     Spaces around the rest are kept, as in Microsoft's processor and unlike in transformers'.
     """
-    token = next((token for token in TASKS if token in prompt), None)
+    token = find_task(prompt)
     if token is None:
         return prompt
     rest = prompt.replace(token, "")
