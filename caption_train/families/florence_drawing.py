@@ -37,7 +37,7 @@ def draw_answer(image: Image.Image, answer: Answer) -> Image.Image:
 
 def _find_outlines(answer: Answer) -> Iterator[tuple[list[float], str]]:
     """Yield ([x1, y1, x2, y2, …], label) for every shape; a box becomes its four corners."""
-    for kind in answer.keys() & {"bboxes", "quad_boxes", "polygons"}:
+    for kind in (name for name in ("bboxes", "quad_boxes", "polygons") if name in answer):
         labels = answer[f"{kind}_labels"] if f"{kind}_labels" in answer else answer["labels"]
         for shape, label in zip(answer[kind], labels, strict=True):
             if kind == "bboxes":
