@@ -69,7 +69,7 @@ def _build_parser(
     hints = typing.get_type_hints(options_class)
     groups: dict[str, argparse._ArgumentGroup] = {}
     for name in positionals:
-        parser.add_argument(name, nargs="?", type=Path, default=argparse.SUPPRESS, help=f"as --{name}")
+        parser.add_argument(name, nargs="?", type=_path, default=argparse.SUPPRESS, help=f"as --{name}")
     for name, flag in flags.items():
         group = flag.metadata["group"]
         if group not in groups:
