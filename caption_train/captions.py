@@ -32,7 +32,7 @@ class Folder:
     """The files of one dataset folder, relative to `root` with `/` between parts, in natural order.
 
     captions: (path without its extension, extension as the user wrote it) → files. The rest was left alone:
-    hidden files and folders, symbolic links that lead out of the folder, what is no file or cannot be listed.
+    hidden files and folders, symbolic links not followed, what is no regular file or cannot be listed.
     metadata: files that datasets' imagefolder would read as metadata.
     """
 
@@ -130,13 +130,13 @@ def _is_image(name: str) -> bool:
 def _read_bytes(path: Path | str) -> bytes:
     # Opened without blocking, since a named pipe would wait for a writer for ever.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with os.fdopen(descriptor, "rb") as file:
+    with os.fdopen(descriptor, "rb", buffering=0) as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("not a regular file")
         if status.st_size > MAX_CAPTION_BYTES:
             raise ValueError(f"{status.st_size / 1e6:.1f} MB, longer than any caption (limit 1 MB)")
-        return file.read(MAX_CAPTION_BYTES + 1)
+        return file.read()
 
 
 def _decode(data: bytes, encoding: str) -> str:
@@ -184,7 +184,7 @@ def _walk(folder: Folder, recursive: bool, follow_symlinks: bool) -> Iterator[st
                 (linked if entry.is_symlink() else pending).append(name)
             elif kind == "link":
                 folder.links.append(name)
-            elif kind == "other" and _is_image(name):
+            elif kind == "other":
                 folder.unusable.append(f"{name}: not a regular file")
 
 

@@ -165,7 +165,7 @@ def _read_pairs(
         f"{'/'.join(caption_extensions)} files beside them"
     )
     empty = [f"{name}: no caption in it" for name in matches.empty]
-    return matches.pairs, matches.unreadable + empty + folder.unusable, found
+    return list(matches.pairs.values()), matches.unreadable + empty + folder.unusable, found
 
 
 def _parse(line: bytes) -> dict | ValueError:

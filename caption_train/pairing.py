@@ -21,11 +21,12 @@ from caption_train.errors import CaptionTrainError
 class Matches:
     """Images with their captions, and every file that did not make a pair.
 
-    empty: files, or entries, whose caption is blank. shared: caption files of several images, as `a.txt:
-    a.png, a.jpg`. second: caption files that another one goes before. unreadable: file and reason.
+    pairs: by the image's path relative to the dataset folder. empty: files, or entries, with a blank caption.
+    shared: caption files of several images, `a.txt: a.png, a.jpg`. second: caption files another one goes
+    before. unreadable: file and reason.
     """
 
-    pairs: list[Pair] = field(default_factory=list)
+    pairs: dict[str, Pair] = field(default_factory=dict)
     without_caption: list[str] = field(default_factory=list)
     without_image: list[str] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)
@@ -55,26 +56,26 @@ def match_captions(
         found = [caption for key in keys for caption in folder.captions.get(key, ())]
         candidates.update(found)
         if name in given:
-            _add(matches, folder.root / name, *given[name])
+            _add(matches, folder.root, name, *given[name])
         elif found:
             used.setdefault(found[0], []).append(name)
             try:
-                caption = read_caption(folder.root / found[0], encoding)
+                caption = read_caption(f"{folder.root}/{found[0]}", encoding)
             except CaptionTrainError as error:
                 matches.unreadable.append(str(error).removeprefix(f"{printable(folder.root)}/"))
             else:
-                _add(matches, folder.root / name, caption, found[0])
+                _add(matches, folder.root, name, caption, found[0])
         else:
             matches.without_caption.append(name)
     matches.shared = [f"{caption}: {', '.join(names)}" for caption, names in used.items() if len(names) > 1]
-    files = sorted(chain.from_iterable(folder.captions.values()), key=natural_key)
-    matches.second = [name for name in files if name in candidates and name not in used]
-    matches.without_image = [name for name in files if name not in candidates]
+    files = set(chain.from_iterable(folder.captions.values()))
+    matches.second = sorted(candidates - used.keys(), key=natural_key)
+    matches.without_image = sorted(files - candidates, key=natural_key)
     return matches
 
 
-def _add(matches: Matches, image: Path, caption: str, source: str) -> None:
+def _add(matches: Matches, root: Path, name: str, caption: str, source: str) -> None:
     if caption:
-        matches.pairs.append(Pair(image, caption, source))
+        matches.pairs[name] = Pair(root / name, caption, source)
     else:
         matches.empty.append(source)
