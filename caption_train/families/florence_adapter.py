@@ -79,8 +79,6 @@ def read_adapter_files(folder: Path | str) -> Adapter:
     folder = Path(folder)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = load_peft_weights(str(folder), device="cpu")
-    if foreign := sorted(name for name in tensors if not name.startswith(PREFIX)):
-        raise CaptionTrainError(f"--peft_model {folder}: no PEFT names: {shorten(foreign)}")
     return Adapter(config, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()})
 
 

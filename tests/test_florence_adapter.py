@@ -1,0 +1,236 @@
+"""Legacy adapters of every kind act on the native model as their tensors say, or are refused by name."""
+
+import copy
+import json
+import re
+
+import pytest
+import torch
+from legacy_florence import FIXTURES, TIED, needs_fixtures, read_tensors, write_checkpoint
+from safetensors.torch import save_file
+
+from caption_train.errors import CaptionTrainError
+from caption_train.families import get_family
+from caption_train.families.florence_adapter import (
+    Adapter,
+    prepare_merge,
+    read_adapter_files,
+    rename_adapter,
+    restore_adapter,
+)
+from caption_train.families.florence_names import native_name
+from caption_train.lora import load_adapter
+
+pytestmark = needs_fixtures
+FAMILY = get_family("florence")
+SEED_TARGETS = r".*\.(qkv|proj|k_proj|v_proj|q_proj|out_proj)"
+CONFIG = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "auto_mapping": {"base_model_class": "X", "parent_library": "transformers_modules.x"},
+    "base_model_name_or_path": "microsoft/Florence-2-base-ft",
+    "bias": "none",
+    "lora_dropout": 0.05,
+    "lora_alpha": 6,
+    "r": 4,
+    "target_modules": ["anything", "Conv2d"],
+    "modules_to_save": None,
+    "layers_pattern": None,
+    "use_rslora": False,
+    "a_field_of_another_peft": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return read_tensors()
+
+
+@pytest.fixture(scope="module")
+def base():
+    return FAMILY.load(str(FIXTURES / "checkpoint"))[0]
+
+
+class LegacyLora:
+    """An adapter made by hand, and what it makes of a legacy checkpoint's tensors."""
+
+    def __init__(self, tensors, pattern, *, seed=0, rank=lambda module: 4, dora=False, **config):
+        generator = torch.Generator().manual_seed(seed)
+        weights = {
+            name.removesuffix(".weight"): tensor
+            for name, tensor in tensors.items()
+            if re.fullmatch(pattern, name.removesuffix(".weight"))
+        }
+        assert weights
+        self.config = CONFIG | {"use_dora": dora} | config
+        self.tensors, self.merged = {}, {}
+        for module, weight in weights.items():
+            r = rank(module)
+            a = torch.randn(r, *weight.shape[1:], generator=generator) * 0.1
+            b = torch.randn(len(weight), r, *[1] * (weight.ndim - 2), generator=generator) * 0.1
+            alphas = self.config.get("alpha_pattern") or {}
+            alpha = next(
+                (alphas[key] for key in alphas if re.fullmatch(rf"(.*\.)?{key}", module)),
+                self.config["lora_alpha"],
+            )
+            scale = alpha / (r**0.5 if self.config["use_rslora"] else r)
+            merged = weight + scale * (b.flatten(1) @ a.flatten(1)).view_as(weight)
+            self.tensors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+            if dora:
+                magnitude = weight.flatten(1).norm(dim=1) * 1.1
+                shape = (1, -1, 1, 1) if weight.ndim == 4 else (-1,)
+                self.tensors[f"{module}.lora_magnitude_vector"] = magnitude.view(shape)
+                merged = merged * (magnitude / merged.flatten(1).norm(dim=1)).view(
+                    -1, *[1] * (weight.ndim - 1)
+                )
+            self.merged[f"{module}.weight"] = merged
+
+    def write(self, folder, suffix="safetensors"):
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps(self.config))
+        named = {f"base_model.model.{name}": tensor for name, tensor in self.tensors.items()}
+        write = torch.save if suffix == "bin" else save_file
+        write(named, folder / f"adapter_model.{suffix}")
+        return folder
+
+
+def run(model):
+    """Logits and image features of a fixed input."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.tensor([[775] * 37 + [0, 315, 455, 267, 2]])
+    pixels = torch.randn(1, 3, 192, 192, generator=generator)
+    with torch.no_grad():
+        output = model(input_ids=ids, pixel_values=pixels, labels=torch.tensor([[0, 68, 431, 2]]))
+    return output.logits
+
+
+def check(tmp_path, tensors, base, lora, suffix="safetensors"):
+    """The adapted model, and the merged one, equal the checkpoint whose tensors were merged by hand."""
+    model = copy.deepcopy(base)
+    adapted = load_adapter(model, lora.write(tmp_path / "lora", suffix), FAMILY)
+    folder = write_checkpoint(tmp_path / "merged", tensors | lora.merged)
+    expected = run(FAMILY.load(str(folder))[0])
+    assert (run(base) - expected).abs().max() > 0.01
+    torch.testing.assert_close(run(adapted), expected, atol=2e-4, rtol=0)
+    prepare_merge(adapted)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(run(merged), expected, atol=2e-4, rtol=0)
+    merged.save_pretrained(tmp_path / "saved")
+    again = type(merged).from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(run(again), run(merged), atol=0, rtol=0)
+    return adapted
+
+
+def test_the_reference_targets_with_convolutions(tmp_path, tensors, base):
+    lora = LegacyLora(tensors, SEED_TARGETS)
+    assert len(lora.merged) == 48
+    assert "vision_tower.convs.0.proj.weight" in lora.merged
+    check(tmp_path, tensors, base, lora)
+
+
+def test_rslora_with_patterns_in_a_bin_file(tmp_path, tensors, base):
+    lora = LegacyLora(
+        tensors,
+        SEED_TARGETS,
+        rank=lambda module: 8 if "decoder" in module and module.endswith("q_proj") else 4,
+        use_rslora=True,
+        rank_pattern={r"language_model\.model\.decoder.*\.q_proj": 8},
+        alpha_pattern={"qkv": 2, r"convs\.\d\.proj": 16},
+    )
+    check(tmp_path, tensors, base, lora, "bin")
+
+
+def test_lora_of_the_head_leaves_the_embedding_alone(tmp_path, tensors, base):
+    adapted = check(tmp_path, tensors, base, LegacyLora(tensors, r".*(lm_head|fc1|fc2)"))
+    assert not adapted.get_base_model().config.tie_word_embeddings
+
+
+def test_dora(tmp_path, tensors, base):
+    check(tmp_path, tensors, base, LegacyLora(tensors, SEED_TARGETS, dora=True))
+
+
+def test_modules_to_save(tmp_path, tensors, base):
+    lora = LegacyLora(
+        tensors, r".*\.q_proj", modules_to_save=["lm_head", "image_proj_norm", "image_pos_embed"]
+    )
+    for name in list(tensors):
+        if name.startswith(("language_model.lm_head", "image_proj_norm", "image_pos_embed")):
+            lora.tensors[name] = lora.merged[name] = tensors[name] * 1.5 + 0.1
+    check(tmp_path, tensors, base, lora)
+
+
+def test_the_bases_own_embeddings_saved_along_are_dropped(tmp_path, tensors, base):
+    lora = LegacyLora(tensors, r".*lm_head")
+    lora.tensors["language_model.lm_head.base_layer.weight"] = tensors[TIED[3]]
+    lora.tensors["language_model.model.shared.weight"] = tensors[TIED[0]].half()
+    tensors = tensors | {name: tensors[name].half().float() for name in TIED}
+    lora.tensors["language_model.lm_head.base_layer.weight"] = tensors[TIED[3]]
+    model, _ = FAMILY.load(str(write_checkpoint(tmp_path / "half", tensors)))
+    load_adapter(model, lora.write(tmp_path / "lora"), FAMILY)
+    lora.tensors["language_model.model.shared.weight"] += 1
+    with pytest.raises(CaptionTrainError, match="nor the base's own"):
+        load_adapter(copy.deepcopy(base), lora.write(tmp_path / "other"), FAMILY)
+
+
+def test_a_base_with_more_rows_takes_a_head_of_less(tmp_path, tensors, base):
+    grown = copy.deepcopy(base)
+    grown.resize_token_embeddings(1856, mean_resizing=False)
+    lora = LegacyLora(tensors, r".*lm_head")
+    expected = run(load_adapter(copy.deepcopy(base), lora.write(tmp_path / "lora"), FAMILY))
+    found = run(load_adapter(grown, tmp_path / "lora", FAMILY))
+    torch.testing.assert_close(found[..., :1801], expected, atol=1e-5, rtol=0)
+    lora.tensors = {name: torch.cat([tensor] * 2) for name, tensor in lora.tensors.items()}
+    with pytest.raises(CaptionTrainError, match="the base only 1801"):
+        load_adapter(copy.deepcopy(base), lora.write(tmp_path / "large"), FAMILY)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("vision_tower.blocks.7.0.spatial_block.window_attn.fn.qkv.lora_A.weight", {}, r"no .*blocks\.7"),
+        ("vision_tower.neck.lora_A.weight", {}, r"no counterpart: vision_tower\.neck"),
+        ("image_proj_norm.weight", {}, r"image_proj_norm\.weight is neither LoRA"),
+        (None, {"modules_to_save": ["lm_head"]}, "modules_to_save names lm_head"),
+        (None, {"peft_type": "IA3"}, "IA3 adapters cannot be converted"),
+        (None, {"target_parameters": ["image_projection"]}, "target_parameters"),
+    ],
+)
+def test_what_has_no_place_is_named(tmp_path, tensors, base, name, config, message):
+    lora = LegacyLora(tensors, r".*\.q_proj", **config)
+    if name:
+        lora.tensors[name] = torch.ones(4, 8)
+    with pytest.raises(CaptionTrainError, match=message) as caught:
+        load_adapter(base, lora.write(tmp_path / "lora"), FAMILY)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_native_adapter_is_left_as_it_is(tmp_path, base):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "native")
+    assert FAMILY.convert_adapter(tmp_path / "native", base) is None
+
+
+@pytest.mark.parametrize("name", ["lora_attention", "lora_roboflow_style"])
+def test_native_and_back_is_the_same_adapter(name):
+    adapter = read_adapter_files(FIXTURES / name)
+    again = restore_adapter(rename_adapter(adapter, native_name))
+    assert again.tensors.keys() == adapter.tensors.keys()
+    assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in adapter.tensors.items())
+    assert set(again.config["target_modules"]) == set(adapter.ranks())
+    kept = ("r", "lora_alpha", "use_rslora", "bias", "task_type", "base_model_name_or_path", "peft_type")
+    assert {key: again.config.get(key) for key in kept} == {key: adapter.config[key] for key in kept}
+
+
+def test_an_embedding_adapter_is_not_merged(base):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=["shared"]))
+    with pytest.raises(CaptionTrainError, match="cannot be merged"):
+        prepare_merge(adapted)
+
+
+def test_ranks_come_from_the_tensors():
+    tensors = {"a.lora_A.weight": torch.ones(3, 5), "b.lora_embedding_A": torch.ones(2, 9)}
+    assert Adapter({}, tensors).ranks() == {"a": 3, "b": 2}
