@@ -85,7 +85,8 @@ def scan_folder(
 
 def natural_key(name: str) -> list[tuple[int, int | str]]:
     """Sort key in which folders are compared part by part and numbers by their value."""
-    parts = _DIGITS.split(name.replace("/", "\0"))
+    # Without the extension, or z2.png would come before z.png.
+    parts = _DIGITS.split(_without_suffix(name).replace("/", "\0"))
     return [(1, int(part)) if i % 2 else (0, part) for i, part in enumerate(parts)] + [(0, name)]
 
 
@@ -121,6 +122,11 @@ def printable(text: object) -> str:
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _DIGITS = re.compile("([0-9]+)")
 _UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
+
+
+def _without_suffix(name: str) -> str:
+    stem, _, suffix = name.rpartition(".")
+    return name if "/" in suffix else stem or name
 
 
 def _is_image(name: str) -> bool:
