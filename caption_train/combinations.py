@@ -59,6 +59,11 @@ REFUSALS = (
         "--dora cannot be combined with --train_method full, which has no LoRA: drop one of them",
     ),
     Refusal(
+        lambda s: s.dora and s.quantize == "8bit",
+        "--dora cannot be combined with --quantize 8bit, whose weights cannot be read back to measure them: "
+        "use --quantize 4bit, or drop --dora",
+    ),
+    Refusal(
         lambda s: s.lora_plus_ratio is not None and s.train_method == "full",
         "--lora_plus_ratio cannot be combined with --train_method full, which has no LoRA: drop one of them",
     ),

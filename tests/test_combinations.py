@@ -1,0 +1,119 @@
+"""The table of combinations: what is not refused trains, what is refused says why."""
+
+import importlib
+import itertools
+import math
+import os
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+from caption_train.accelerator import accumulate, make_accelerator, make_lr_scheduler, make_optimizer
+from caption_train.combinations import REFUSALS, check
+from caption_train.families import get_family
+from caption_train.options import OPTIMIZERS, TrainOptions
+from caption_train.prepare import load_trainable
+
+AXES = {
+    "optimizer_name": OPTIMIZERS,
+    "accumulation_compression": (False, True),
+    "gradient_checkpointing": (False, True),
+    "quantize": (None, "4bit", "8bit"),
+    "mixed_precision": ("no", "bf16", "fp16"),
+    "train_method": ("lora", "full"),
+    "dora": (False, True),
+}
+SETUPS = [dict(zip(AXES, values, strict=True)) for values in itertools.product(*AXES.values())]
+
+
+def make_options(**changes) -> TrainOptions:
+    few = {"device": "cpu", "output_dir": "unused", "optimizer_rank": 4, "accumulation_rank": 4, "rank": 8}
+    return TrainOptions(**{**few, "dataset_dir": "unused", "learning_rate": 1e-3, **changes})
+
+
+SUPPORTED = [setup for setup in SETUPS if not make_options(**setup).check()]
+
+
+def cover_pairs(setups: list[dict]) -> list[dict]:
+    """Return a few setups in which every pair of values of two axes occurs that occurs in all of them."""
+    pairs = [{*itertools.combinations(setup.items(), 2)} for setup in setups]
+    missing, chosen = set().union(*pairs), []
+    while missing:
+        best = max(range(len(setups)), key=lambda index: len(pairs[index] & missing))
+        missing -= pairs[best]
+        chosen.append(setups[best])
+    return chosen
+
+
+# All of them take minutes: ALL_COMBINATIONS=1 pytest tests/test_combinations.py
+LAUNCHED = SUPPORTED if os.environ.get("ALL_COMBINATIONS") else cover_pairs(SUPPORTED)
+
+
+def describe(setup: dict) -> str:
+    return " ".join(str(value if value is not True else name) for name, value in setup.items() if value)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> list[tuple]:
+    """Family, folder and a batch for each."""
+    found = []
+    for name in ("blip", "florence"):
+        family, folder = get_family(name), tmp_path_factory.mktemp(name)
+        torch.manual_seed(0)
+        for part in importlib.import_module(f"examples.tiny_{name}").make_model():
+            part.save_pretrained(folder)
+        _, processor = family.load(str(folder))
+        item = {"image": Image.effect_noise((96, 96), 90).convert("RGB"), "caption": "a red circle"}
+        collate_fn = family.make_collator(processor, prompt=family.default_prompt, max_length=32)
+        found.append((family, folder, collate_fn([item])))
+    return found
+
+
+@pytest.mark.parametrize("index", range(len(LAUNCHED)), ids=[describe(setup) for setup in LAUNCHED])
+def test_every_supported_combination_trains(bases, index):
+    family, folder, batch = bases[index % len(bases)]
+    options = make_options(
+        **LAUNCHED[index], model_id=str(folder), target_modules=list(family.lora_target_modules)
+    )
+    torch.manual_seed(0)
+    accelerator = make_accelerator(options)
+    model, _ = load_trainable(options, family, accelerator, None)
+    optimizer = make_optimizer(options, model)
+    lr_scheduler = make_lr_scheduler(options, optimizer, 2)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.train()
+    for last in (False, True):
+        with accumulate(accelerator, model, last):
+            accelerator.backward(model(**batch).loss / 2)
+    norm = accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+    optimizer.step()
+    lr_scheduler.step()
+    optimizer.zero_grad()
+    assert math.isfinite(norm) and norm > 0
+    for name, p in model.named_parameters():
+        changed = not torch.equal(before[name], p)
+        assert not (changed and not p.requires_grad), f"{name} is frozen and changed"
+        if "lora_B" in name:
+            assert changed, f"{name} is dead"
+    assert any(not torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.sentence[:40])
+def test_a_refusal_says_which_flag_to_change(refusal):
+    assert re.findall(r"--[a-z_]+", refusal.sentence)
+    assert re.search(r"\b(use|drop|add|launch)\b", refusal.sentence)
+
+
+def test_adamw_with_flora_accelerator_names_both_flags():
+    (problem,) = check(make_options(accumulation_compression=True))
+    assert "--accumulation_compression" in problem and "--optimizer_name AdamW" in problem
+
+
+def test_the_accelerators_own_answers_are_checked():
+    assert not check(make_options(device=None, mixed_precision=None))
+    assert check(make_options(device=None), device="cpu", precision="fp16")
+    assert check(make_options(), distributed="FSDP")
+    assert not check(make_options(), distributed="MULTI_CPU", precision="bf16")
