@@ -17,6 +17,8 @@ BACKGROUND = (255, 255, 255)
 
 # Pillow warns above 89 megapixels, which cameras have reached, and raises above twice that, which none has.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# It also warns of damaged tags, by its own file and line; pictures that such damage spoils raise.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class ImageError(CaptionTrainError):
