@@ -40,9 +40,8 @@ def read_dataset(dataset_dir: Path | str, **settings: Any) -> list[Pair]:
     """
     pairs, problems = inspect_dataset(dataset_dir, **settings)
     if problems:
-        raise CaptionTrainError(
-            summarize(f"{printable(dataset_dir)}: {len(problems)} bad rows or files", problems)
-        )
+        headline = f"{printable(dataset_dir)}: {len(problems)} bad rows or files"
+        raise CaptionTrainError(summarize(headline, problems))
     return pairs
 
 
@@ -124,7 +123,7 @@ def split_by_content(pairs: Sequence[Pair], fraction: float, seed: int) -> tuple
     digests = {image: _digest(image) for image in {pair.image for pair in pairs}}
     groups = Counter(digests[pair.image] for pair in pairs)
     ranked = sorted(groups, key=lambda digest: hashlib.sha256(f"{seed} {digest}".encode()).digest())
-    target, taken, chosen = round(fraction * len(pairs)), 0, set()
+    target, taken, chosen = min(round(fraction * len(pairs)), len(pairs) - 1), 0, set()
     for digest in ranked:
         if taken + groups[digest] <= target:
             chosen.add(digest)

@@ -10,7 +10,9 @@ from PIL import Image
 
 from caption_train.images import ImageError, open_image
 
-RED, WHITE = (255, 0, 0), (255, 255, 255)
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+
+RED = (255, 0, 0)
 FORMATS = {"png": 0, "jpg": 3, "webp": 3, "avif": 6, "bmp": 0, "gif": 0, "tiff": 0}
 
 
