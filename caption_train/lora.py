@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 
 from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.families.base import Family
 from caption_train.parts import choose_targets, outside
 
 TRAINING_FILE = "training.json"
@@ -124,34 +126,55 @@ def check_base(adapter: AdapterInfo, family: str, base_model: str, base_models: 
         )
 
 
-def load_adapter(model: nn.Module, folder: Path | str, *, trainable: bool = False) -> PeftModel:
-    """Put a saved adapter on its base. Every tensor must find its place: a name left over is an error."""
-    from peft import load_peft_weights
+def load_adapter(model: nn.Module, folder: Path | str, family: Family) -> PeftModel:
+    """Put a saved adapter (LoRA, IA3, …) on its base, to caption with. A name left over is an error.
 
-    config = LoraConfig.from_pretrained(str(folder))
-    config.inference_mode = not trainable
-    return fill_adapter(get_peft_model(model, config), load_peft_weights(str(folder), device="cpu"), folder)
+    A family may know adapters of other tools by their names and convert them: its `convert_adapter`.
+    """
+    from peft import PeftConfig, load_peft_weights
+
+    try:
+        convert = getattr(family, "convert_adapter", None)
+        converted = convert(folder, model) if convert else None
+        config, weights = converted or (
+            PeftConfig.from_pretrained(str(folder)),
+            load_peft_weights(str(folder), device="cpu"),
+        )
+        config.inference_mode = True
+        wrapped = get_peft_model(model, config)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CaptionTrainError(f"--peft_model {folder}: cannot be loaded on this base: {reason}") from error
+    return fill_adapter(wrapped, weights, folder).eval()
 
 
 def fill_adapter(model: PeftModel, weights: dict[str, torch.Tensor], folder: Path | str) -> PeftModel:
     """Load an adapter's tensors into the modules made for them; a name over or missing is an error."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    expected = get_peft_model_state_dict(model)
-    wrong = sorted(expected.keys() ^ weights.keys())
+    # PEFT saves the base's own embeddings along with an adapter on them; they are checked, not loaded.
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    copies = {name: weights[name] for name in weights if ".base_layer." in name}
+    weights = {name: tensor for name, tensor in weights.items() if name not in copies}
+    wrong = sorted(expected.keys() ^ weights.keys()) + _changed(copies, dict(model.named_parameters()))
+    wrong += [
+        name for name in sorted(weights) if expected.get(name, weights[name]).shape != weights[name].shape
+    ]
     if wrong:
         raise CaptionTrainError(
             f"--peft_model {folder}: does not fit this base: {len(wrong)} of {len(expected)} tensors have no "
-            f"counterpart, such as {wrong[0]}"
-        )
-    shapes = [name for name in weights if weights[name].shape != expected[name].shape]
-    if shapes:
-        has, needs = list(weights[shapes[0]].shape), list(expected[shapes[0]].shape)
-        raise CaptionTrainError(
-            f"--peft_model {folder}: does not fit this base: {shapes[0]} is {has}, the base needs {needs}"
+            f"counterpart of their shape, such as {wrong[0]}"
         )
     set_peft_model_state_dict(model, weights)
     return model
+
+
+def _changed(copies: dict[str, torch.Tensor], base: dict[str, torch.Tensor]) -> list[str]:
+    return [
+        name
+        for name, copy in copies.items()
+        if name not in base or not torch.equal(base[name].float().cpu(), copy.float())
+    ]
 
 
 def _endings(name: str) -> list[str]:
