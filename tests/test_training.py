@@ -1,0 +1,176 @@
+"""The loop against plain PyTorch, and what it does when a run goes wrong."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+from tiny_runs import make_options, save_base, write_pairs
+
+from caption_train.errors import CaptionTrainError
+from caption_train.families import get_family
+from caption_train.images import open_image
+from caption_train.lora import wrap_with_lora
+from caption_train.metadata import read_dataset
+from caption_train.options import TrainOptions
+from caption_train.prepare import prepare_training
+from caption_train.training import Trainer
+
+FAMILIES = ("blip", "florence")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def pairs_dir(tmp_path_factory):
+    return write_pairs(tmp_path_factory.mktemp("pairs"), 10)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    return {name: save_base(name, tmp_path_factory.mktemp(name)) for name in FAMILIES}
+
+
+@pytest.fixture
+def make_trainer(bases, pairs_dir, tmp_path):
+    def make(family: str = "blip", **changes) -> Trainer:
+        options = make_options(family, bases[family], pairs_dir, tmp_path / "out", **changes)
+        return prepare_training(options, get_family(family))
+
+    return make
+
+
+def read_losses(output_dir) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output_dir / "log.jsonl").read_text().splitlines()]
+
+
+def train_plainly(options: TrainOptions, family) -> list[float]:
+    """Train as one would write it in thirty lines of PyTorch, without this package's loop or accelerate."""
+    pairs = read_dataset(options.dataset_dir, caption_extensions=(".txt",))
+    torch.manual_seed(options.seed)
+    model, processor = family.load(options.model_id)
+    model = wrap_with_lora(model, options.target_modules, rank=options.rank, alpha=options.alpha, dropout=0.0)
+    collate = family.make_collator(processor, prompt=family.default_prompt, max_length=options.max_length)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=options.learning_rate, weight_decay=options.weight_decay)
+    total = options.epochs * math.ceil(len(pairs) / options.batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, options.learning_rate, total, cycle_momentum=False
+    )
+    model.train()
+    losses = []
+    for epoch in range(1, options.epochs + 1):
+        order = list(range(len(pairs)))
+        random.Random(f"{options.seed} {epoch}").shuffle(order)
+        for start in range(0, len(order), options.batch_size):
+            chosen = [pairs[index] for index in order[start : start + options.batch_size]]
+            batch = collate([{"image": open_image(p.image), "caption": p.caption} for p in chosen])
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_twenty_losses_equal_plain_pytorch_bit_for_bit(family, make_trainer):
+    trainer = make_trainer(family, epochs=4)
+    trainer.train()
+    losses = read_losses(trainer.run.options.output_dir)
+    assert len(losses) == 20
+    assert losses == train_plainly(trainer.run.options, get_family(family))
+    assert losses[-1] < losses[0]
+
+
+def take_one_step(trainer: Trainer) -> tuple[float, dict[str, torch.Tensor]]:
+    """Return the first step's loss and gradients."""
+    run, gradients = trainer.run, {}
+    names = {p: name for name, p in run.model.named_parameters()}
+    # The loop drops gradients after its step, and clipping is where it last looks at them.
+    clip = run.accelerator.clip_grad_norm_
+
+    def clip_and_keep(parameters, norm):
+        gradients.update({names[p]: p.grad.clone() for p in parameters})
+        return clip(parameters, norm)
+
+    run.accelerator.clip_grad_norm_ = clip_and_keep
+    run.model.train()
+    batches = iter(run.train_dataloader)
+    loss, _ = trainer.update([next(batches) for _ in run.plan.micro_batches(0)])
+    return loss, gradients
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_does_not_depend_on_how_a_batch_is_cut(family, make_trainer):
+    loss, gradients = take_one_step(make_trainer(family, batch_size=4))
+    for batch_size, steps in ((1, 4), (2, 2)):
+        trainer = make_trainer(family, batch_size=batch_size, gradient_accumulation_steps=steps)
+        cut_loss, cut = take_one_step(trainer)
+        assert cut_loss == pytest.approx(loss, abs=1e-6)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(cut[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_filler_micro_batch_adds_exactly_nothing(make_trainer):
+    trainer = make_trainer()
+    filler = trainer.run.train_dataloader.collate_fn([])
+    assert filler.label_tokens == 0
+    micro_batch = next(iter(trainer.run.train_dataloader))
+    losses = [trainer.update([micro_batch])[0]]
+    other = make_trainer()
+    losses.append(other.update([micro_batch, filler])[0])
+    assert losses[0] == losses[1]
+    for p, q in zip(trainer.parameters, other.parameters, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_module_that_gets_no_gradient_stops_the_run_by_name(make_trainer):
+    trainer = make_trainer()
+    layer = trainer.run.model.base_model.model.vision_model.encoder.layers[1].mlp.fc1
+    layer.register_forward_hook(lambda module, inputs, output: output.detach() + 0 * inputs[0].sum())
+    with pytest.raises(
+        CaptionTrainError, match=r"--target_modules: .*vision_model\.encoder\.layers\.1\.mlp\.fc1"
+    ):
+        trainer.train()
+
+
+def poison(trainer: Trainer, calls: set[int]) -> None:
+    """Make the loss of these forward passes, counted from 0, not a number."""
+    count = iter(range(10**6))
+
+    def spoil(module, inputs, output):
+        if next(count) in calls:
+            output.loss = output.loss * math.nan
+        return output
+
+    trainer.run.model.register_forward_hook(spoil)
+
+
+def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(make_trainer):
+    trainer = make_trainer(epochs=1)
+    poison(trainer, {2})
+    rates = []
+    trainer.log.write = lambda step, epoch, values: rates.append(values["learning_rate"])
+    summary = trainer.train()
+    assert summary["skipped_steps"] == 1
+    assert rates[2] == rates[3], "a step not taken must not advance the schedule"
+    assert all(p.isfinite().all() for p in trainer.parameters)
+
+
+def test_too_many_bad_steps_stop_the_run_naming_files_and_checkpoint(make_trainer):
+    trainer = make_trainer(max_bad_steps=2, save_every_n_steps=1)
+    poison(trainer, {3, 4})
+    with pytest.raises(CaptionTrainError) as error:
+        trainer.train()
+    message = str(error.value)
+    assert "--max_bad_steps" in message and ".png" in message and "step-000004" in message
+    assert "\n" not in message

@@ -1,0 +1,53 @@
+"""Real runs small enough for a test: random tiny bases, a handful of pictures."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from caption_train.families import get_family
+from caption_train.options import TrainOptions
+from examples import tiny_blip, tiny_florence
+
+MODELS = {"blip": tiny_blip, "florence": tiny_florence}
+WORDS = ("small", "large", "red", "blue", "circle", "square", "left", "right")
+
+
+def save_base(family: str, folder: Path) -> Path:
+    """Save a family's tiny model with random weights; without dropout, so that two runs can be compared."""
+    torch.manual_seed(0)
+    model, processor = MODELS[family].make_model()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def write_pairs(folder: Path, count: int, seed: int = 0) -> Path:
+    """Write `count` pictures of noise, each with a caption of one to eight words."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:02d}.png")
+        words = rng.choice(WORDS, rng.integers(1, 9))
+        (folder / f"{index:02d}.txt").write_text(", ".join(words))
+    return folder
+
+
+def make_options(family: str, base: Path, dataset_dir: Path, output_dir: Path, **changes) -> TrainOptions:
+    """Return the options of a small run on the CPU, dropout off."""
+    settings = {
+        "model_id": str(base),
+        "target_modules": list(get_family(family).lora_target_modules),
+        "dataset_dir": dataset_dir,
+        "output_dir": output_dir,
+        "device": "cpu",
+        "learning_rate": 1e-3,
+        "dropout": 0.0,
+        "rank": 4,
+        "batch_size": 2,
+        "epochs": 2,
+        **changes,
+    }
+    return TrainOptions(**settings)
