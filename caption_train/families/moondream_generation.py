@@ -54,7 +54,8 @@ class MoondreamGenerationMixin(GenerationMixin):
             image_embeds = self.get_image_features(pixel_values, tilings)
         processors = LogitsProcessorList(logits_processor or [])
         if self.config.answer_token_id is not None:
-            processors.append(SuppressAfterFirst(self.config.answer_token_id, input_ids.shape[1]))
+            # First, as in the official code: a top-p filter must not be left with this token alone.
+            processors.insert(0, SuppressAfterFirst(self.config.answer_token_id, input_ids.shape[1]))
         if image_embeds is not None:
             if image_index is None:
                 image_index = torch.arange(len(image_embeds), device=image_embeds.device)
