@@ -1,7 +1,8 @@
 """Which savers go together: what is not refused here is supported and tested. Standard library only."""
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -120,9 +121,65 @@ def check(
         precision=precision or options.mixed_precision,
         distributed=distributed,
     )
-    return find_refusals(setup)
-
-
-def find_refusals(setup: Setup) -> list[str]:
-    """Return the sentence of every refusal that applies."""
     return [refusal.sentence.format(**vars(setup)) for refusal in REFUSALS if refusal.applies(setup)]
+
+
+_PLAIN = Setup(
+    optimizer_name="AdamW",
+    accumulation_compression=False,
+    gradient_checkpointing=False,
+    activation_checkpointing=False,
+    quantize=None,
+    train_method="lora",
+    dora=False,
+    lora_plus_ratio=None,
+    quantize_parts=(),
+    dtype="auto",
+    device="cuda",
+    precision="no",
+    distributed="NO",
+)
+_COMPRESSED = {"optimizer_name": "Flora", "accumulation_compression": True}
+# What a choice needs, which gives way to the other choice of a pair, and what it sets.
+_CHOICES: dict[str, tuple[dict, dict]] = {
+    "AdamW": ({}, {"optimizer_name": "AdamW"}),
+    "AdamW8bit": ({}, {"optimizer_name": "AdamW8bit"}),
+    "PagedAdamW, PagedAdamW8bit": ({}, {"optimizer_name": "PagedAdamW8bit"}),
+    "Flora": ({}, {"optimizer_name": "Flora"}),
+    "accumulation_compression": (_COMPRESSED, {"accumulation_compression": True}),
+    "gradient_checkpointing": ({}, {"gradient_checkpointing": True}),
+    "activation_checkpointing": (_COMPRESSED, {"activation_checkpointing": True}),
+    "quantize 4bit": ({}, {"quantize": "4bit"}),
+    "quantize 8bit": ({}, {"quantize": "8bit"}),
+    "mixed_precision bf16": ({}, {"precision": "bf16"}),
+    "mixed_precision fp16": ({}, {"precision": "fp16"}),
+    "train_method full": ({}, {"train_method": "full"}),
+    "dora": ({}, {"dora": True}),
+    "lora_plus_ratio": ({}, {"lora_plus_ratio": 16.0}),
+    "device cpu": ({}, {"device": "cpu"}),
+    "several processes": ({}, {"distributed": "MULTI_GPU"}),
+}
+
+
+def make_table() -> str:
+    """Return all pairs of choices as a Markdown table, and the reasons of those that are refused."""
+    reasons: list[Refusal] = []
+
+    def verdict(row: str, column: str) -> str:
+        (needs, sets), (other_needs, other_sets) = _CHOICES[row], _CHOICES[column]
+        if row == column or any(sets[key] != other_sets[key] for key in sets.keys() & other_sets.keys()):
+            return "·"
+        setup = replace(_PLAIN, **{**needs, **other_needs, **sets, **other_sets})
+        refusals = [refusal for refusal in REFUSALS if refusal.applies(setup)]
+        reasons.extend(r for r in refusals if r not in reasons)
+        return " ".join(f"no [{reasons.index(r) + 1}]" for r in refusals) or "yes"
+
+    lines = ["| | " + " | ".join(_CHOICES) + " |", "|---" * (len(_CHOICES) + 1) + "|"]
+    for row in _CHOICES:
+        lines.append(f"| **{row}** | " + " | ".join(verdict(row, column) for column in _CHOICES) + " |")
+    sentences = [re.sub(r"{\w+}", "…", reason.sentence) for reason in reasons]
+    return "\n".join([*lines, "", *(f"{n}. {sentence}" for n, sentence in enumerate(sentences, 1))])
+
+
+if __name__ == "__main__":
+    print(make_table())

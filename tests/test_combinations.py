@@ -5,13 +5,14 @@ import itertools
 import math
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 from caption_train.accelerator import accumulate, make_accelerator, make_lr_scheduler, make_optimizer
-from caption_train.combinations import REFUSALS, check
+from caption_train.combinations import REFUSALS, check, make_table
 from caption_train.families import get_family
 from caption_train.options import OPTIMIZERS, TrainOptions
 from caption_train.prepare import load_trainable
@@ -99,6 +100,11 @@ def test_every_supported_combination_trains(bases, index):
         if "lora_B" in name:
             assert changed, f"{name} is dead"
     assert any(not torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_the_page_shows_the_table():
+    page = Path(__file__).parents[1] / "docs" / "memory.md"
+    assert make_table() in page.read_text(encoding="utf-8"), "python -m caption_train.combinations prints it"
 
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.sentence[:40])
