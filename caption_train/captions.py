@@ -109,6 +109,14 @@ def read_caption(path: Path | str, encoding: str = "utf-8") -> str:
         raise CaptionTrainError(f"{printable(path)}: {error}") from error
 
 
+def refuse_odd_characters(text: str) -> None:
+    """Raise ValueError for what no caption holds and no tokenizer takes."""
+    if "\0" in text:
+        raise ValueError("NUL characters, so this is no text")
+    if _SURROGATE.search(text):
+        raise ValueError("half characters (lone surrogates)")
+
+
 def join_lines(text: str) -> str:
     """Return text as one line, as `read_caption` joins it."""
     return " ".join(line for line in (line.strip() for line in text.splitlines()) if line)
@@ -155,10 +163,7 @@ def _decode(data: bytes, encoding: str) -> str:
         at = f" (position {error.start})" if isinstance(error, UnicodeDecodeError) else ""
         hint = "; give --encoding cp1252, or whatever it was written in" if plain else ""
         raise ValueError(f"not {encoding.upper()} text{at}{hint}") from error
-    if "\0" in text:
-        raise ValueError("holds NUL characters, so it is not a text file")
-    if _SURROGATE.search(text):
-        raise ValueError("holds half characters (lone surrogates)")
+    refuse_odd_characters(text)
     return join_lines(text)
 
 

@@ -1,36 +1,20 @@
-"""metadata.jsonl: reading it with every mistake named, writing it, splitting it. Standard library only.
-
-A row is `{"file_name": "a/b.png", "text": "a caption"}`, the format of datasets' imagefolder; `caption` may
-stand for `text`, and `split` may put a row aside as `validation` or `test`.
-"""
+"""Datasets: metadata.jsonl or bare pairs, every mistake named; written, split, told apart. No torch."""
 
 import hashlib
 import json
 import os
-import posixpath
-import re
-import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from caption_train.captions import (
-    CAPTION_SUFFIXES,
-    MAX_CAPTION_BYTES,
-    Pair,
-    is_inside,
-    printable,
-    scan_folder,
-)
+from caption_train.captions import CAPTION_SUFFIXES, Pair, printable, scan_folder
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.files import hash_file, open_atomically
 from caption_train.pairing import match_captions
+from caption_train.rows import caption_of, make_locator, read_rows, split_of
 
 METADATA_NAME = "metadata.jsonl"
-TEXT_COLUMNS = ("text", "caption")
-SPLITS = {None: "train", "train": "train", "validation": "validation", "val": "validation", "test": "test"}
 
 
 def read_dataset(dataset_dir: Path | str, **settings: Any) -> list[Pair]:
@@ -77,34 +61,18 @@ def inspect_dataset(
 def read_metadata(path: Path | str, *, follow_symlinks: bool = False) -> tuple[list[Pair], list[str]]:
     """Return the good rows of a metadata.jsonl in order, and a line for each bad one (`name:12: …`)."""
     path = Path(path)
-    locate = _make_locator(path.parent, follow_symlinks)
+    locate = make_locator(path.parent, follow_symlinks)
     pairs, problems = [], []
     for number, row in read_rows(path):
         where = f"{path.name}:{number}"
         try:
             if isinstance(row, ValueError):
                 raise row
-            image, caption = locate(row.get("file_name")), _caption_of(row)
-            pairs.append(Pair(image, caption, where, _split_of(row)))
+            image, caption = locate(row.get("file_name")), caption_of(row)
+            pairs.append(Pair(image, caption, where, split_of(row)))
         except ValueError as error:
             problems.append(f"{where}: {error}")
     return pairs, problems
-
-
-def read_rows(path: Path) -> Iterable[tuple[int, dict | ValueError]]:
-    """Yield (line number from 1, row) for each line that is not blank, a ValueError for a broken one."""
-    if not path.is_file():
-        raise CaptionTrainError(f"{printable(path)}: not a regular file")
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                    raise CaptionTrainError(f"{printable(path)}: is UTF-16, save it as UTF-8")
-                if line.strip():
-                    yield number, _parse(line)
-    except OSError as error:
-        raise CaptionTrainError(f"{printable(path)}: {error.strerror or error}") from error
 
 
 def write_metadata(path: Path | str, rows: Iterable[Mapping[str, str]]) -> None:
@@ -163,79 +131,14 @@ def _read_pairs(
         f"no {METADATA_NAME}, {len(folder.images)} images, {len(folder.captions)} "
         f"{'/'.join(caption_extensions)} files beside them"
     )
-    empty = [f"{name}: no caption in it" for name in matches.empty]
-    return list(matches.pairs.values()), matches.unreadable + empty + folder.unusable, found
-
-
-def _parse(line: bytes) -> dict | ValueError:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        return ValueError("not UTF-8 text")
-    except (ValueError, RecursionError) as error:
-        return ValueError(f"broken JSON: {error}")
-    return row if isinstance(row, dict) else ValueError("not a JSON object")
-
-
-def _make_locator(root: Path, follow_symlinks: bool) -> Callable[[Any], Path]:
-    """Return a function from a row's file_name to the image; it raises ValueError with the reason."""
-    real_root = os.path.realpath(root)
-    real_folder = cache(os.path.realpath)
-
-    def locate(name: Any) -> Path:
-        if not isinstance(name, str) or not name or "\0" in name:
-            raise ValueError("no file_name" if not name else "file_name is no file's name")
-        shown, relative = printable(name), posixpath.normpath(name.replace("\\", "/"))
-        if relative.startswith(("/", "../")) or relative == ".." or _DRIVE.match(relative):
-            raise ValueError(f"{shown} points outside the dataset folder")
-        path = root / relative
-        try:
-            if not follow_symlinks:
-                real = os.path.realpath(path) if path.is_symlink() else real_folder(path.parent)
-                if not is_inside(real, real_root):
-                    raise ValueError(f"{shown} is a link that leads outside the dataset folder")
-            status = path.stat()
-        except FileNotFoundError:
-            raise ValueError(f"{shown} is missing") from None
-        except (OSError, UnicodeError) as error:
-            raise ValueError(f"{shown}: {getattr(error, 'strerror', None) or 'is no file name'}") from None
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{shown} is not a regular file")
-        if not status.st_size:
-            raise ValueError(f"{shown} is empty (0 bytes)")
-        return path
-
-    return locate
-
-
-_DRIVE = re.compile("[A-Za-z]:/")
-
-
-def _caption_of(row: Mapping[str, Any]) -> str:
-    column = next((name for name in TEXT_COLUMNS if row.get(name) is not None), None)
-    if column is None:
-        raise ValueError(f"no {' or '.join(TEXT_COLUMNS)} column")
-    caption = row[column]
-    if not isinstance(caption, str):
-        raise ValueError(f"{column} is not a string")
-    caption = caption.strip()
-    if not caption:
-        raise ValueError(f"{column} is empty")
-    if len(caption) > MAX_CAPTION_BYTES:
-        raise ValueError(f"{column} is {len(caption):,} characters long (limit {MAX_CAPTION_BYTES:,})")
-    if "\0" in caption or _SURROGATE.search(caption):
-        raise ValueError(f"{column} holds NUL or half characters")
-    return caption
-
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-def _split_of(row: Mapping[str, Any]) -> str:
-    name = row.get("split")
-    if not isinstance(name, str | None) or name not in SPLITS:
-        raise ValueError(f"split is {printable(name)[:40]!r}, not one of train, validation, test")
-    return SPLITS[name]
+    void = {name for name, pair in matches.pairs.items() if not _size(pair.image)}
+    problems = [
+        *matches.unreadable,
+        *(f"{name}: no caption in it" for name in matches.empty),
+        *(f"{name}: empty (0 bytes)" for name in sorted(void)),
+        *folder.unusable,
+    ]
+    return [pair for name, pair in matches.pairs.items() if name not in void], problems, found
 
 
 def _digest(image: Path) -> str:
