@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from caption_train.errors import CaptionTrainError
-from caption_train.families import get_family
+from caption_train.families import FAMILIES, get_family
 from caption_train.families.base import Family
 from caption_train.flags import parse_options
 from caption_train.options import CaptionOptions, CompileOptions, TrainOptions
@@ -41,6 +41,16 @@ Pairs are a.png with a.txt beside it (or a.png.txt), at any depth; captions of s
 The result is read by the training scripts and by datasets.load_dataset("imagefolder", data_dir=...,
 data_files={"train": "**"}). Its rows may only name images below metadata.jsonl, so with an output_dir that
 does not hold the images they are put there too, as hard links. An output_dir inside dataset_dir is refused."""
+
+
+EXPORT = """Write an adapter or a model in another form, and check that it still says the same.
+
+  python export_adapter.py loras/my-style merged/ --merge           the whole model, for transformers 5
+  python export_adapter.py loras/my-style comfy/ --layout legacy    the adapter, for ComfyUI and others
+  python export_adapter.py loras/my-style comfy/ --layout legacy --merge    the whole model, for them
+  python export_adapter.py old-adapter-or-model/ native/            what they made, for transformers 5
+
+An image is captioned before and after; nothing is written unless the tokens agree."""
 
 
 def train_main(family_name: str, argv: Sequence[str] | None = None) -> int:
@@ -113,6 +123,26 @@ def compile_main(argv: Sequence[str] | None = None) -> int:
     return run(work)
 
 
+def export_main(argv: Sequence[str] | None = None) -> int:
+    """Run export_adapter.py; return the exit code."""
+
+    def work() -> int:
+        from caption_train.exporting import ExportOptions, export
+
+        options = parse_options(
+            ExportOptions,
+            argv,
+            prog=_program_name(),
+            description=EXPORT,
+            positionals=("source", "output_dir"),
+            choices={"family": tuple(FAMILIES)},
+        )
+        print(export(options, get_family(options.find_family("florence"))))
+        return 0
+
+    return run(work)
+
+
 def run(work: Callable[[], int]) -> int:
     """Do the work; turn what a user can cause into one line and an exit code, never a traceback."""
     _quiet_libraries()
@@ -138,6 +168,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|bitsandbytes|torch")
+    warnings.filterwarnings("ignore", category=UserWarning, module="peft")
 
 
 _SAVERS = (

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftModel
     from PIL import Image
     from transformers import Florence2ForConditionalGeneration, Florence2Processor
 
@@ -94,7 +94,10 @@ class Florence:
         The checkpoint's `forced_eos_token_id` ends a caption at the token limit too, so there the end token
         says nothing: such a caption counts as cut.
         """
+        from caption_train.families.generation import limit_new_tokens
+
         defaults = model.generation_config
+        settings = limit_new_tokens(settings, model.config.text_config, used=1)
         if settings.get("num_beams", defaults.num_beams) in (None, 1):
             settings = {"early_stopping": False, **settings}  # transformers warns of it without beams
         sequences = model.generate(**batch, **settings)
@@ -123,6 +126,34 @@ class Florence:
         from caption_train.families.florence_adapter import convert_adapter
 
         return convert_adapter(folder, model)
+
+    def prepare_merge(self, model: PeftModel) -> None:
+        """Make an adapter mergeable: a tied head that it changes gets weights of its own."""
+        from caption_train.families.florence_adapter import prepare_merge
+
+        prepare_merge(model)
+
+    def save_adapter(
+        self, model: Florence2ForConditionalGeneration, source: Path | str, folder: Path, *, legacy: bool
+    ) -> None:
+        """Write the adapter in `source`, which fits `model`, with the names of the other layout."""
+        from caption_train.families.florence_adapter import save_adapter
+
+        save_adapter(model, source, folder, legacy=legacy)
+
+    def save_legacy(
+        self, model: Florence2ForConditionalGeneration, processor: Florence2Processor, folder: Path
+    ) -> None:
+        """Write the model as Microsoft's remote code, and tools on transformers 4, load it."""
+        from caption_train.families.florence_export import save_legacy
+
+        save_legacy(model, processor, folder)
+
+    def find_dtype(self, model_id: str, revision: str | None = None) -> torch.dtype:
+        """Return the precision that a checkpoint is stored in."""
+        from caption_train.families.florence_legacy import find_checkpoint
+
+        return find_checkpoint(model_id, revision).dtype
 
 
 @dataclass

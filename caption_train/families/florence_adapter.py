@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caption_train.errors import CaptionTrainError
+from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families.florence_names import LEGACY_STARTS, legacy_name, native_name
 from caption_train.families.loading import shorten
+from caption_train.files import write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -191,6 +192,34 @@ def restore_adapter(adapter: Adapter) -> Adapter:
         if name in CORE_FIELDS or (value and value != defaults.get(name) and name != "peft_version")
     }
     return Adapter(config, legacy.tensors)
+
+
+def save_adapter(
+    model: Florence2ForConditionalGeneration, source: Path | str, folder: Path, *, legacy: bool
+) -> None:
+    """Write the adapter in `source` to `folder` with legacy names, or with native ones.
+
+    model: the native base, which tells the base's own weights in the file from the adapter's.
+    """
+    from safetensors.torch import save_file
+
+    adapter = read_adapter_files(source)
+    if adapter.is_legacy == legacy:
+        layout = "legacy" if legacy else "native"
+        raise UsageError(f"{source} is in the {layout} layout already; --merge writes the whole model")
+    if legacy:
+        drop_base_copies(adapter, model)
+        adapter = restore_adapter(adapter)
+    else:
+        config, weights = convert_adapter(source, model)
+        config = {
+            name: sorted(value) if isinstance(value, set) else value
+            for name, value in config.to_dict().items()
+        }
+        adapter = Adapter(config, {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()})
+    tensors = {PREFIX + name: tensor.contiguous() for name, tensor in adapter.tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_atomically(folder / "adapter_config.json", json.dumps(adapter.config, indent=2) + "\n")
 
 
 def prepare_merge(model: PeftModel) -> None:

@@ -59,6 +59,12 @@ class Checkpoint:
         return {name: tensor for path in self.weights for name, tensor in _open_weights(path).items()}
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The precision the weights are stored in, the widest if there are several."""
+        kinds = {_dtype_of(tensor) for tensor in self.tensors.values()}
+        return max((kind for kind in kinds if kind.is_floating_point), key=lambda kind: kind.itemsize)
+
+    @property
     def is_legacy(self) -> bool:
         """Whether this is Microsoft's layout, by its config or else by its tensors' names."""
         if self.config.get("model_type") != "florence2":
@@ -221,6 +227,12 @@ def check_complete(config: Florence2Config, state: Mapping[str, Any]) -> None:
 def shape_of(tensor: Any) -> list[int]:
     """Return the shape of a tensor or of a slice of a safetensors file."""
     return list(tensor.shape) if hasattr(tensor, "shape") else tensor.get_shape()
+
+
+def _dtype_of(tensor: Any) -> torch.dtype:
+    import torch
+
+    return tensor.dtype if isinstance(tensor, torch.Tensor) else tensor[:0].dtype
 
 
 def _name(

@@ -1,0 +1,216 @@
+"""An adapter or a model written in another form: merged, or as the legacy tools load it; and checked.
+
+Knows no family: a family that has a second layout brings `save_legacy`, `save_adapter` and `prepare_merge`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.options import flag
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from caption_train.families.base import Family, Generated
+
+_source = partial(flag, group="what to export")
+_target = partial(flag, group="how")
+_proof = partial(flag, group="checking the result")
+
+
+@dataclass
+class ExportOptions:
+    """What export_adapter.py is asked to do."""
+
+    source: Path = _source(None, "adapter folder, or a model: a folder or hub id")
+    output_dir: Path = _source(None, "write the result to this folder")
+    family: str | None = _source(None, "family of the model (default: the adapter's, else florence)")
+    base_model: str | None = _source(None, "base of the adapter (default: the one it was trained on)")
+    revision: str | None = _source(None, "branch, tag or commit of the model on the hub")
+
+    merge: bool = _target(False, "merge the adapter into its base and write the whole model")
+    layout: str = _target(
+        "native",
+        "native is what transformers 5 loads; legacy is what Microsoft's remote code, ComfyUI and other "
+        "tools on transformers 4 load (Florence-2 only)",
+        choices=("native", "legacy"),
+    )
+    dtype: str = _target(
+        "auto",
+        "precision of the written weights; auto is that of the base",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    overwrite: bool = _target(False, "replace an output_dir that exists")
+
+    image: Path | None = _proof(None, "caption this image before and after (default: a drawn one)")
+    prompt: str | None = _proof(None, "text the model is given with it (default: the adapter's)")
+
+    sources: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+    """Where each value that is no default came from: field name → "command line" or the config file."""
+
+    def check(self) -> list[str]:
+        """Return what is wrong with these options, one line each."""
+        problems = [f"{name} is required" for name in ("source", "output_dir") if getattr(self, name) is None]
+        if problems:
+            return problems
+        if not self.is_adapter and (self.merge or self.base_model):
+            used = "--merge" if self.merge else "--base_model"
+            problems.append(f"{used} needs an adapter, but {self.source} holds no adapter_config.json")
+        if self.is_adapter and not self.merge and self.dtype != "auto":
+            problems.append("--dtype is for whole models: give --merge too")
+        if self.output_dir.exists() and not self.overwrite:
+            problems.append(f"output_dir {self.output_dir} exists already; --overwrite replaces it")
+        source = self.source.resolve()
+        if self.output_dir.resolve() in (source, *source.parents):
+            problems.append(f"output_dir {self.output_dir} is, or holds, what is exported: choose another")
+        return problems
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the source is an adapter, not a model."""
+        return (self.source / "adapter_config.json").is_file()
+
+    def find_family(self, default: str) -> str:
+        """Return the family asked for, or the adapter's own, or `default`."""
+        if self.family is None and self.is_adapter:
+            from caption_train.lora import read_adapter
+
+            return read_adapter(self.source).family or default
+        return self.family or default
+
+
+def export(options: ExportOptions, family: Family) -> str:
+    """Write what `options` ask for, prove it, and return what to tell the user.
+
+    The result is written beside its place, loaded again and compared by the tokens it generates; only then it
+    is renamed to `output_dir`. Raises CaptionTrainError when the tokens differ.
+    """
+    if options.layout == "legacy" and not hasattr(family, "save_legacy"):
+        raise UsageError(f"--layout legacy: {family.title} has one layout only")
+    model_id, revision, prompt = _find_base(options, family)
+    image = _open_image(options.image)
+    model, processor = family.load(model_id, revision=revision)
+    if options.is_adapter:
+        from caption_train.lora import load_adapter
+
+        model = load_adapter(model, options.source, family)
+    before = _caption(family, model, processor, image, prompt)
+    options.output_dir.parent.mkdir(parents=True, exist_ok=True)
+    partial_folder = Path(tempfile.mkdtemp(prefix=".export-", dir=options.output_dir.parent))
+    try:
+        partial_folder.chmod(0o755)
+        whole = options.merge or not options.is_adapter
+        if whole:
+            _write_model(options, family, model, processor, partial_folder, (model_id, revision))
+            del model
+            model, processor = family.load(str(partial_folder))
+        else:
+            _write_adapter(options, family, model, partial_folder)
+            model = load_adapter(family.load(model_id, revision=revision)[0], partial_folder, family)
+        after = _caption(family, model, processor, image, prompt)
+        _check_same(before, after, options)
+        if options.output_dir.exists():
+            shutil.rmtree(options.output_dir)
+        for file in partial_folder.iterdir():
+            file.chmod(0o644)  # safetensors makes files that nobody else can read
+        partial_folder.rename(options.output_dir)
+    finally:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+    return (
+        f"before: {before.text}\nafter:  {after.text}\n"
+        f"The {len(after.token_ids)} tokens agree. Written to {options.output_dir}"
+    )
+
+
+def _find_base(options: ExportOptions, family: Family) -> tuple[str, str | None, str]:
+    """Return model id, revision and prompt of what is to be loaded."""
+    if not options.is_adapter:
+        return options.source.as_posix(), options.revision, options.prompt or family.default_prompt
+    from caption_train.lora import check_base, read_adapter
+
+    adapter = read_adapter(options.source)
+    model_id = options.base_model or adapter.base_model or family.model_id
+    check_base(adapter, family.name, model_id, family.base_models)
+    revision = options.revision or (adapter.revision if model_id == adapter.base_model else None)
+    return model_id, revision, options.prompt or adapter.prompt or family.default_prompt
+
+
+def _write_model(
+    options: ExportOptions, family: Family, model: Any, processor: Any, folder: Path, base: tuple[str, Any]
+) -> None:
+    if options.is_adapter:
+        getattr(family, "prepare_merge", lambda model: None)(model)
+        model = model.merge_and_unload()
+    model = model.to(_find_dtype(options, family, *base))
+    if options.layout == "legacy":
+        family.save_legacy(model, processor, folder)
+    else:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+
+def _write_adapter(options: ExportOptions, family: Family, model: Any, folder: Path) -> None:
+    """Write the adapter that `model` carries, and what lay beside the one it came from."""
+    for name in ("training.json", "README.md"):
+        if (path := options.source / name).is_file():
+            shutil.copyfile(path, folder / name)
+    if hasattr(family, "save_adapter"):
+        family.save_adapter(model.get_base_model(), options.source, folder, legacy=options.layout == "legacy")
+    else:
+        raise UsageError(
+            f"{options.source} is {family.title}'s only layout already; --merge writes the model"
+        )
+
+
+def _find_dtype(options: ExportOptions, family: Family, model_id: str, revision: str | None) -> torch.dtype:
+    import torch
+
+    if options.dtype != "auto":
+        return getattr(torch, options.dtype)
+    find = getattr(family, "find_dtype", None)
+    return find(model_id, revision) if find else torch.float32
+
+
+def _caption(family: Family, model: Any, processor: Any, image: Image.Image, prompt: str) -> Generated:
+    batch = family.encode(processor, [image], [prompt])
+    (result,) = family.generate(model, processor, batch, num_beams=1, do_sample=False, max_new_tokens=40)
+    return result
+
+
+def _check_same(before: Generated, after: Generated, options: ExportOptions) -> None:
+    if before.token_ids == after.token_ids:
+        return
+    advice = "" if options.dtype == "float32" or not options.merge else "; --dtype float32 rounds nothing"
+    raise CaptionTrainError(
+        f"the result answers {after.text!r} instead of {before.text!r}, so nothing was written{advice}"
+    )
+
+
+def _open_image(path: Path | None) -> Image.Image:
+    if path is None:
+        return _draw_image()
+    from caption_train.images import open_image
+
+    return open_image(path)
+
+
+def _draw_image() -> Image.Image:
+    """Return a house under a sun: enough for every model to say something."""
+    from PIL import Image, ImageDraw
+
+    image = Image.new("RGB", (640, 480), "#8ecae6")
+    draw = ImageDraw.Draw(image)
+    draw.rectangle([0, 330, 640, 480], fill="#588157")
+    draw.ellipse([480, 40, 580, 140], fill="#ffb703")
+    draw.rectangle([180, 200, 400, 380], fill="#d62828")
+    draw.polygon([(150, 200), (290, 90), (430, 200)], fill="#6d4c41")
+    draw.rectangle([260, 280, 320, 380], fill="#fefae0")
+    return image

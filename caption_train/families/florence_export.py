@@ -1,0 +1,103 @@
+"""A native Florence-2 written in the legacy layout, for tools that run Microsoft's code on transformers 4."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caption_train.errors import CaptionTrainError
+from caption_train.families.florence_config import restore_config
+from caption_train.families.florence_names import LOGITS_BIAS, TIED, legacy_name, native_name
+from caption_train.files import write_atomically
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Florence2ForConditionalGeneration, Florence2Processor, PreTrainedTokenizerBase
+
+CODE_FILES = ("configuration_florence2.py", "modeling_florence2.py", "processing_florence2.py")
+"""What `trust_remote_code` runs. It is Microsoft's; tools that bring their own do not need it."""
+
+
+def save_legacy(
+    model: Florence2ForConditionalGeneration, processor: Florence2Processor, folder: Path
+) -> None:
+    """Write config, weights, tokenizer and image settings of a native model as the legacy code reads them."""
+    from safetensors.torch import save_file
+
+    # safetensors refuses tensors that share memory, which the tied ones do.
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in restore_tensors(model).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = model.generation_config
+    _write_json(folder / "config.json", restore_config(model.config, settings))
+    _write_json(
+        folder / "generation_config.json",
+        {"num_beams": settings.num_beams or 1, "early_stopping": bool(settings.early_stopping)},
+    )
+    _save_tokenizer(processor.tokenizer, processor.image_token, folder)
+    _save_image_settings(processor, folder)
+
+
+def restore_tensors(model: Florence2ForConditionalGeneration) -> dict[str, torch.Tensor]:
+    """Return a native model's tensors by their legacy names: the inverse of `convert_tensors`.
+
+    All four tied names are there, for the legacy code leaves a head that is not in the file random.
+    """
+    state = model.state_dict()
+    if unknown := [name for name in state if legacy_name(name) is None]:
+        raise CaptionTrainError(f"the legacy layout has no place for {unknown[0]}: merge the adapter first")
+    tensors = {legacy_name(name): tensor for name, tensor in state.items()}
+    tensors["image_projection"] = tensors["image_projection"].T.contiguous()
+    shared = state[native_name(TIED["shared"])]
+    tensors[LOGITS_BIAS] = shared.new_zeros(1, shared.shape[0])
+    return tensors
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, image_token: str, folder: Path) -> None:
+    """Write the tokenizer without what transformers 4 and older tokenizers cannot read."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary, merges = content["model"]["vocab"], content["model"]["merges"]
+    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in merges]
+    content["model"]["merges"] = merges
+    # A borrowed entry of the vocabulary is text to the legacy code; `<image>` has a row of its own.
+    content["added_tokens"] = [
+        token
+        for token in content["added_tokens"]
+        if token["content"] != image_token or image_token not in vocabulary
+    ]
+    _write_json(folder / "tokenizer.json", content)
+    _write_json(folder / "vocab.json", vocabulary)
+    write_atomically(folder / "merges.txt", "\n".join(["#version: 0.2", *merges]) + "\n")
+    length = min(tokenizer.model_max_length, 1024)
+    _write_json(
+        folder / "tokenizer_config.json", {"tokenizer_class": "BartTokenizer", "model_max_length": length}
+    )
+
+
+def _save_image_settings(processor: Florence2Processor, folder: Path) -> None:
+    images = processor.image_processor
+    size = {"height": images.size["height"], "width": images.size["width"]}
+    _write_json(
+        folder / "preprocessor_config.json",
+        {
+            "auto_map": {"AutoProcessor": "processing_florence2.Florence2Processor"},
+            "processor_class": "Florence2Processor",
+            "image_processor_type": "CLIPImageProcessor",
+            "image_seq_length": processor.num_image_tokens,
+            "do_convert_rgb": None,
+            "do_resize": True,
+            "size": size,
+            "resample": int(images.resample),
+            "do_center_crop": False,
+            "crop_size": size,
+            "do_rescale": True,
+            "rescale_factor": images.rescale_factor,
+            "do_normalize": True,
+            "image_mean": list(images.image_mean),
+            "image_std": list(images.image_std),
+        },
+    )
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
