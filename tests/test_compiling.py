@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from caption_train.cli import compile_main
 from caption_train.compiling import compile_captions
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.metadata import read_dataset
@@ -339,6 +341,33 @@ def test_any_name_and_caption_survive(tmp_path_factory, pairs):
     compile_folder(folder)
     read = {pair.image.name.removesuffix(".png"): pair.caption.split() for pair in read_dataset(folder)}
     assert read == {name: caption.split() for name, caption in pairs.items()}
+
+
+def blocks_of(page, language):
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.MULTILINE | re.DOTALL
+    )
+
+
+def test_what_the_page_shows_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    write_pair(Path("images/cat.jpg"), "a cat on a mat")
+    write_pair(Path("images/parks/bench.png"), "an empty bench, autumn leaves")
+    write_pair(Path("kohya/10_dog/a.png"), "a dog")
+    Path("kohya/meta_clean.json").write_text('{"a": {"caption": "a dog", "tags": "grass"}}')
+    commands = "".join(blocks_of("docs/dataset.md", "bash")).splitlines()
+    assert len(commands) == 7
+    for command in commands:
+        program, script, *arguments = shlex.split(command)
+        assert (program, script) == ("python", "compile_captions.py")
+        assert compile_main(arguments) == 0, command
+    assert len(rows_of(Path("dataset"))) == 2
+    assert rows_of(Path("kohya")) == [{"file_name": "10_dog/a.png", "text": "a dog, grass"}] * 10
+    (snippet,) = blocks_of("docs/dataset.md", "python")
+    names = {}
+    exec(snippet, names)
+    assert len(names["dataset"]) == 2
 
 
 def run_script(*arguments, **environment):
