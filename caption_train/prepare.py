@@ -1,5 +1,6 @@
 """From options to a run that is ready to train: data, model, LoRA, optimizer, and where it stood."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
+from torch.utils.data import DataLoader
 
 from caption_train.accelerator import make_accelerator, make_lr_scheduler, make_optimizer
 from caption_train.captions import Pair
@@ -14,7 +16,8 @@ from caption_train.checkpointing import enable_checkpointing
 from caption_train.console import print_settings
 from caption_train.dataset import BatchPlan, CaptionDataset, make_train_dataloader
 from caption_train.evaluation import Sampler
-from caption_train.families.base import Family
+from caption_train.families.base import Batch, Family
+from caption_train.launcher import notice_launcher
 from caption_train.lora import count_parameters, fill_adapter, wrap_with_lora
 from caption_train.metadata import fingerprint, read_dataset
 from caption_train.model_card import TrainingRecord, describe_options, find_versions
@@ -34,41 +37,21 @@ SAMPLES = 4
 def prepare_training(options: TrainOptions, family: Family) -> Trainer:
     """Make everything a run needs. Cheap checks come first: flags and data before the model loads."""
     accelerator = make_accelerator(options)
+    notice_launcher(accelerator.num_processes)
     pairs = read_dataset(options.dataset_dir, caption_extensions=tuple(options.caption_extension))
     options.output_dir.mkdir(parents=True, exist_ok=True)
     checkpoint = find_resume_point(options)
     set_seed(options.seed)
     model, processor = load_trainable(options, family, accelerator, checkpoint)
-    plan = BatchPlan(
-        len(pairs),
-        options.batch_size,
-        options.gradient_accumulation_steps,
-        accelerator.num_processes,
-        accelerator.process_index,
-        options.epochs,
-        options.seed,
-    )
+    plan = _make_plan(options, len(pairs), accelerator)
     record = make_record(options, family, model, pairs)
     optimizer = make_optimizer(options, model)
     lr_scheduler = make_lr_scheduler(options, optimizer, plan.total_steps)
     model, optimizer = accelerator.prepare(model, optimizer)
     # The LoRA starts the same on every process; dropout must not.
     set_seed(options.seed + accelerator.process_index)
-    dataset = CaptionDataset(
-        pairs,
-        seed=options.seed,
-        shuffle_captions=options.shuffle_captions,
-        keep_tokens=options.keep_tokens,
-        caption_dropout=options.caption_dropout,
-    )
     collate_fn = family.make_collator(processor, prompt=record.prompt, max_length=options.max_length)
-    loader = make_train_dataloader(
-        dataset,
-        plan,
-        collate_fn,
-        num_workers=options.num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-    )
+    loader = _make_loader(options, pairs, plan, collate_fn, accelerator.device)
     run = Run(options, record, accelerator, model, processor, optimizer, lr_scheduler, plan, loader)
     if checkpoint is not None:
         check_same_run(checkpoint, record, options.resume_anyway)
@@ -76,6 +59,37 @@ def prepare_training(options: TrainOptions, family: Family) -> Trainer:
         plan.first_step = run.progress.global_step
         read_state(checkpoint, accelerator, optimizer, lr_scheduler)
     return _make_trainer(run, family, pairs)
+
+
+def _make_plan(options: TrainOptions, num_samples: int, accelerator: Accelerator) -> BatchPlan:
+    return BatchPlan(
+        num_samples,
+        options.batch_size,
+        options.gradient_accumulation_steps,
+        accelerator.num_processes,
+        accelerator.process_index,
+        options.epochs,
+        options.seed,
+    )
+
+
+def _make_loader(
+    options: TrainOptions,
+    pairs: list[Pair],
+    plan: BatchPlan,
+    collate_fn: Callable[[Sequence[dict]], Batch],
+    device: torch.device,
+) -> DataLoader:
+    dataset = CaptionDataset(
+        pairs,
+        seed=options.seed,
+        shuffle_captions=options.shuffle_captions,
+        keep_tokens=options.keep_tokens,
+        caption_dropout=options.caption_dropout,
+    )
+    return make_train_dataloader(
+        dataset, plan, collate_fn, num_workers=options.num_workers, pin_memory=device.type == "cuda"
+    )
 
 
 def load_trainable(
@@ -123,7 +137,7 @@ def make_record(options: TrainOptions, family: Family, model: nn.Module, pairs: 
         family=family.name,
         base_model=_base_name(options),
         revision=options.revision,
-        prompt=options.prompt or options.task or family.default_prompt,
+        prompt=next(p for p in (options.prompt, options.task, family.default_prompt) if p is not None),
         options=describe_options(options),
         dataset={"pairs": len(pairs), "fingerprint": fingerprint(pairs)},
         trainable_parameters=trainable,
