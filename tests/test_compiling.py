@@ -1,54 +1,18 @@
 import json
 import os
-import re
-import shlex
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from caption_train.cli import compile_main
-from caption_train.compiling import compile_captions
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.metadata import read_dataset
-from caption_train.options import CompileOptions
-from tests.sample_folder import write_image, write_pair
-
-ROOT = Path(__file__).parent.parent
+from tests.sample_folder import compile_folder, counted, make_folder, rows_of, write_image, write_pair
 
 
 @pytest.fixture
 def dataset(tmp_path):
-    folder = tmp_path / "my data"
-    for name in ("a.png", "b/c.jpg", "b/train test val.png", "😀 é.webp"):
-        write_pair(folder / name, f"caption of {name}")
-    return folder
-
-
-def compile_folder(folder, output=None, **options):
-    return compile_captions(CompileOptions(folder, output, **options))
-
-
-def rows_of(folder):
-    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def counted(capsys, label):
-    """Return the count the summary gives for a label, and the files listed under it."""
-    table = capsys.readouterr().out
-    match = re.search(rf"^ +{label} +([\d,]+).*\n((?:     .*\n)*)", table, re.MULTILINE)
-    return int(match[1].replace(",", "")), [line.strip() for line in match[2].splitlines()]
-
-
-def load_imagefolder(folder, cache):
-    from datasets import load_dataset
-
-    return load_dataset(
-        "imagefolder", data_dir=str(folder), data_files={"train": "**"}, split="train", cache_dir=str(cache)
-    )
+    return make_folder(tmp_path / "my data")
 
 
 def test_rows_are_what_imagefolder_reads_in_natural_order(dataset):
@@ -65,70 +29,6 @@ def test_compiled_and_bare_pairs_are_the_same_dataset(dataset):
     bare = {(pair.image, pair.caption) for pair in read_dataset(dataset)}
     compile_folder(dataset)
     assert {(pair.image, pair.caption) for pair in read_dataset(dataset)} == bare
-
-
-@pytest.mark.parametrize("output", [None, "..", "../elsewhere"])
-def test_datasets_loads_the_result(dataset, tmp_path, output):
-    output = dataset / output if output else None
-    compile_folder(dataset, output, validation_split=0.3)
-    loaded = load_imagefolder(output or dataset, tmp_path / "cache")
-    assert sorted(loaded["text"]) == sorted(
-        pair.caption for pair in read_dataset(output or dataset, split=None)
-    )
-    assert loaded.column_names == ["image", "text", "split"]
-    assert all(image.size == (4, 3) for image in loaded["image"])
-
-
-def test_datasets_loads_plain_names_without_data_files(tmp_path):
-    from datasets import load_dataset
-
-    write_pair(tmp_path / "data/sub/a.png", "a dog")
-    compile_folder(tmp_path / "data")
-    loaded = load_dataset("imagefolder", data_dir=str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))
-    assert loaded["train"]["text"][:] == ["a dog"]
-
-
-def test_repeated_rows_load_too(tmp_path):
-    write_pair(tmp_path / "data/3_dog/a.png", "a dog")
-    write_pair(tmp_path / "data/b.png", "no folder")
-    compile_folder(tmp_path / "data", kohya_repeats=True)
-    assert len(load_imagefolder(tmp_path / "data", tmp_path / "cache")) == 4
-
-
-def test_the_summary_counts_and_lists_every_kind_of_leftover(dataset, capsys):
-    write_image(dataset / "alone.png")
-    (dataset / "nobody.txt").write_text("x")
-    write_pair(dataset / "blank.png", " \n")
-    write_image(dataset / "a.gif")
-    (dataset / "a.caption").write_text("second")
-    (dataset / ".hidden.png").touch()
-    (dataset / "loop").symlink_to(dataset)
-    os.mkfifo(dataset / "pipe.png")
-    expected = {
-        "images": (7, []),
-        "caption files": (7, []),
-        "pairs": (5, []),
-        "empty captions": (1, ["blank.txt"]),
-        "images without a caption": (1, ["alone.png"]),
-        "captions without an image": (1, ["nobody.txt"]),
-        "captions of several images": (1, ["a.txt: a.gif, a.png"]),
-        "captions not used": (1, ["a.caption"]),
-        "links not followed": (1, ["loop"]),
-        "no files, or unreadable folders": (1, ["pipe.png: not a regular file"]),
-        "hidden, skipped": (1, [".hidden.png"]),
-    }
-    for label, found in expected.items():
-        assert compile_folder(dataset, overwrite=True) == 0
-        assert counted(capsys, label) == found, label
-
-
-def test_long_lists_are_cut_unless_asked_for(dataset, capsys):
-    for number in range(30):
-        write_image(dataset / f"x{number}.png")
-    compile_folder(dataset)
-    assert "… and 10 more" in counted(capsys, "images without a caption")[1][-1]
-    compile_folder(dataset, list_all=True)
-    assert len(counted(capsys, "images without a caption")[1]) == 30
 
 
 def test_a_caption_that_cannot_be_read_fails_after_the_rest_is_written(dataset, capsys):
@@ -278,30 +178,6 @@ def test_names_imagefolder_cannot_read_are_named_and_left_out(dataset, capsys):
     assert len(rows_of(dataset)) == 4
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda f: None, r"no pair .*\(0 images, 0 caption files\)$"),
-        (lambda f: write_image(f / "a.png"), "--caption_extension"),
-        (lambda f: (f / "a.txt").write_text("x"), "1 caption files"),
-        (
-            lambda f: (write_image(f / "a.png"), (f / "metadata.jsonl").touch()),
-            "which training reads as it is",
-        ),
-        (lambda f: (f / "a.png").symlink_to(write_image(f.parent / "x.png")), "--follow_symlinks"),
-        (lambda f: write_pair(f / "a\\b.png", "x"), "all were left out"),
-    ],
-)
-def test_nothing_found_says_why_and_writes_nothing(tmp_path, make, message):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    make(folder)
-    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    with pytest.raises(CaptionTrainError, match=message):
-        compile_folder(folder)
-    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
-
-
 def test_what_cannot_be_written_is_one_line(dataset, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CaptionTrainError, match=r"(?s)^[^\n]*file[^\n]*$"):
@@ -309,16 +185,6 @@ def test_what_cannot_be_written_is_one_line(dataset, tmp_path):
     (dataset / "metadata.jsonl").mkdir()
     with pytest.raises(CaptionTrainError, match=r"^[^\n]*metadata\.jsonl[^\n]*$"):
         compile_folder(dataset, overwrite=True)
-
-
-def test_the_next_command_survives_the_shell(dataset, capsys):
-    compile_folder(dataset)
-    command = capsys.readouterr().out.splitlines()[-1]
-    assert command.strip().startswith("accelerate launch train_florence_lora.py --dataset_dir '")
-    printed = subprocess.run(
-        ["bash", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True, check=True
-    )
-    assert printed.stdout.splitlines()[4] == str(dataset)
 
 
 names = st.text(
@@ -341,62 +207,3 @@ def test_any_name_and_caption_survive(tmp_path_factory, pairs):
     compile_folder(folder)
     read = {pair.image.name.removesuffix(".png"): pair.caption.split() for pair in read_dataset(folder)}
     assert read == {name: caption.split() for name, caption in pairs.items()}
-
-
-def blocks_of(page, language):
-    return re.findall(
-        rf"^```{language}\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.MULTILINE | re.DOTALL
-    )
-
-
-def test_what_the_page_shows_works(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    write_pair(Path("images/cat.jpg"), "a cat on a mat")
-    write_pair(Path("images/parks/bench.png"), "an empty bench, autumn leaves")
-    write_pair(Path("kohya/10_dog/a.png"), "a dog")
-    Path("kohya/meta_clean.json").write_text('{"a": {"caption": "a dog", "tags": "grass"}}')
-    commands = "".join(blocks_of("docs/dataset.md", "bash")).splitlines()
-    assert len(commands) == 7
-    for command in commands:
-        program, script, *arguments = shlex.split(command)
-        assert (program, script) == ("python", "compile_captions.py")
-        assert compile_main(arguments) == 0, command
-    assert len(rows_of(Path("dataset"))) == 2
-    assert rows_of(Path("kohya")) == [{"file_name": "10_dog/a.png", "text": "a dog, grass"}] * 10
-    (snippet,) = blocks_of("docs/dataset.md", "python")
-    names = {}
-    exec(snippet, names)
-    assert len(names["dataset"]) == 2
-
-
-def run_script(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, ROOT / "compile_captions.py", *arguments],
-        capture_output=True,
-        env={**os.environ, **environment},
-        check=False,
-    )
-
-
-def test_the_script_compiles_on_a_terminal_that_knows_only_ascii(dataset):
-    write_image(dataset / "🐈.png")
-    done = run_script(dataset, PYTHONIOENCODING="ascii")
-    assert done.returncode == 0 and done.stderr == b""
-    assert b"\\U0001f408.png" in done.stdout
-
-
-def test_errors_of_the_script_are_exit_codes_and_lines(tmp_path):
-    for arguments, code in (([tmp_path], 1), ([tmp_path / "none"], 2), (["--validation_split", "7"], 2)):
-        done = run_script(*arguments)
-        assert done.returncode == code
-        assert b"Traceback" not in done.stderr and done.stderr.startswith(b"compile_captions.py: ")
-
-
-def test_neither_torch_nor_datasets_is_imported(dataset):
-    code = (
-        "import sys; from caption_train.cli import compile_main; compile_main(sys.argv[1:]);"
-        "sys.exit(bool({'torch', 'datasets', 'transformers', 'numpy'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code, dataset], cwd=ROOT, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr
