@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from caption_train.captions import Folder, join_lines, printable
+from caption_train.captions import Folder, join_lines, printable, refuse_odd_characters
 from caption_train.errors import CaptionTrainError, UsageError
 
 MAX_REPEATS = 10_000
@@ -61,12 +61,21 @@ def read_metadata(path: Path, folder: Folder) -> tuple[Given, list[str]]:
             problems.append(f"{where}: no such image")
         elif len({posixpath.dirname(image) for image in images}) > 1:
             problems.append(f"{where}: could be any of {', '.join(images)}")
-        elif not all(isinstance(entry.get(field) or "", str) for field in ("caption", "tags")):
-            problems.append(f"{where}: caption or tags is not a string")
         else:
-            parts = (join_lines(entry.get(field) or "") for field in ("caption", "tags"))
-            given |= dict.fromkeys(images, (", ".join(filter(None, parts)), where))
+            try:
+                given |= dict.fromkeys(images, (_join(entry), where))
+            except ValueError as error:
+                problems.append(f"{where}: {error}")
     return given, problems
+
+
+def _join(entry: dict[str, Any]) -> str:
+    parts = [entry.get(name) or "" for name in ("caption", "tags")]
+    if not all(isinstance(part, str) for part in parts):
+        raise ValueError("caption or tags is not a string")
+    caption = ", ".join(filter(None, map(join_lines, parts)))
+    refuse_odd_characters(caption)
+    return caption
 
 
 def _load(path: Path) -> Any:

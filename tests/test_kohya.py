@@ -74,13 +74,17 @@ def test_an_image_is_found_by_path_stem_or_a_path_from_another_machine(folder, k
 
 
 def test_entries_that_fit_no_image_or_several_are_named(folder):
-    path = write_json(folder, {"c": {"caption": "x"}, "gone": {"caption": "x"}, "a": {"tags": ["x"]}})
+    path = write_json(
+        folder,
+        {"c": {"caption": "x"}, "gone": {"caption": "x"}, "a": {"tags": ["x"]}, "b": {"caption": "\ud800"}},
+    )
     given, problems = read_metadata(path, folder)
     assert given == {}
     assert problems == [
         "meta_cap.json: c: could be any of 5_cat/c.png, 10_dog/c.jpg",
         "meta_cap.json: gone: no such image",
         "meta_cap.json: a: caption or tags is not a string",
+        "meta_cap.json: b: half characters (lone surrogates)",
     ]
 
 
