@@ -65,7 +65,7 @@ def make_templates(tokenizer: PreTrainedTokenizerFast) -> dict:
 
 
 def make_config(tokenizer: PreTrainedTokenizerFast) -> MoondreamConfig:
-    """27 vision layers, crops of 378 pixels, 729 image tokens, heads of 64: the official code demands them."""
+    """27 vision layers, crops of 378 pixels, 729 image tokens, heads of 64: all fixed in the official code."""
     return MoondreamConfig(
         text_config=make_text_config(TEXT),
         vision_config=make_vision_config(VISION),

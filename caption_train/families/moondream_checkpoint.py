@@ -16,6 +16,7 @@ import torch
 from caption_train.errors import CaptionTrainError
 from caption_train.families.loading import shorten
 from caption_train.families.moondream_config import MoondreamConfig
+from caption_train.families.moondream_layers import region_shapes
 
 _BLOCK_PARTS = {
     "vision": {
@@ -42,10 +43,6 @@ _OUTER_PARTS = {
     "text.post_ln": "model.language_model.final_layernorm",
     "text.lm_head": "lm_head",
 }
-_REGION_PARTS = (
-    *("coord_encoder", "coord_decoder.fc1", "coord_decoder.fc2"),
-    *("size_encoder", "size_decoder.fc1", "size_decoder.fc2"),
-)
 _OLD_NAMES = (
     (r"^vision\.proj_mlp\.", "vision_encoder.projection.mlp."),
     (r"^vision\.patch_emb\.", "vision_encoder.encoder.model.visual.patch_embed.linear."),
@@ -81,8 +78,8 @@ def official_names(config: MoondreamConfig) -> dict[str, tuple[str, ...]]:
             for theirs, ours in _BLOCK_PARTS[part].items():
                 modules[f"{part}.blocks.{layer}.{theirs}"] = tuple(f"{stack}.{layer}.{name}" for name in ours)
     if config.region is not None:
-        names |= {f"region.{head}_features": (f"model.region.{head}_features",) for head in ("coord", "size")}
-        modules |= {f"region.{name}": (f"model.region.{name}",) for name in _REGION_PARTS}
+        heads = region_shapes(config.region, config.text_config.hidden_size)
+        names |= {f"region.{name}": (f"model.region.{name.replace('.', '_')}",) for name in heads}
     for theirs, ours in modules.items():
         for kind in ("weight", "bias"):
             names[f"{theirs}.{kind}"] = tuple(f"{name}.{kind}" for name in ours)

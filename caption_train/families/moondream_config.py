@@ -11,7 +11,7 @@ from transformers.configuration_utils import SubConfigSpec
 from caption_train.families.moondream_revisions import CODEGEN_ID, DEFAULT_REVISION, REVISIONS, STARMIE_ID
 
 _USED_IDS = ("bos_id", "eos_id", "answer_id")
-_REGION_2B = {
+REGION_2B = {
     "dim": 2048,
     "coord_feat_dim": 256,
     "coord_out_dim": 1024,
@@ -149,7 +149,7 @@ def native_dict(official: dict[str, Any], facts: dict[str, Any] | None = None) -
     return {
         "text_config": make_text_config(nested.get("text", {})).to_dict(),
         "vision_config": make_vision_config(vision).to_dict(),
-        "region": {**_REGION_2B, **{k: v for k, v in nested.get("region", {}).items() if k in _REGION_2B}},
+        "region": {**REGION_2B, **{k: v for k, v in nested.get("region", {}).items() if k in REGION_2B}},
         "dtype": official.get("dtype") or official.get("torch_dtype"),
         **told,
     }

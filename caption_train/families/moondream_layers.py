@@ -28,20 +28,27 @@ class MoondreamProjector(nn.Module):
 class MoondreamRegion(nn.Module):
     """The weights of the detection heads, carried for the next save: captions never run them.
 
-    They are bare parameters, so that neither quantization nor an adapter on "all Linear layers" takes them.
+    They are parameters of one module, not layers: neither quantization nor an adapter whose targets end in
+    `fc1` or mean every Linear takes them.
     """
 
     def __init__(self, region: dict[str, int], width: int) -> None:
         super().__init__()
-        for head in ("coord", "size"):
-            features, out = region[f"{head}_feat_dim"], region[f"{head}_out_dim"]
-            axes = {"coord": 1, "size": 2}[head]
-            self.register_parameter(f"{head}_features", _frozen(axes, features // 2))
-            self.add_module(f"{head}_encoder", _carried(width, features))
-            decoder = nn.Module()
-            decoder.add_module("fc1", _carried(region["inner_dim"], width))
-            decoder.add_module("fc2", _carried(out, region["inner_dim"]))
-            self.add_module(f"{head}_decoder", decoder)
+        for name, shape in region_shapes(region, width).items():
+            parameter = nn.Parameter(torch.zeros(shape), requires_grad=False)
+            self.register_parameter(name.replace(".", "_"), parameter)
+
+
+def region_shapes(region: dict[str, int], width: int) -> dict[str, tuple[int, ...]]:
+    """Return the official names, without `region.`, and the shapes of the detection heads' 14 tensors."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for head, axes in (("coord", 1), ("size", 2)):
+        features, out, inner = region[f"{head}_feat_dim"], region[f"{head}_out_dim"], region["inner_dim"]
+        shapes[f"{head}_features"] = (axes, features // 2)
+        layers = {"encoder": (width, features), "decoder.fc1": (inner, width), "decoder.fc2": (out, inner)}
+        for layer, shape in layers.items():
+            shapes[f"{head}_{layer}.weight"], shapes[f"{head}_{layer}.bias"] = shape, shape[:1]
+    return shapes
 
 
 def stitch_windows(windows: torch.Tensor, tiling: tuple[int, int], margin: int) -> torch.Tensor:
@@ -74,14 +81,3 @@ def find_image_tokens(input_ids: torch.Tensor, image_token_id: int, count: int) 
     """Return which of `input_ids` [B, T] stand for the image: the first `count` of that id in each row."""
     found = input_ids == image_token_id
     return found & (found.cumsum(-1) <= count)
-
-
-def _frozen(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.zeros(shape), requires_grad=False)
-
-
-def _carried(out: int, width: int) -> nn.Module:
-    module = nn.Module()
-    module.register_parameter("weight", _frozen(out, width))
-    module.register_parameter("bias", _frozen(out))
-    return module

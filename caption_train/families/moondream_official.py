@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families.moondream_checkpoint import official_names, old_name, to_native, to_official
-from caption_train.families.moondream_config import MoondreamConfig, native_dict, official_dict
+from caption_train.families.moondream_config import REGION_2B, MoondreamConfig, native_dict, official_dict
 from caption_train.families.moondream_revisions import DEFAULT_REVISION, REVISIONS, TOKENIZER_NAMES
 from caption_train.files import write_atomically
 
@@ -164,7 +164,7 @@ def _new_names(names: list[str]) -> dict[str, str] | None:
 
 def _layer_counts(layers: int) -> dict[str, Any]:
     sizes = {"num_hidden_layers": layers}
-    return {"text_config": {"model_type": "phi", **sizes}, "vision_config": sizes, "region": {}}
+    return {"text_config": sizes, "vision_config": sizes, "region": REGION_2B}
 
 
 def _describe(folder: Path, shapes: dict[str, list[int]], old: bool, revision: str | None) -> MoondreamConfig:
