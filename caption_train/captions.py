@@ -64,7 +64,7 @@ def scan_folder(
     """Walk a folder once and sort its files into images and captions; extensions match in any case."""
     folder = Folder(Path(root))
     if not folder.root.is_dir():
-        raise UsageError(f"{printable(root)}: no such folder")
+        raise UsageError(f"{printable(root)}: {'not a folder' if folder.root.exists() else 'no such folder'}")
     extensions = sorted(map(with_dot, caption_extensions), key=len, reverse=True)
     captions: list[tuple[str, str]] = []
     for name in _walk(folder, recursive, follow_symlinks):

@@ -172,22 +172,27 @@ def _write(compiled: Compiled, options: CompileOptions) -> list[str]:
     return []
 
 
-def _check_images(names: dict[str, Pair]) -> dict[str, str]:
+def _check_images(pairs: dict[str, Pair]) -> dict[str, str]:
+    """Return the images that cannot be decoded, and why."""
     from tqdm import tqdm
 
     from caption_train.images import ImageError, open_image
 
     def check(name: str) -> str | None:
         try:
-            open_image(names[name].image)
+            open_image(pairs[name].image)
         except ImageError as error:
-            return str(error).removeprefix(f"{printable(names[name].image)}: ")
+            return str(error).removeprefix(f"{printable(pairs[name].image)}: ")
         return None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        # disable=None: no bar where nobody watches.
-        results = tqdm(pool.map(check, names), total=len(names), desc="checking images", disable=None)
-        return {name: reason for name, reason in zip(names, results, strict=True) if reason}
+        try:
+            # disable=None: no bar where nobody watches.
+            results = tqdm(pool.map(check, pairs), total=len(pairs), desc="checking images", disable=None)
+            return {name: reason for name, reason in zip(pairs, results, strict=True) if reason}
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _refuse_too_many(repeats: dict[str, int]) -> None:

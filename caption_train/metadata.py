@@ -44,8 +44,6 @@ def inspect_dataset(
     problem: they are what the trained model is for. Raises UsageError when no pair is left.
     """
     root = Path(dataset_dir)
-    if not root.is_dir():
-        raise UsageError(f"{printable(root)}: no such folder")
     if (root / METADATA_NAME).exists():
         pairs, problems = read_metadata(root / METADATA_NAME, follow_symlinks=follow_symlinks)
         found = f"{METADATA_NAME} has no usable row"

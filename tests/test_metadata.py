@@ -155,7 +155,7 @@ def test_bad_caption_files_are_problems_too(tmp_path):
     ("make", "message"),
     [
         (lambda p: None, "no such folder"),
-        (lambda p: p.write_text("x"), "no such folder"),
+        (lambda p: p.write_text("x"), "not a folder"),
         (lambda p: p.mkdir(), "0 images"),
         (lambda p: (p / "metadata.jsonl").mkdir(parents=True), "not a regular file"),
         (lambda p: write_lines(p), "no usable row"),
