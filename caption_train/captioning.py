@@ -16,16 +16,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caption_train.captions import printable
+from caption_train.drawings import Drawings
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families.base import Family
 from caption_train.inputs import find_inputs
 from caption_train.options import CaptionOptions
 from caption_train.outputs import Outputs, wrap_caption
-from caption_train.processes import Processes, join_processes
+from caption_train.processes import join_processes
 from caption_train.tally import Tally, find_remarks
 
 if TYPE_CHECKING:
-    from caption_train.generating import Captioned, Generation
+    import torch
+
+    from caption_train.generating import Captioned, Generation, Unreadable
+
+
+def caption_folder(options: CaptionOptions, family: Family) -> int:
+    """Caption what `options.images` names and print a summary; return the exit code.
+
+    1: an image could not be read; all others are captioned. 130 or 143: Ctrl-C or SIGTERM; what was finished
+    is written, and the same command goes on from there. Raises UsageError before anything is loaded, and
+    CaptionTrainError.
+    """
+    job = CaptionJob(options, family)
+    try:
+        with _terminable():
+            return job.run()
+    except KeyboardInterrupt as interrupt:
+        job.keep_finished()
+        job.say_interrupted()
+        return 143 if isinstance(interrupt, _Terminated) else 130
+    except BaseException:
+        job.keep_finished()
+        raise
 
 
 @dataclass(frozen=True)
@@ -40,106 +63,154 @@ class Plan:
     prompt: str
 
 
-def caption_folder(options: CaptionOptions, family: Family) -> int:
-    """Caption what `options.images` names and print a summary; return the exit code.
+class CaptionJob:
+    """One process's part in captioning; the main process plans it and sums it up."""
 
-    1: an image could not be read; all others are captioned. 130 or 143: Ctrl-C or SIGTERM; what was finished
-    is written, and the same command goes on from there. Raises UsageError before anything is loaded, and
-    CaptionTrainError.
-    """
-    processes = join_processes()
-    outputs = Outputs(options, processes.rank)
-    plan = processes.share(partial(make_plan, options, family, outputs))
-    tally = Tally(kept=len(plan.images) - len(plan.pending), unreadable=list(plan.missing))
-    if not processes.is_main:
-        tally = Tally()
-    lines: list[tuple[int, str]] = []
-    try:
-        with _terminable():
-            _caption_share(options, family, plan, outputs, processes, tally, lines)
-            tallies = processes.gather(tally)
-            lines = sorted(line for share in processes.gather(lines) for line in share)
-    except BaseException as error:
-        return _stop(error, plan, outputs, tally, processes)
-    total = sum(tallies, Tally())
-    if processes.is_main:
-        outputs.finish(plan.images)
-        for _, line in lines:
-            print(line)
-        print("\n".join(total.lines()), file=sys.stderr)
-    return 1 if total.unreadable else 0
+    def __init__(self, options: CaptionOptions, family: Family) -> None:
+        self.options = options
+        self.family = family
+        self.processes = join_processes()
+        self.outputs = Outputs(options, self.processes.rank)
+        self.plan = self.processes.share(self._make_plan)
+        self.drawings = Drawings(options.visualize, self.plan.images) if options.visualize else None
+        self.lines: list[tuple[int, str]] = []
+        self.tally = Tally()
+        if self.processes.is_main:
+            self.tally.kept = len(self.plan.images) - len(self.plan.pending)
+            self.tally.unreadable += self.plan.missing
 
+    def run(self) -> int:
+        """Caption this process's share, wait for the others, write what is common; return the exit code."""
+        share = self.plan.pending[self.processes.rank :: self.processes.count]
+        if share:
+            self._caption(share)
+        total = sum(self.processes.gather(self.tally), Tally())
+        lines = self.processes.gather(self.lines)
+        if self.processes.is_main:
+            self.outputs.finish(self.plan.images)
+            for _, line in sorted(line for part in lines for line in part):
+                print(line)
+            print("\n".join(total.lines()), file=sys.stderr)
+        return 1 if total.unreadable else 0
 
-def make_plan(options: CaptionOptions, family: Family, outputs: Outputs) -> Plan:
-    """Decide what is captioned with what, from the options and the adapter's account of itself."""
-    inputs = find_inputs(options.images, recursive=options.recursive)
-    if options.visualize and not hasattr(family, "draw_answer"):
-        raise UsageError(f"--visualize: {family.title} gives no boxes to draw")
-    model_id, revision = options.base_model or family.model_id, options.revision
-    prompt = options.prompt if options.task is None else options.task
-    if options.peft_model:
-        from caption_train.lora import check_base, read_adapter
+    def keep_finished(self) -> None:
+        """Write what was finished before an interrupt or an error; other processes may still be at work."""
+        if self.processes.is_main:
+            with suppress(CaptionTrainError):
+                self.outputs.finish(self.plan.images, complete=self.processes.count == 1)
 
-        adapter = read_adapter(options.peft_model)
-        model_id = options.base_model or adapter.base_model or model_id
-        check_base(adapter, family.name, model_id, family.base_models)
-        prompt = adapter.prompt if prompt is None else prompt
-        if model_id == adapter.base_model:
-            revision = revision or adapter.revision
-    if model_id == family.model_id:
-        revision = revision or family.revision
-    prompt = family.default_prompt if prompt is None else prompt
-    pending = outputs.find_pending(inputs.images)
-    return Plan(inputs.images, pending, inputs.missing, model_id, revision, prompt)
+    def say_interrupted(self) -> None:
+        """Say what is done, and how to go on."""
+        kept = "written; the same command goes on from there" if self.outputs.exist else "printed"
+        if self.options.overwrite and self.outputs.exist:
+            kept = "written; the same command without --overwrite goes on from there"
+        alone = self.processes.count == 1
+        count = f"{self.tally.written} of {len(self.plan.pending)}" if alone else "finished"
+        if self.processes.is_main:
+            print(f"Interrupted: {count} captions are {kept}", file=sys.stderr)
 
+    def _make_plan(self) -> Plan:
+        """Decide what is captioned with what, from the options and the adapter's account of itself."""
+        options, family = self.options, self.family
+        inputs = find_inputs(options.images, recursive=options.recursive)
+        if options.visualize and not hasattr(family, "draw_answer"):
+            raise UsageError(f"--visualize: {family.title} gives no boxes to draw")
+        if options.visualize:
+            Drawings(options.visualize, inputs.images)
+        model_id, revision = options.base_model or family.model_id, options.revision
+        prompt = options.prompt if options.task is None else options.task
+        if options.peft_model:
+            from caption_train.lora import check_base, read_adapter
 
-def _caption_share(
-    options: CaptionOptions,
-    family: Family,
-    plan: Plan,
-    outputs: Outputs,
-    processes: Processes,
-    tally: Tally,
-    lines: list[tuple[int, str]],
-) -> None:
-    """Caption this process's share of the pending images, writing each result at once."""
-    share = plan.pending[processes.rank :: processes.count]
-    if not share:
-        return
-    from tqdm import tqdm
+            adapter = read_adapter(options.peft_model)
+            model_id = options.base_model or adapter.base_model or model_id
+            check_base(adapter, family.name, model_id, family.base_models)
+            prompt = adapter.prompt if prompt is None else prompt
+            if model_id == adapter.base_model:
+                revision = revision or adapter.revision
+        if model_id == family.model_id:
+            revision = revision or family.revision
+        prompt = family.default_prompt if prompt is None else prompt
+        pending = self.outputs.find_pending(inputs.images)
+        return Plan(inputs.images, pending, inputs.missing, model_id, revision, prompt)
 
-    from caption_train.generating import Captioned, caption_images, choose_device
+    def _caption(self, share: Sequence[Path]) -> None:
+        from tqdm import tqdm
 
-    device = choose_device(options.device, local_rank=processes.local_rank, processes=processes.count)
-    if processes.is_main:
-        print(_describe(options, plan, device), file=sys.stderr)
-    model, processor = _load(options, family, plan, device)
-    results = caption_images(
-        family,
-        model,
-        processor,
-        share,
-        make_generation(options, plan.prompt),
-        batch_size=options.batch_size,
-        num_workers=options.num_workers,
-    )
-    start = time.monotonic()
-    bar = tqdm(total=len(share), unit="image", disable=None if processes.is_main else True)
-    for number, result in enumerate(results):
-        if isinstance(result, Captioned):
-            text = _write(options, family, plan, outputs, result, tally)
-            bar.set_postfix_str(printable(text)[:60], refresh=False)
-            if not outputs.exist:
-                line = f"{printable(result.image)}: {printable(text)}"
-                if processes.count == 1:
+        from caption_train.generating import Unreadable, caption_images, choose_device
+
+        main = self.processes.is_main
+        device = choose_device(
+            self.options.device, local_rank=self.processes.local_rank, processes=self.processes.count
+        )
+        if main:
+            print(self._describe(device), file=sys.stderr)
+        model, processor = self._load(device)
+        results = caption_images(
+            self.family,
+            model,
+            processor,
+            share,
+            make_generation(self.options, self.plan.prompt),
+            batch_size=self.options.batch_size,
+            num_workers=self.options.num_workers,
+        )
+        start = time.monotonic()
+        # Without a terminal a bar would be a line for every image.
+        with tqdm(total=len(share), unit="image", disable=None if main else True) as bar:
+            for number, result in enumerate(results):
+                line = self._handle(result)
+                self.tally.seconds = time.monotonic() - start
+                bar.set_postfix_str(line[-60:], refresh=False)
+                bar.update()
+                if self.outputs.exist or isinstance(result, Unreadable):
+                    continue
+                if self.processes.count == 1:
                     bar.write(line, file=sys.stdout)
                 else:
-                    lines.append((number * processes.count + processes.rank, line))
-        else:
-            tally.unreadable.append(result.reason)
-        tally.seconds = time.monotonic() - start
-        bar.update()
-    bar.close()
+                    self.lines.append((number * self.processes.count + self.processes.rank, line))
+
+    def _handle(self, result: Captioned | Unreadable) -> str:
+        """Write and count what became of one image; return it as a line."""
+        from caption_train.generating import Unreadable
+
+        if isinstance(result, Unreadable):
+            self.tally.unreadable.append(result.reason)
+            return result.reason
+        options, generated = self.options, result.generated
+        text = wrap_caption(
+            generated.text, prefix=options.prefix, suffix=options.suffix, trigger=options.trigger
+        )
+        parse = getattr(self.family, "parse_answer", None)
+        answer = parse(generated.text, self.plan.prompt, result.size) if parse else None
+        remarks = find_remarks(generated)
+        self.outputs.write(result.image, text, answer=answer, remarks=remarks)
+        if self.drawings and answer is not None:
+            self.drawings.save(result.image, partial(self.family.draw_answer, answer=answer))
+        self.tally.count(str(result.image), remarks)
+        return f"{printable(result.image)}: {printable(text)}"
+
+    def _load(self, device: torch.device) -> tuple[Any, Any]:
+        import torch
+
+        from caption_train.generating import out_of_memory_explained
+
+        dtype = getattr(torch, self.options.dtype)
+        with out_of_memory_explained(device, self.options.batch_size):
+            model, processor = self.family.load(self.plan.model_id, revision=self.plan.revision, dtype=dtype)
+            if self.options.peft_model:
+                from caption_train.lora import load_adapter
+
+                model = load_adapter(model, self.options.peft_model, self.family)
+            return model.to(device, dtype).eval(), processor
+
+    def _describe(self, device: torch.device) -> str:
+        adapter = f" and {self.options.peft_model}" if self.options.peft_model else ""
+        prompt = f', prompt "{printable(self.plan.prompt)}"' if self.plan.prompt else ""
+        return (
+            f"Captioning {len(self.plan.pending):,} of {len(self.plan.images):,} images with "
+            f"{self.plan.model_id}{adapter} on {device} in {self.options.dtype}{prompt}"
+        )
 
 
 def make_generation(options: CaptionOptions, prompt: str) -> Generation:
@@ -155,59 +226,6 @@ def make_generation(options: CaptionOptions, prompt: str) -> Generation:
 
     sampler = partial(make_sampler, temperature=options.temperature, top_p=options.top_p, seed=options.seed)
     return Generation(prompt, settings | {"num_beams": 1}, sampler)
-
-
-def _load(options: CaptionOptions, family: Family, plan: Plan, device: Any) -> tuple[Any, Any]:
-    import torch
-
-    from caption_train.generating import out_of_memory_explained
-
-    dtype = getattr(torch, options.dtype)
-    with out_of_memory_explained(device, options.batch_size):
-        model, processor = family.load(plan.model_id, revision=plan.revision, dtype=dtype)
-        if options.peft_model:
-            from caption_train.lora import load_adapter
-
-            model = load_adapter(model, options.peft_model)
-        return model.to(device, dtype).eval(), processor
-
-
-def _write(
-    options: CaptionOptions, family: Family, plan: Plan, outputs: Outputs, result: Captioned, tally: Tally
-) -> str:
-    """Write one caption everywhere it goes, count it and return it."""
-    generated = result.generated
-    text = wrap_caption(generated.text, prefix=options.prefix, suffix=options.suffix, trigger=options.trigger)
-    parse = getattr(family, "parse_answer", None)
-    answer = parse(generated.text, plan.prompt, result.size) if parse else None
-    remarks = find_remarks(generated)
-    outputs.write(result.image, text, answer=answer, remarks=remarks)
-    tally.count(str(result.image), remarks)
-    return text
-
-
-def _describe(options: CaptionOptions, plan: Plan, device: Any) -> str:
-    adapter = f" and {options.peft_model}" if options.peft_model else ""
-    prompt = f', prompt "{printable(plan.prompt)}"' if plan.prompt else ""
-    return (
-        f"Captioning {len(plan.pending):,} of {len(plan.images):,} images with {plan.model_id}{adapter} "
-        f"on {device} in {options.dtype}{prompt}"
-    )
-
-
-def _stop(error: BaseException, plan: Plan, outputs: Outputs, tally: Tally, processes: Processes) -> int:
-    """Write what was finished; say so after an interrupt, raise again what is an error."""
-    alone = processes.count == 1
-    if processes.is_main:
-        with suppress(CaptionTrainError):
-            outputs.finish(plan.images, complete=alone)
-    if not isinstance(error, KeyboardInterrupt):
-        raise error
-    if processes.is_main:
-        count = f"{tally.written} of {len(plan.pending)} captions are" if alone else "finished captions are"
-        kept = "written; the same command goes on from there" if outputs.exist else "printed"
-        print(f"Interrupted: {count} {kept}", file=sys.stderr)
-    return 143 if isinstance(error, _Terminated) else 130
 
 
 class _Terminated(KeyboardInterrupt):

@@ -63,6 +63,7 @@ class TrainOptions:
     caption_extension: list[str] = _data(
         [".txt"], "caption files beside the images end in this; repeatable", repeated=True
     )
+    follow_symlinks: bool = _data(False, "read images behind links that lead out of dataset_dir")
     max_length: int = _data(256, "longest caption in tokens, the end token included; longer ones are cut")
     shuffle_captions: bool = _data(False, "shuffle the comma-separated tags of a caption anew every epoch")
     keep_tokens: int = _data(0, "with --shuffle_captions, leave the first N tags in place")
@@ -203,7 +204,7 @@ class CaptionOptions:
     prompt: str | None = _captions(None, "text the model is given with every image (default: the adapter's)")
     task: str | None = _captions(None, "task token, instead of --prompt")
     beams: int | None = _captions(None, "beams of the beam search (default: the checkpoint's)")
-    max_token_length: int = _captions(75, "longest caption in tokens")
+    max_token_length: int = _captions(256, "longest caption in tokens")
     temperature: float = _captions(0.0, "sample at this temperature; 0 takes the likeliest caption")
     top_p: float = _captions(1.0, "sample from the likeliest tokens that sum to this probability")
     seed: int = _captions(42, "seed of sampling; a caption depends on it and its image alone")

@@ -73,6 +73,8 @@ def test_nothing_is_loaded_when_all_have_captions(folder):
 def test_unreadable_images_are_named_and_the_rest_captioned(folder, capsys):
     (folder / "2.png").write_bytes(b"no image")
     (folder / "5.png").write_bytes(b"")
+    assert run(FakeFamily(), folder) == 1
+    assert len(capsys.readouterr().out.splitlines()) == 5
     assert run(FakeFamily(), folder, save_captions=True) == 1
     err = capsys.readouterr().err
     assert "2 images could not be read" in err
@@ -196,7 +198,7 @@ def adapter(tmp_path):
 
 
 def test_an_adapter_brings_its_base_revision_and_prompt(folder, adapter, monkeypatch, capsys):
-    monkeypatch.setattr("caption_train.lora.load_adapter", lambda model, folder: model)
+    monkeypatch.setattr("caption_train.lora.load_adapter", lambda model, folder, family: model)
     family = FakeFamily()
     run(family, folder / "0.png", peft_model=adapter)
     assert [loaded[:2] for loaded in family.loaded] == [("fake/large", "abc")]
@@ -214,6 +216,27 @@ def test_an_adapter_of_another_family_is_refused_before_loading(folder, adapter)
     (adapter / "training.json").write_text(json.dumps({"family": "other"}))
     with pytest.raises(UsageError, match="trained on other, not on fake"):
         run(FakeFamily(), folder, peft_model=adapter)
+
+
+def test_answers_are_drawn_on_copies_that_keep_names_and_formats(folder):
+    class Drawing(FakeFamily):
+        def parse_answer(self, text, prompt, size):
+            return {"boxes": []} if "white" in text else None
+
+        def draw_answer(self, image, answer):
+            return Image.new("RGB", image.size, "red")
+
+    (folder / "sub").mkdir()
+    Image.new("RGB", (4, 4), "white").save(folder / "sub" / "w.JPG")
+    original = (folder / "6.png").read_bytes()
+    run(Drawing(), folder, recursive=True, visualize=folder / "drawn")
+    drawn = [path.relative_to(folder / "drawn").as_posix() for path in (folder / "drawn").rglob("*.*")]
+    assert sorted(drawn) == ["6.png", "sub/w.JPG"]
+    with Image.open(folder / "drawn/sub/w.JPG") as image:
+        assert (image.format, image.getpixel((0, 0))[0] > 250) == ("JPEG", True)
+    assert (folder / "6.png").read_bytes() == original
+    with pytest.raises(UsageError, match="would replace the images"):
+        run(Drawing(), folder, visualize=folder)
 
 
 def test_visualize_needs_a_family_that_draws(folder):

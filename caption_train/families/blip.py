@@ -80,6 +80,8 @@ class Blip:
         self, model: BlipForConditionalGeneration, processor: BlipProcessor, batch: Batch, **settings: Any
     ) -> list[Generated]:
         """Caption a batch; see `Family.generate`. Rows with prompts of one length go through together."""
+        from caption_train.families.generation import limit_new_tokens
+
         lengths = batch["attention_mask"].sum(dim=1)
         results: list[Generated | None] = [None] * len(lengths)
         for length in lengths.unique().tolist():
@@ -89,7 +91,7 @@ class Blip:
                 pixel_values=batch["pixel_values"][rows],
                 input_ids=batch["input_ids"][rows, :length].clone(),
                 attention_mask=batch["attention_mask"][rows, :length],
-                **settings,
+                **limit_new_tokens(settings, model.config.text_config, used=length - 1),
             )
             for row, sequence in zip(rows.tolist(), sequences.tolist(), strict=True):
                 results[row] = _to_generated(processor, sequence[length - 1 :])

@@ -1,0 +1,88 @@
+"""Generation with the real families, at random weights: batches change nothing, limits hold."""
+
+from functools import partial
+
+import pytest
+import torch
+from PIL import Image
+
+from caption_train.errors import UsageError
+from caption_train.families import get_family
+from caption_train.generating import Captioned, Generation, Unreadable, caption_images, choose_device
+from caption_train.sampling import make_sampler
+
+
+@pytest.fixture(scope="module", params=["blip", "florence"])
+def loaded(request, tmp_path_factory):
+    """A family, its tiny model with random weights, and its processor."""
+    from examples import tiny_blip, tiny_florence
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp(request.param)
+    for part in {"blip": tiny_blip, "florence": tiny_florence}[request.param].make_model():
+        part.save_pretrained(folder)
+    family = get_family(request.param)
+    return family, *family.load(str(folder))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    paths = [folder / f"{i}.png" for i in range(5)]
+    for number, path in enumerate(paths):
+        Image.effect_noise((60 + 20 * number, 90), 200).convert("RGB").save(path)
+    paths[2].write_bytes(b"damaged")
+    return paths
+
+
+def texts(loaded, images, *, prompt=None, batch_size=4, num_workers=0, **settings):
+    family, model, processor = loaded
+    prompt = family.default_prompt if prompt is None else prompt
+    generation = Generation(prompt, {"do_sample": False, "max_new_tokens": 8, **settings})
+    results = caption_images(
+        family, model, processor, images, generation, batch_size=batch_size, num_workers=num_workers
+    )
+    return [r.generated.token_ids if isinstance(r, Captioned) else r.reason for r in results]
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_caption_is_the_same_alone_and_in_a_batch(loaded, images, beams):
+    alone = texts(loaded, images, batch_size=1, num_beams=beams)
+    assert texts(loaded, images, batch_size=5, num_beams=beams) == alone
+    assert "not an image" in alone[2]
+
+
+def test_workers_change_nothing(loaded, images):
+    assert texts(loaded, images, batch_size=2, num_workers=2) == texts(loaded, images, batch_size=2)
+
+
+def test_sampling_gives_an_image_the_same_caption_in_any_batch(loaded, images):
+    make = partial(make_sampler, temperature=2.0, top_p=0.9, seed=3)
+    settings = {"do_sample": False, "max_new_tokens": 8, "num_beams": 1}
+    generation = Generation(loaded[0].default_prompt, settings, make)
+    runs = []
+    for size in (1, 4):
+        results = caption_images(*loaded, images, generation, batch_size=size)
+        runs.append([tuple(r.generated.token_ids) for r in results if isinstance(r, Captioned)])
+    assert runs[0] == runs[1]
+    assert len(set(runs[0])) == 4
+
+
+def test_a_limit_beyond_the_models_positions_is_the_models(loaded, images):
+    prompt = "a photo of" if loaded[0].name == "blip" else None
+    (ids,) = texts(loaded, images[:1], prompt=prompt, max_new_tokens=400, num_beams=1)
+    assert len(ids) <= 256
+
+
+def test_unreadable_images_keep_their_place(loaded, images):
+    generation = Generation(loaded[0].default_prompt, {"max_new_tokens": 2})
+    results = list(caption_images(*loaded, images, generation, batch_size=2))
+    assert [result.image for result in results] == images
+    assert [isinstance(result, Unreadable) for result in results] == [False, False, True, False, False]
+    assert results[4].size == (140, 90)
+
+
+def test_a_device_is_found_or_refused():
+    assert choose_device("cpu").type == "cpu"
+    with pytest.raises(UsageError, match="--device tpu9"):
+        choose_device("tpu9")
