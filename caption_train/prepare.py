@@ -38,7 +38,11 @@ def prepare_training(options: TrainOptions, family: Family) -> Trainer:
     """Make everything a run needs. Cheap checks come first: flags and data before the model loads."""
     accelerator = make_accelerator(options)
     notice_launcher(accelerator.num_processes)
-    pairs = read_dataset(options.dataset_dir, caption_extensions=tuple(options.caption_extension))
+    pairs = read_dataset(
+        options.dataset_dir,
+        caption_extensions=options.caption_extension,
+        follow_symlinks=options.follow_symlinks,
+    )
     options.output_dir.mkdir(parents=True, exist_ok=True)
     checkpoint = find_resume_point(options)
     set_seed(options.seed)

@@ -25,7 +25,7 @@ def print_summary(compiled: "Compiled", options: CompileOptions) -> None:
     lines += [*left_over, _RULE] if left_over else []
     target = compiled.output_dir / METADATA_NAME
     if compiled.written:
-        lines += [f"Wrote {printable(target)}", "", "Next:", f"  {_next_command(compiled)}"]
+        lines += [f"Wrote {printable(target)}", "", "Next:", f"  {_next_command(compiled, options)}"]
     elif options.dry_run and compiled.rows:
         lines += [f"Nothing written (--dry_run); this would go to {printable(target)}"]
     _print(lines)
@@ -112,10 +112,12 @@ def _line(title: str, count: int, note: str = "") -> str:
     return f" {title:<29} {count:>9,}   {printable(note)}".rstrip()
 
 
-def _next_command(compiled: "Compiled") -> str:
+def _next_command(compiled: "Compiled", options: CompileOptions) -> str:
     # The folder's own name, also for `.` and `..`.
     name = compiled.output_dir.resolve().name or "my-lora"
     arguments = ["--dataset_dir", str(compiled.output_dir), "--output_dir", f"loras/{name}"]
+    if options.follow_symlinks and compiled.prefix is not None:
+        arguments.append("--follow_symlinks")
     return shlex.join(["accelerate", "launch", "train_florence_lora.py", *arguments])
 
 

@@ -80,3 +80,10 @@ def test_the_next_command_survives_the_shell(dataset, capsys):
         ["bash", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True, check=True
     )
     assert printed.stdout.splitlines()[4] == str(dataset)
+
+
+def test_the_next_command_follows_links_where_the_dataset_holds_them(dataset, tmp_path, capsys):
+    compile_folder(dataset, follow_symlinks=True)
+    assert capsys.readouterr().out.rstrip().endswith(" --follow_symlinks")
+    compile_folder(dataset, tmp_path / "out", follow_symlinks=True)
+    assert "--follow_symlinks" not in capsys.readouterr().out
