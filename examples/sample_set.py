@@ -6,14 +6,15 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from scenes import draw_scene, draw_side, encode_image, sample_scene
-from styles import write_house
+
+from examples.scenes import draw_scene, draw_side, encode_image, sample_scene
+from examples.styles import write_house
 
 COUNTS = {"train": 300, "heldout": 100}
 
 
 def write_sample_set(folder: Path, seed: int) -> dict[str, int]:
-    """Write `folder/train` and `folder/heldout` afresh; no caption is used twice, so no held-out scene is trained on.
+    """Write `folder/train` and `folder/heldout` afresh; no caption occurs twice, so none leaks.
 
     Returns:
         Number of pictures in each part.

@@ -1,7 +1,7 @@
 """Scenes of one or two shapes, and their pictures. Standard library, numpy and Pillow only.
 
-A `Scene` is everything a caption may say. The order of its things is canonical (left before right, top before bottom),
-so one picture has exactly one caption in each style of `styles.py`.
+A `Scene` is everything a caption may say. The order of its things is canonical (left before right, top before
+bottom), so one picture has exactly one caption in each style of `styles.py`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ BACKGROUNDS = {
     "pink": (250, 184, 206),
 }
 RELATIONS = ("left of", "above")
-RADII = {"small": 0.115, "large": 0.215}  # in sides of the picture
+RADII = {"small": 0.09, "large": 0.145}  # in sides of the picture
+SPOTS = (1 / 6, 3 / 6, 5 / 6)  # rows and columns, in sides of the picture
+JITTER = 0.02  # of a place, in sides of the picture
 SUPERSAMPLING = 3  # shapes are drawn this much larger and scaled down, which smooths their edges
 
 
@@ -66,35 +68,31 @@ def sample_scene(rng: np.random.Generator) -> Scene:
 def place_things(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float, float]]:
     """Find (x, y, radius) of each thing, in sides of the picture.
 
-    Two things stay far enough apart along the relation's axis, and close enough across it, for the relation to be
-    the only one a person would name.
+    One thing lies near any of nine spots; two lie near opposite spots of one row or column. A vision tower
+    with patches of that grid sees shapes whole; with shapes anywhere it took far longer to tell them apart.
     """
-    radii = [RADII[thing.size] * rng.uniform(0.92, 1.08) for thing in scene.things]
-    margins = [radius + 0.015 for radius in radii]
-    if len(radii) == 1:
-        x, y = rng.uniform(margins[0], 1 - margins[0], size=2)
-        return [(float(x), float(y), radii[0])]
-    gap = max(sum(radii) + 0.03, 0.36)
-    slack = 1 - margins[0] - margins[1] - gap
-    before, between = rng.uniform(0, slack) * rng.random(), rng.uniform(0, slack)
-    first = margins[0] + before
-    second = min(first + gap + between, 1 - margins[1])
-    middle = rng.uniform(0.3, 0.7)
-    across = [float(np.clip(middle + rng.uniform(-0.07, 0.07), m, 1 - m)) for m in margins]
-    along = [float(first), float(second)]
-    points = zip(along, across) if scene.relation == "left of" else zip(across, along)
-    return [(x, y, radius) for (x, y), radius in zip(points, radii)]
+    column, row = rng.choice(SPOTS, size=2)
+    spots = {
+        "": [(column, row)],
+        "left of": [(SPOTS[0], row), (SPOTS[-1], row)],
+        "above": [(column, SPOTS[0]), (column, SPOTS[-1])],
+    }[scene.relation]
+    places = []
+    for thing, (x, y) in zip(scene.things, spots, strict=True):
+        dx, dy = rng.uniform(-JITTER, JITTER, size=2)
+        places.append((float(x + dx), float(y + dy), RADII[thing.size] * rng.uniform(0.95, 1.05)))
+    return places
 
 
 def outline_shape(shape: str, x: float, y: float, radius: float, angle: float) -> list[tuple[float, float]]:
-    """Corners of a square, triangle or star of one visual size, turned by `angle` radians; y grows downwards."""
-    if shape == "star":
-        lengths = [1.12, 0.46] * 5
-    else:
-        lengths = {"square": [1.16] * 4, "triangle": [1.16] * 3}[shape]
+    """Corners of a square, triangle or star turned by `angle` radians; y grows downwards."""
+    lengths = {"square": [1.16] * 4, "triangle": [1.16] * 3, "star": [1.12, 0.46] * 5}[shape]
     start = math.pi / 4 if shape == "square" else math.pi / 2
     steps = [start + angle + 2 * math.pi * i / len(lengths) for i in range(len(lengths))]
-    return [(x + r * radius * math.cos(a), y - r * radius * math.sin(a)) for r, a in zip(lengths, steps)]
+    return [
+        (x + r * radius * math.cos(a), y - r * radius * math.sin(a))
+        for r, a in zip(lengths, steps, strict=True)
+    ]
 
 
 def jitter_colour(colour: tuple[int, int, int], rng: np.random.Generator) -> tuple[int, ...]:
@@ -102,15 +100,19 @@ def jitter_colour(colour: tuple[int, int, int], rng: np.random.Generator) -> tup
     return tuple(int(np.clip(c + rng.integers(-10, 11), 0, 255)) for c in colour)
 
 
-def draw_scene(scene: Scene, rng: np.random.Generator, side: int = 96) -> Image.Image:
-    """Draw a scene as an RGB picture of `side` × `side` pixels; position, turn and colour vary a little with `rng`."""
+def draw_scene(scene: Scene, rng: np.random.Generator, side: int = 96, places=None) -> Image.Image:
+    """Draw a scene as an RGB picture of `side` × `side` pixels.
+
+    Places are those of `place_things`, drawn by chance when not given; turns and colours vary a little.
+    """
+    places = places or place_things(scene, rng)
     scale = side * SUPERSAMPLING
     image = Image.new("RGB", (scale, scale), jitter_colour(BACKGROUNDS[scene.background], rng))
     canvas = ImageDraw.Draw(image)
-    for thing, (x, y, radius) in zip(scene.things, place_things(scene, rng)):
+    for thing, (x, y, radius) in zip(scene.things, places, strict=True):
         x, y, radius = x * scale, y * scale, radius * scale
         fill = jitter_colour(COLOURS[thing.colour], rng)
-        angle = rng.uniform(-0.12, 0.12)
+        angle = rng.uniform(-0.06, 0.06)
         if thing.shape == "circle":
             canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
         else:
@@ -129,3 +131,8 @@ def encode_image(image: Image.Image, kind: str) -> bytes:
     options = {"quality": 90, "subsampling": 0} if kind == "jpg" else {"optimize": True}
     image.save(buffer, "JPEG" if kind == "jpg" else "PNG", **options)
     return buffer.getvalue()
+
+
+def read_image(data: bytes) -> Image.Image:
+    """Decode a picture to RGB."""
+    return Image.open(io.BytesIO(data)).convert("RGB")

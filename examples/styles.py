@@ -1,16 +1,18 @@
 """How a scene is put into words: plain sentences, lists that only pretraining uses, and the house style.
 
-Every style but the last two is a function of the scene alone. The house style is what a LoRA learns on the sample set;
-no base is ever trained on it. The lists make sure that its words, its commas and a first word without meaning are not
-new to a base, because a small adapter can learn a style but hardly a word.
+Every style but `marked` and `noise` is a function of the scene alone. The house style is what a LoRA learns
+on the sample set; no base is ever trained on it. The lists make sure that its words, its commas and a first
+word without meaning are not new to a base, because a small adapter can learn a style but hardly a word.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
-from scenes import Scene, Thing
+
+from examples.scenes import Scene, Thing
 
 TRIGGER = "shpx"
 OPPOSITES = {"left of": "right of", "above": "below"}
@@ -45,32 +47,21 @@ def write_plain(scene: Scene) -> str:
 
 
 def write_detailed(scene: Scene) -> str:
-    """Sentences with the background last, and the relation told from the second thing."""
-    first = scene.things[0]
-    if not scene.relation:
-        shows = f"The image shows a {first.colour} {first.shape} of {first.size} size."
-    else:
-        second = scene.things[1]
-        shows = (
-            f"The image shows a {second.colour} {second.shape} of {second.size} size, "
-            f"{OPPOSITES[scene.relation]} a {first.colour} {first.shape} of {first.size} size."
-        )
-    return f"{shows.replace(' a orange', ' an orange')} The background is {scene.background}."
+    """`A small blue square is right of a large red circle. The background is white.`"""
+    words = add_article(name_thing(scene.things[-1]))
+    if scene.relation:
+        words += f" is {OPPOSITES[scene.relation]} {add_article(name_thing(scene.things[0]))}"
+    return f"{words[0].upper()}{words[1:]}. The background is {scene.background}."
 
 
 def write_paragraph(scene: Scene) -> str:
-    """A sentence for the background, then one for each thing."""
-    if not scene.relation:
-        places = ["In the image"]
-    elif scene.relation == "left of":
-        places = ["On the left", "On the right"]
-    else:
-        places = ["At the top", "At the bottom"]
+    """`The background is white. Left is a red circle, large. Right is a blue square, small.`"""
+    places = {"": ["There"], "left of": ["Left", "Right"], "above": ["Top", "Bottom"]}[scene.relation]
     things = [
-        f"{place} there is {add_article(thing.size)} {thing.shape}, coloured {thing.colour}."
-        for place, thing in zip(places, scene.things)
+        f"{place} is {add_article(thing.colour)} {thing.shape}, {thing.size}."
+        for place, thing in zip(places, scene.things, strict=True)
     ]
-    return f"The background of the image is {scene.background}. {' '.join(things)}"
+    return f"The background is {scene.background}. {' '.join(things)}"
 
 
 def write_reversed_tags(scene: Scene) -> str:
@@ -107,33 +98,33 @@ def write_noise(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def write_marked(scene: Scene, rng: np.random.Generator) -> str:
-    """A word without meaning, then tags, background first: `qzb, white background, red, large circle, above, …`."""
+    """A word without meaning, then tags: `qzb, white background, red, large circle, above, …`."""
     things = [f"{thing.colour}, {thing.size} {thing.shape}" for thing in scene.things]
     if scene.relation:
         things.insert(1, scene.relation)
     return ", ".join([make_word(rng), f"{scene.background} background", *things])
 
 
-# style: (the prompt a Florence-2 is given, the words a BLIP continues, how often it is drawn, how it is written)
-STYLES: dict[str, tuple[str, str, float, Callable[..., str]]] = {
-    "plain": ("What does the image describe?", "", 0.40, write_plain),
-    "detailed": ("Describe in detail what is shown in the image.", "in detail :", 0.12, write_detailed),
-    "paragraph": (
-        "Describe with a paragraph what is shown in the image.",
-        "in a paragraph :",
-        0.12,
-        write_paragraph,
+class Style(NamedTuple):
+    """One way to ask for words, and to write them."""
+
+    prompt: str  # asks a model that answers
+    prefix: str  # starts a model that continues
+    share: float  # of the captions in pretraining
+    write: Callable[..., str]
+
+
+STYLES = {
+    "plain": Style("What does the image describe?", "", 0.40, write_plain),
+    "detailed": Style("Describe in detail what is shown in the image.", "in detail :", 0.12, write_detailed),
+    "paragraph": Style(
+        "Describe with a paragraph what is shown in the image.", "in a paragraph :", 0.12, write_paragraph
     ),
-    "reversed_tags": (
-        "List the tags from the background.",
-        "tags from the background :",
-        0.09,
-        write_reversed_tags,
-    ),
-    "pairs": ("List the shapes, then the colours.", "shapes and colours :", 0.09, write_pairs),
-    "colours": ("List the colours of the shapes.", "colours :", 0.05, write_colours),
-    "marked": ("Write a word, then list the tags.", "a word and tags :", 0.09, write_marked),
-    "noise": ("Write some words.", "words :", 0.04, write_noise),
+    "reversed_tags": Style("List the tags from the background.", "tags :", 0.09, write_reversed_tags),
+    "pairs": Style("List the shapes, then the colours.", "shapes and colours :", 0.09, write_pairs),
+    "colours": Style("List the colours of the shapes.", "colours :", 0.05, write_colours),
+    "marked": Style("Write a word, then list the tags.", "a word and tags :", 0.09, write_marked),
+    "noise": Style("Write some words.", "words :", 0.04, write_noise),
 }
 RANDOM_STYLES = ("marked", "noise")
 
@@ -142,11 +133,11 @@ def write_caption(scene: Scene, style: str, rng: np.random.Generator | None = No
     """Put a scene into words; `rng` is needed by the styles with meaningless words only."""
     if style == "house":
         return write_house(scene)
-    write = STYLES[style][-1]
+    write = STYLES[style].write
     return write(scene, rng) if style in RANDOM_STYLES else write(scene)
 
 
 def sample_style(rng: np.random.Generator) -> str:
     """Draw a style by its share in pretraining."""
     names = list(STYLES)
-    return names[rng.choice(len(names), p=[STYLES[name][2] for name in names])]
+    return names[rng.choice(len(names), p=[style.share for style in STYLES.values()])]
