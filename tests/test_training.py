@@ -1,12 +1,11 @@
 """The loop against plain PyTorch, and what it does when a run goes wrong."""
 
-import json
 import math
 import random
 
 import pytest
 import torch
-from tiny_runs import make_options, save_base, write_pairs
+from tiny_runs import make_options, read_log, save_base, write_pairs
 
 from caption_train.errors import CaptionTrainError
 from caption_train.families import get_family
@@ -47,10 +46,6 @@ def make_trainer(bases, pairs_dir, tmp_path):
     return make
 
 
-def read_losses(output_dir) -> list[float]:
-    return [json.loads(line)["loss"] for line in (output_dir / "log.jsonl").read_text().splitlines()]
-
-
 def train_plainly(options: TrainOptions, family) -> list[float]:
     """Train as one would write it in thirty lines of PyTorch, without this package's loop or accelerate."""
     pairs = read_dataset(options.dataset_dir, caption_extensions=(".txt",))
@@ -85,7 +80,7 @@ def train_plainly(options: TrainOptions, family) -> list[float]:
 def test_twenty_losses_equal_plain_pytorch_bit_for_bit(family, make_trainer):
     trainer = make_trainer(family, epochs=4)
     trainer.train()
-    losses = read_losses(trainer.run.options.output_dir)
+    losses = [line["loss"] for line in read_log(trainer.run.options.output_dir)]
     assert len(losses) == 20
     assert losses == train_plainly(trainer.run.options, get_family(family))
     assert losses[-1] < losses[0]

@@ -1,5 +1,6 @@
 """Real runs small enough for a test: random tiny bases, a handful of pictures."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image
 
 from caption_train.families import get_family
 from caption_train.options import TrainOptions
+from caption_train.prepare import prepare_training
 from examples import tiny_blip, tiny_florence
 
 MODELS = {"blip": tiny_blip, "florence": tiny_florence}
@@ -51,3 +53,13 @@ def make_options(family: str, base: Path, dataset_dir: Path, output_dir: Path, *
         **changes,
     }
     return TrainOptions(**settings)
+
+
+def train(family: str, options: TrainOptions) -> dict:
+    """Train as the script does; return the summary."""
+    return prepare_training(options, get_family(family)).train()
+
+
+def read_log(output_dir: Path) -> list[dict]:
+    """Return what the run logged, a dict a step."""
+    return [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]

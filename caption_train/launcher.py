@@ -1,0 +1,54 @@
+"""The process that launched this one: how many it was asked for, and what becomes of us when it dies."""
+
+import ctypes
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+
+
+def notice_launcher(num_processes: int) -> None:
+    """Say when `accelerate launch` started fewer processes than asked for, and end when it is ended."""
+    command = read_command(os.getppid())
+    if not _is_accelerate(command):
+        return
+    _end_with_parent()
+    if line := describe_missing_processes(command, num_processes):
+        print(line, file=sys.stderr)
+
+
+def read_command(process_id: int) -> list[str]:
+    """Return a process's command line, or nothing where the system does not show it (it does on Linux)."""
+    try:
+        command = Path(f"/proc/{process_id}/cmdline").read_bytes()
+    except OSError:
+        return []
+    return [part.decode(errors="replace") for part in command.split(b"\0") if part]
+
+
+def describe_missing_processes(command: list[str], num_processes: int) -> str | None:
+    """Return a line when `accelerate launch` was asked for more processes than run, None if all is well.
+
+    On CPUs it starts one, whatever `--num_processes` says, unless it goes through MPI.
+    """
+    asked = re.search(r" --num[_-]processes[ =](\d+)", " ".join(command))
+    if asked is None or int(asked[1]) <= num_processes:
+        return None
+    return (
+        f"accelerate launch --num_processes {asked[1]}: only {num_processes} running, as it does on CPUs; "
+        f"start with: torchrun --nproc_per_node {asked[1]} SCRIPT --device cpu"
+    )
+
+
+def _end_with_parent() -> None:
+    """Have the system send SIGTERM when the parent dies, which forwards none and would leave an orphan."""
+    # A call of Linux; elsewhere there is no /proc to know the parent from either.
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _is_accelerate(command: list[str]) -> bool:
+    names = [Path(part).name for part in command[:4]]
+    return "accelerate-launch" in names or ("accelerate" in names and "launch" in command)
