@@ -55,8 +55,7 @@ class Moondream:
         from caption_train.families.moondream_official import read_tokenizer
         from caption_train.families.moondream_processor import MoondreamProcessor
 
-        if revision is None and model_id == self.model_id:
-            revision = self.revision
+        revision = self._release(model_id, revision)
         model = load_model(
             MoondreamForConditionalGeneration,
             model_id,
@@ -93,6 +92,23 @@ class Moondream:
         sequences = model.generate(**batch, **settings)
         answers = sequences[:, batch["input_ids"].shape[1] :].tolist()
         return [_to_generated(processor, ids) for ids in answers]
+
+    def save_legacy(
+        self, model: MoondreamForConditionalGeneration, processor: MoondreamProcessor, folder: Path
+    ) -> None:
+        """Write the model as the official code loads it."""
+        from caption_train.families.moondream_official import write_official
+
+        write_official(folder, model.config, model.state_dict(), processor.tokenizer)
+
+    def find_dtype(self, model_id: str, revision: str | None = None) -> torch.dtype:
+        """Return the precision that a checkpoint is stored in."""
+        from caption_train.families.moondream_official import find_dtype
+
+        return find_dtype(model_id, self._release(model_id, revision))
+
+    def _release(self, model_id: str, revision: str | None) -> str | None:
+        return self.revision if revision is None and model_id == self.model_id else revision
 
 
 @dataclass

@@ -155,9 +155,9 @@ def native_dict(official: dict[str, Any], facts: dict[str, Any] | None = None) -
     }
 
 
-def official_dict(config: MoondreamConfig) -> dict[str, Any]:
+def official_dict(config: MoondreamConfig, dtype: Any = "float32") -> dict[str, Any]:
     """Translate a config back to the official `config.json`, with the nested dict filled."""
-    text, vision, dtype = config.text_config, config.vision_config, config.dtype or "float32"
+    text, vision = config.text_config, config.vision_config
     tokenizer = {"bos_id": config.bos_token_id, "eos_id": config.bos_token_id}
     if config.answer_token_id is not None:
         tokenizer["answer_id"] = config.answer_token_id

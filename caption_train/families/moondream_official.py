@@ -101,14 +101,27 @@ def write_official(
 
     state: of our model, with adapters merged. Every tensor keeps its bits, only fused and renamed.
     """
-    folder = Path(folder)
+    folder, dtype = Path(folder), state["lm_head.weight"].dtype
+    if not all(tensor.is_floating_point() for tensor in state.values()):
+        raise CaptionTrainError(
+            "the official layout has no quantized weights: load the base without --quantize"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".model.safetensors.tmp"
     save_file(to_official(state, config), temporary, metadata={"format": "pt"})
     temporary.replace(folder / "model.safetensors")
-    write_atomically(folder / "config.json", json.dumps(official_dict(config), indent=2) + "\n")
+    write_atomically(folder / "config.json", json.dumps(official_dict(config, dtype), indent=2) + "\n")
     if tokenizer is not None:
         write_atomically(folder / "tokenizer.json", tokenizer.backend_tokenizer.to_str(pretty=True))
+
+
+def find_dtype(model_id: str, revision: str | None = None) -> torch.dtype:
+    """Return the precision that a checkpoint's weights are stored in."""
+    folder = find_folder(model_id, revision)
+    for file in find_weight_files(folder):
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(next(iter(opened.keys()))).dtype
+    raise CaptionTrainError(f"--model_id {model_id}: there is no model.safetensors in it")
 
 
 def read_tokenizer(model_id: str | Path, revision: str | None, bos_token_id: int, **kwargs: Any) -> Any:
