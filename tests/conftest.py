@@ -1,0 +1,78 @@
+"""What tests share: tiny bases, four captioned pictures, LoRAs trained on them. Nothing asks the network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tiny tensors gain nothing from threads, and two busy test runs on a few cores lose a factor of ten by them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from caption_train.errors import UsageError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CAPTIONS = {"red": "red, a", "lime": "lime, a b", "blue": "blue, a b c and d", "white": "white"}
+"""Colour of a picture → its caption; lengths differ, so that a batch has padding."""
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory):
+    """`tiny_base("blip")`: the folder of a family's tiny base; what is not in examples/ is made once."""
+    from tests.tiny_bases import find_or_save_base
+
+    return cache(lambda family: find_or_save_base(family, tmp_path_factory.mktemp(f"{family}-tiny")))
+
+
+@pytest.fixture(scope="session")
+def pairs_folder(tmp_path_factory):
+    """A folder of four pictures with captions beside them, file names sorted as in CAPTIONS."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("pairs with spaces")
+    for index, (colour, caption) in enumerate(CAPTIONS.items()):
+        Image.new("RGB", (48, 32), colour).save(folder / f"{index} {colour}.png")
+        (folder / f"{index} {colour}.txt").write_text(caption + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def train(tiny_base, pairs_folder, tmp_path_factory):
+    """`train("blip", "--epochs", "2", …)` runs the family's script in this process; returns output_dir."""
+    from caption_train.cli import train_main
+
+    def run(family, *flags):
+        output_dir = tmp_path_factory.mktemp(f"{family}-lora")
+        paths = ["--dataset_dir", pairs_folder, "--output_dir", output_dir, "--model_id", tiny_base(family)]
+        assert train_main(family, [*map(str, paths), "--device", "cpu", *flags]) == 0
+        return output_dir
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def overfitted(train):
+    """`overfitted("blip")`: a LoRA that knows the four pictures by heart, trained at the first call."""
+    from tests.tiny_bases import OVERFIT
+
+    flags = ["--batch_size", "4", "--rank", "32", "--dropout", "0", "--seed", "0"]
+    return cache(lambda family: train(family, *flags, *OVERFIT[family]))
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """Make the entry points stop when their flags are read; `parsed[-1]` are the options they were given."""
+    from caption_train import cli
+
+    options, parse = [], cli.parse_options
+
+    def parse_and_stop(*args, **keywords):
+        options.append(parse(*args, **keywords))
+        raise UsageError("stopped after the flags")
+
+    monkeypatch.setattr(cli, "parse_options", parse_and_stop)
+    return options
