@@ -15,11 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from caption_train.adapter_info import check_base, read_adapter
 from caption_train.captions import printable
 from caption_train.drawings import Drawings
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families.base import Family
 from caption_train.inputs import find_inputs
+from caption_train.launcher import notice_launcher
 from caption_train.options import CaptionOptions
 from caption_train.outputs import Outputs, wrap_caption
 from caption_train.processes import join_processes
@@ -70,6 +72,7 @@ class CaptionJob:
         self.options = options
         self.family = family
         self.processes = join_processes()
+        notice_launcher(self.processes.count)
         self.outputs = Outputs(options, self.processes.rank)
         self.plan = self.processes.share(self._make_plan)
         self.drawings = Drawings(options.visualize, self.plan.images) if options.visualize else None
@@ -120,8 +123,6 @@ class CaptionJob:
         model_id, revision = options.base_model or family.model_id, options.revision
         prompt = options.prompt if options.task is None else options.task
         if options.peft_model:
-            from caption_train.lora import check_base, read_adapter
-
             adapter = read_adapter(options.peft_model)
             model_id = options.base_model or adapter.base_model or model_id
             check_base(adapter, family.name, model_id, family.base_models)

@@ -70,7 +70,7 @@ def train_main(family_name: str, argv: Sequence[str] | None = None) -> int:
                 "target_modules": list(family.lora_target_modules),
                 **family.train_defaults,
             },
-            **_task_flag(family),
+            **_family_flags(family),
         )
         from caption_train.console import print_summary
         from caption_train.prepare import prepare_training
@@ -96,7 +96,7 @@ def caption_main(family_name: str, argv: Sequence[str] | None = None) -> int:
             description=CAPTION.format(
                 title=family.title, prog=prog, model_id=family.model_id, bases="\n  ".join(family.base_models)
             ),
-            **_task_flag(family),
+            **_family_flags(family),
         )
         from caption_train.captioning import caption_folder
 
@@ -183,8 +183,10 @@ def _fail(message: str, exit_code: int) -> int:
     return exit_code
 
 
-def _task_flag(family: Family) -> dict[str, Any]:
-    return {"choices": {"task": family.tasks}, "omit": () if family.tasks else ("task",)}
+def _family_flags(family: Family) -> dict[str, Any]:
+    """Return what the family offers as `--task`, and the flags it has no use for."""
+    absent = {"task": not family.tasks, "visualize": not hasattr(family, "draw_answer")}
+    return {"choices": {"task": family.tasks}, "omit": tuple(name for name in absent if absent[name])}
 
 
 def _program_name() -> str:

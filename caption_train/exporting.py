@@ -81,7 +81,7 @@ class ExportOptions:
     def find_family(self, default: str) -> str:
         """Return the family asked for, or the adapter's own, or `default`."""
         if self.family is None and self.is_adapter:
-            from caption_train.lora import read_adapter
+            from caption_train.adapter_info import read_adapter
 
             return read_adapter(self.source).family or default
         return self.family or default
@@ -134,7 +134,7 @@ def _find_base(options: ExportOptions, family: Family) -> tuple[str, str | None,
     """Return model id, revision and prompt of what is to be loaded."""
     if not options.is_adapter:
         return options.source.as_posix(), options.revision, options.prompt or family.default_prompt
-    from caption_train.lora import check_base, read_adapter
+    from caption_train.adapter_info import check_base, read_adapter
 
     adapter = read_adapter(options.source)
     model_id = options.base_model or adapter.base_model or family.model_id

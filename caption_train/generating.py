@@ -73,7 +73,7 @@ def caption_images(
         worker_init_fn=_leave_signals_to_parent,
         pin_memory=model.device.type == "cuda",
     )
-    for batch in loader:
+    for batch in _read(loader):
         if batch["error"]:
             raise batch["error"]
         good = [item["path"] for item in batch["items"] if "error" not in item]
@@ -136,6 +136,17 @@ def choose_device(name: str | None, *, local_rank: int = 0, processes: int = 1) 
     if device.type == "cuda" and device.index is None and processes > 1:
         return torch.device("cuda", local_rank % torch.cuda.device_count())
     return device
+
+
+def _read(loader: DataLoader) -> Iterator[dict[str, Any]]:
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise CaptionTrainError(
+            "a process that reads images was ended, for lack of memory perhaps: try a lower --num_workers"
+        ) from error
 
 
 def _leave_signals_to_parent(worker: int) -> None:

@@ -1,11 +1,8 @@
 """The LoRA around a model: what it trains, whether all of it is alive, and whose base it belongs to."""
 
 import difflib
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -16,7 +13,6 @@ from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families.base import Family
 from caption_train.parts import choose_targets, outside
 
-TRAINING_FILE = "training.json"
 TRAINABLE_KINDS = (nn.Linear, nn.Conv2d)
 
 
@@ -83,49 +79,6 @@ def find_dead_modules(model: nn.Module, before: dict[str, torch.Tensor]) -> list
     return [name.removeprefix("base_model.model.").partition(".lora_B")[0] for name in same]
 
 
-@dataclass(frozen=True)
-class AdapterInfo:
-    """What an adapter folder says of itself; None where it does not say."""
-
-    folder: Path
-    base_model: str | None
-    family: str | None
-    revision: str | None
-    prompt: str | None
-
-
-def read_adapter(folder: Path | str) -> AdapterInfo:
-    """Read an adapter's own account of its base from training.json and adapter_config.json; no weights."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UsageError(f"--peft_model {folder}: there is no such folder")
-    config = _read_json(folder / "adapter_config.json")
-    if config is None:
-        raise UsageError(f"--peft_model {folder}: holds no adapter_config.json, so it is no PEFT adapter")
-    training = _read_json(folder / TRAINING_FILE) or {}
-    return AdapterInfo(
-        folder,
-        training.get("base_model") or config.get("base_model_name_or_path"),
-        training.get("family"),
-        training.get("revision") or config.get("revision"),
-        training.get("prompt"),
-    )
-
-
-def check_base(adapter: AdapterInfo, family: str, base_model: str, base_models: Iterable[str]) -> None:
-    """Raise UsageError when the adapter was trained on another base than `base_model`, before anything loads.
-
-    A base that is a folder may have been moved, so only two ids of the hub are known to differ.
-    """
-    if adapter.family not in (None, family):
-        raise UsageError(f"--peft_model {adapter.folder}: trained on {adapter.family}, not on {family}")
-    known = set(base_models)
-    if adapter.base_model in known and base_model in known and adapter.base_model != base_model:
-        raise UsageError(
-            f"--peft_model {adapter.folder}: trained on {adapter.base_model}, not --base_model {base_model}"
-        )
-
-
 def load_adapter(model: nn.Module, folder: Path | str, family: Family) -> PeftModel:
     """Put a saved adapter (LoRA, IA3, …) on its base, to caption with. A name left over is an error.
 
@@ -185,12 +138,3 @@ def _endings(name: str) -> list[str]:
 def _numel(parameter: nn.Parameter) -> int:
     packed = getattr(parameter, "quant_state", None)
     return packed.shape.numel() if packed is not None else parameter.numel()
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise CaptionTrainError(f"{path}: cannot be read: {error}") from error

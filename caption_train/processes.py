@@ -30,7 +30,7 @@ class Processes:
         return self.rank == 0
 
     def share(self, make: Callable[[], T]) -> T:
-        """Call `make` in the main process and return its result, or raise its error, in every process."""
+        """Call `make` in the main process and return its result, or end with its error, in every process."""
         if self.count == 1:
             return make()
         from torch.distributed import broadcast_object_list
@@ -42,9 +42,10 @@ class Processes:
             except CaptionTrainError as error:
                 box[1] = error
         broadcast_object_list(box)
-        if box[1] is not None:
-            raise box[1]
-        return box[0]
+        if box[1] is None:
+            return box[0]
+        # One process says what is wrong; the others end with the same exit code.
+        raise box[1] if self.is_main else SystemExit(box[1].exit_code)
 
     def gather(self, value: T) -> list[T]:
         """Wait for all processes and return the value of each, by rank."""

@@ -1,5 +1,7 @@
 """A family without a model: its caption names the mean colour of the image and the prompt."""
 
+import os
+
 import torch
 
 from caption_train.errors import UsageError
@@ -43,6 +45,8 @@ class FakeFamily:
         return self.model, "processor"
 
     def encode(self, processor, images, prompts):
+        if "die" in prompts[0]:
+            os._exit(9)
         if "refused" in prompts[0]:
             raise UsageError("--prompt: refused")
         means = [torch.tensor(image.resize((1, 1)).getpixel((0, 0))) / 255 for image in images]

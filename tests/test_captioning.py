@@ -164,6 +164,11 @@ def test_a_usage_error_in_a_worker_keeps_its_message(folder):
     assert str(caught.value) == "--prompt: refused"
 
 
+def test_a_worker_that_is_killed_is_one_line_that_names_the_flag(folder):
+    with pytest.raises(CaptionTrainError, match="--num_workers"):
+        run(FakeFamily(), folder, prompt="die", num_workers=1)
+
+
 def test_prefix_suffix_and_trigger_frame_the_caption(folder):
     run(FakeFamily(), folder / "0.png", prefix="a ", suffix=", photo", trigger="zwx", save_captions=True)
     assert captions(folder) == {"0.txt": "zwx, a say dark, photo"}

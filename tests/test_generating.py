@@ -3,7 +3,6 @@
 from functools import partial
 
 import pytest
-import torch
 from PIL import Image
 
 from caption_train.errors import UsageError
@@ -13,16 +12,10 @@ from caption_train.sampling import make_sampler
 
 
 @pytest.fixture(scope="module", params=["blip", "florence"])
-def loaded(request, tmp_path_factory):
-    """A family, its tiny model with random weights, and its processor."""
-    from examples import tiny_blip, tiny_florence
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp(request.param)
-    for part in {"blip": tiny_blip, "florence": tiny_florence}[request.param].make_model():
-        part.save_pretrained(folder)
+def loaded(request, tiny_base):
+    """A family, its tiny model and its processor."""
     family = get_family(request.param)
-    return family, *family.load(str(folder))
+    return family, *family.load(str(tiny_base(request.param)))
 
 
 @pytest.fixture(scope="module")
