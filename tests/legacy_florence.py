@@ -54,6 +54,15 @@ def write_checkpoint(
     return folder
 
 
+def shrink_images(folder: Path, side: int = 192) -> Path:
+    """Let a legacy folder make small images, so that a model is quick."""
+    path = folder / "preprocessor_config.json"
+    settings = json.loads(path.read_text())
+    size = {"height": side, "width": side}
+    path.write_text(json.dumps(settings | {"size": size, "crop_size": size, "image_seq_length": 37}))
+    return folder
+
+
 def read_golden() -> tuple[dict, dict[str, torch.Tensor]]:
     return json.loads((FIXTURES / "golden.json").read_text()), load_file(FIXTURES / "golden.safetensors")
 

@@ -65,6 +65,7 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, image_token: str, folder
         for token in content["added_tokens"]
         if token["content"] != image_token or image_token not in vocabulary
     ]
+    content |= {"padding": None, "truncation": None}
     _write_json(folder / "tokenizer.json", content)
     _write_json(folder / "vocab.json", vocabulary)
     write_atomically(folder / "merges.txt", "\n".join(["#version: 0.2", *merges]) + "\n")
