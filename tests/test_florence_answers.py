@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from legacy_florence import FIXTURES
 from PIL import Image, ImageColor
@@ -29,6 +29,7 @@ def test_answers_are_the_originals(row):
     assert found == row["legacy"][row["task"]]
 
 
+@settings(deadline=None)
 @given(st.sampled_from(sorted(PARSERS)), st.text(alphabet="<>/ploysed_0123loc\nca ", max_size=60))
 def test_no_text_breaks_the_parser(task, text):
     answer = parse_answer(text, task, (640, 480))
@@ -38,6 +39,7 @@ def test_no_text_breaks_the_parser(task, text):
         assert len(answer[key]) == len(labels)
 
 
+@settings(deadline=None)
 @given(
     st.tuples(st.integers(1, 5000), st.integers(1, 5000)),
     st.lists(st.integers(0, 999), min_size=2, max_size=12).filter(lambda bins: len(bins) % 2 == 0),
