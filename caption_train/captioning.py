@@ -30,7 +30,7 @@ from caption_train.tally import Tally, find_remarks
 if TYPE_CHECKING:
     import torch
 
-    from caption_train.generating import Captioned, Generation, Unreadable
+    from caption_train.generating import Captioned, Unreadable
 
 
 def caption_folder(options: CaptionOptions, family: Family) -> int:
@@ -138,7 +138,7 @@ class CaptionJob:
     def _caption(self, share: Sequence[Path]) -> None:
         from tqdm import tqdm
 
-        from caption_train.generating import Unreadable, caption_images, choose_device
+        from caption_train.generating import Unreadable, caption_images, choose_device, make_generation
 
         main = self.processes.is_main
         device = choose_device(
@@ -197,7 +197,7 @@ class CaptionJob:
         from caption_train.generating import out_of_memory_explained
 
         dtype = getattr(torch, self.options.dtype)
-        with out_of_memory_explained(device, self.options.batch_size):
+        with out_of_memory_explained(device, self.options.batch_size), _naming_base_model():
             model, processor = self.family.load(self.plan.model_id, revision=self.plan.revision, dtype=dtype)
             if self.options.peft_model:
                 from caption_train.lora import load_adapter
@@ -214,19 +214,13 @@ class CaptionJob:
         )
 
 
-def make_generation(options: CaptionOptions, prompt: str) -> Generation:
-    """Return how captions are generated. Without a temperature a caption is a function of its image."""
-    from caption_train.generating import Generation
-
-    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": options.max_token_length}
-    if options.beams:
-        settings["num_beams"] = options.beams
-    if not options.temperature:
-        return Generation(prompt, settings)
-    from caption_train.sampling import make_sampler
-
-    sampler = partial(make_sampler, temperature=options.temperature, top_p=options.top_p, seed=options.seed)
-    return Generation(prompt, settings | {"num_beams": 1}, sampler)
+@contextmanager
+def _naming_base_model() -> Iterator[None]:
+    """Call the model by the flag it has here; families name the training scripts'."""
+    try:
+        yield
+    except CaptionTrainError as error:
+        raise type(error)(str(error).replace("--model_id", "--base_model", 1)) from error
 
 
 class _Terminated(KeyboardInterrupt):

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families.base import Family, Generated
 from caption_train.images import ImageError, open_image
+from caption_train.options import CaptionOptions
+from caption_train.sampling import make_sampler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -48,6 +51,17 @@ class Generation:
     prompt: str
     settings: dict[str, Any]
     make_sampler: Callable[[Sequence[str]], Any] | None = None
+
+
+def make_generation(options: CaptionOptions, prompt: str) -> Generation:
+    """Return how captions are generated. Without a temperature a caption is a function of its image."""
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": options.max_token_length}
+    if options.beams:
+        settings["num_beams"] = options.beams
+    if not options.temperature:
+        return Generation(prompt, settings)
+    sampler = partial(make_sampler, temperature=options.temperature, top_p=options.top_p, seed=options.seed)
+    return Generation(prompt, settings | {"num_beams": 1}, sampler)
 
 
 def caption_images(

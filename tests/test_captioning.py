@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import sys
+from types import SimpleNamespace
 
 import pytest
 from fake_family import FakeFamily
@@ -203,7 +205,9 @@ def adapter(tmp_path):
 
 
 def test_an_adapter_brings_its_base_revision_and_prompt(folder, adapter, monkeypatch, capsys):
-    monkeypatch.setattr("caption_train.lora.load_adapter", lambda model, folder, family: model)
+    # Importing PEFT takes longer than all other tests here.
+    lora = SimpleNamespace(load_adapter=lambda model, folder, family: model)
+    monkeypatch.setitem(sys.modules, "caption_train.lora", lora)
     family = FakeFamily()
     run(family, folder / "0.png", peft_model=adapter)
     assert [loaded[:2] for loaded in family.loaded] == [("fake/large", "abc")]

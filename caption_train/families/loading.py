@@ -25,6 +25,7 @@ def load_model(model_class: type, model_id: str, **keywords: Any) -> PreTrainedM
     # Its bar for reading a file counts tensors; hub downloads keep theirs.
     logging.disable_progress_bar()
     with explained(model_id):
+        _check_kind(model_class, model_id, keywords.get("revision"))
         model, info = model_class.from_pretrained(model_id, output_loading_info=True, **keywords)
     if missing := sorted(info["missing_keys"]):
         raise CaptionTrainError(
@@ -70,6 +71,14 @@ def shorten(names: list[str], most: int = 6) -> str:
     """Return the first few names, comma-separated, and how many more there are."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
+
+
+def _check_kind(model_class: type, model_id: str, revision: str | None) -> None:
+    """Refuse another family's checkpoint by its config, before its weights are downloaded."""
+    config, _ = model_class.config_class.get_config_dict(model_id, revision=revision)
+    wanted, found = model_class.config_class.model_type, config.get("model_type")
+    if found not in (None, wanted):
+        raise UsageError(f"--model_id {model_id}: this is a {found} model, not {wanted}")
 
 
 def _looks_like_path(model_id: str) -> bool:
