@@ -3,6 +3,7 @@
 Nothing heavy is imported before the flags are read, so `--help` answers at once.
 """
 
+import io
 import logging
 import os
 import sys
@@ -72,6 +73,10 @@ def train_main(family_name: str, argv: Sequence[str] | None = None) -> int:
             },
             **_family_flags(family),
         )
+        if options.plan:
+            from caption_train.plan_training import plan_training
+
+            return plan_training(options, family)
         from caption_train.console import print_summary
         from caption_train.prepare import prepare_training
 
@@ -146,6 +151,9 @@ def export_main(argv: Sequence[str] | None = None) -> int:
 def run(work: Callable[[], int]) -> int:
     """Do the work; turn what a user can cause into one line and an exit code, never a traceback."""
     _quiet_libraries()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Captions may hold characters that the terminal does not know.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return work()
     except CaptionTrainError as error:
