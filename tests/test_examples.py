@@ -1,0 +1,128 @@
+"""The embedded default: scenes, the sample set and the tiny bases."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from examples.sample_set import COUNTS, write_sample_set  # noqa: E402
+from examples.scenes import draw_scene, place_things, sample_scene  # noqa: E402
+from examples.styles import RANDOM_STYLES, STYLES, TRIGGER, write_caption  # noqa: E402
+
+BASES = ROOT / "examples" / "bases"
+SHAPES = ROOT / "examples" / "shapes"
+MAX_BASE_BYTES = 8_000_000
+
+
+def draw_scenes(count, seed=99):
+    rng = np.random.default_rng(seed)
+    return [sample_scene(rng) for _ in range(count)]
+
+
+def test_scenes_and_pictures_are_deterministic():
+    assert draw_scenes(20) == draw_scenes(20)
+    scene = draw_scenes(1)[0]
+    first, second = (draw_scene(scene, np.random.default_rng(4)) for _ in range(2))
+    assert first.tobytes() == second.tobytes()
+    assert first.tobytes() != draw_scene(scene, np.random.default_rng(5)).tobytes()
+
+
+def test_the_first_thing_is_drawn_left_of_or_above_the_second():
+    rng = np.random.default_rng(0)
+    for scene in draw_scenes(300):
+        places = place_things(scene, rng)
+        assert all(r - 0.01 <= min(x, y) and max(x, y) <= 1.01 - r for x, y, r in places)
+        if scene.relation:
+            (x1, y1, r1), (x2, y2, r2) = places
+            along, across = (x2 - x1, y2 - y1) if scene.relation == "left of" else (y2 - y1, x2 - x1)
+            assert along >= r1 + r2
+            assert abs(across) < along
+
+
+@pytest.mark.parametrize("style", ["plain", "detailed", "paragraph", "house"])
+def test_every_full_style_tells_all_of_the_scene(style):
+    scenes = set(draw_scenes(2000))
+    captions = {write_caption(scene, style) for scene in scenes}
+    assert len(captions) == len(scenes)
+
+
+def test_no_pretraining_style_writes_the_house_style():
+    rng = np.random.default_rng(1)
+    for scene in draw_scenes(200):
+        house = write_caption(scene, "house").removeprefix(TRIGGER)
+        assert not any(write_caption(scene, style, rng).endswith(house) for style in STYLES)
+    assert set(RANDOM_STYLES) < set(STYLES)
+
+
+def test_the_sample_set_is_rebuilt_byte_for_byte(tmp_path):
+    write_sample_set(tmp_path, seed=0)
+    for part in COUNTS:
+        for path in (tmp_path / part).iterdir():
+            committed = SHAPES / part / path.name
+            if path.suffix == ".txt":
+                assert path.read_text() == committed.read_text()
+            else:
+                # Pixels, not bytes: another build of Pillow may compress differently.
+                difference = np.asarray(Image.open(path), int) - np.asarray(Image.open(committed), int)
+                assert np.abs(difference).max() <= 8
+
+
+def test_every_picture_has_one_caption_and_none_leaks():
+    captions = {}
+    for part, count in COUNTS.items():
+        pictures = [path for path in (SHAPES / part).iterdir() if path.suffix in (".png", ".jpg")]
+        assert len(pictures) == count == len(list((SHAPES / part).glob("*.txt")))
+        captions[part] = {path.with_suffix(".txt").read_text().strip() for path in pictures}
+        assert all(caption.startswith(f"{TRIGGER}, ") for caption in captions[part])
+        assert {Image.open(path).size[0] for path in pictures} <= set(range(96, 129))
+    assert not captions["train"] & captions["heldout"]
+
+
+@pytest.mark.parametrize("name", ["florence2-tiny", "blip-tiny"])
+def test_a_base_is_small_enough_to_live_in_the_repository(name):
+    files = {path.name: path.stat().st_size for path in (BASES / name).iterdir()}
+    assert sum(files.values()) <= MAX_BASE_BYTES
+    expected = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    assert expected <= set(files)
+
+
+def load_base(name, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    if name == "florence2-tiny":
+        from examples.tiny_florence import FLORENCE as family
+    else:
+        from examples.tiny_blip import BLIP as family
+    model = AutoModelForImageTextToText.from_pretrained(BASES / name)
+    return family, model, AutoProcessor.from_pretrained(BASES / name)
+
+
+@pytest.mark.parametrize("name", ["florence2-tiny", "blip-tiny"])
+def test_a_base_captions_unseen_scenes_in_plain_words(name, monkeypatch):
+    from examples.pretrain import measure_exact_match
+
+    family, model, processor = load_base(name, monkeypatch)
+    assert measure_exact_match(family, model, processor, seed=2024, count=40) >= 0.9
+
+
+@pytest.mark.parametrize("style", ["detailed", "paragraph"])
+def test_florence_writes_what_the_prompt_asks_for(style, monkeypatch):
+    from examples.pretrain import measure_exact_match
+
+    family, model, processor = load_base("florence2-tiny", monkeypatch)
+    assert measure_exact_match(family, model, processor, seed=2024, style=style, count=20) >= 0.85
+
+
+@pytest.mark.parametrize("name", ["florence2-tiny", "blip-tiny"])
+def test_no_base_speaks_the_house_style(name, monkeypatch):
+    family, model, processor = load_base(name, monkeypatch)
+    paths = sorted((SHAPES / "heldout").glob("*.txt"))[:20]
+    images = [Image.open(next(SHAPES.glob(f"heldout/{path.stem}.[pj]*g"))).convert("RGB") for path in paths]
+    captions = family.generate(model.eval(), processor, images, "plain")
+    assert not {path.read_text().strip() for path in paths} & set(captions)
