@@ -94,7 +94,8 @@ class CaptionJob:
             for _, line in sorted(line for part in lines for line in part):
                 print(line)
             print("\n".join(total.lines()), file=sys.stderr)
-        return 1 if total.unreadable else 0
+        # Launchers end all processes when one fails, which must not be before the main one is done.
+        return 1 if total.unreadable and self.processes.is_main else 0
 
     def keep_finished(self) -> None:
         """Write what was finished before an interrupt or an error; other processes may still be at work."""
