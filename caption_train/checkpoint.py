@@ -1,11 +1,15 @@
 """Checkpoints that are whole or not there: written beside their place, synced, renamed; damage is found."""
 
 import errno
+import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from caption_train.errors import CaptionTrainError
 from caption_train.files import hash_file, write_atomically
@@ -15,24 +19,30 @@ STATE = "state"
 PARTIAL = ".partial-"
 
 
-def write_checkpoint(output_dir: Path, name: str, write: Callable[[Path], None]) -> Path:
-    """Let `write` fill a temporary folder, then sync it and rename it to `output_dir/name`; return that.
+def write_checkpoint(output_dir: Path, name: str, write: Callable[[Path], None], *pointers: str) -> Path:
+    """Let `write` fill a temporary folder, sync it, rename it to `output_dir/name`, point at it.
 
     A manifest of SHA-256 sums tells a damaged one later. Raises CaptionTrainError naming the last good
     checkpoint when the disk is full or may not be written.
     """
     partial = output_dir / f"{PARTIAL}{name}"
-    final = output_dir / name
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         write(partial)
         _write_manifest(partial)
         sync_folder(partial)
-        _replace_folder(partial, final)
-    except OSError as error:
+        final = _find_free_name(output_dir / name)
+        partial.rename(final)
+        _sync(output_dir)
+        for pointer in pointers:
+            point(output_dir, pointer, final)
+    except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise CaptionTrainError(_explain(output_dir, name, error)) from error
+        cause = _find_os_error(error)
+        if cause is None:
+            raise
+        raise CaptionTrainError(_explain(output_dir, name, cause)) from error
     return final
 
 
@@ -54,13 +64,22 @@ def point(output_dir: Path, pointer: str, checkpoint: Path) -> None:
     temporary.replace(output_dir / pointer)
 
 
+def clear_partial(output_dir: Path) -> None:
+    """Delete what saves that were cut short have left; call it only while no other run writes here."""
+    for path in output_dir.glob(f"{PARTIAL}*"):
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Return the checkpoints in `output_dir`, whole or damaged, the one with the most steps first."""
+    """Return the checkpoints in `output_dir`, whole or damaged: the newest run's first, its latest first."""
     if not output_dir.is_dir():
         return []
     found = [p for p in output_dir.iterdir() if not p.is_symlink() and not p.name.startswith(PARTIAL)]
     found = [p for p in found if (p / STATE).is_dir()]
-    return sorted(found, key=lambda p: (_steps(p), p.name), reverse=True)
+    return sorted(found, key=lambda p: (*_run_and_steps(p), p.name), reverse=True)
 
 
 def find_damage(checkpoint: Path) -> str | None:
@@ -91,9 +110,16 @@ def find_latest(output_dir: Path) -> tuple[Path | None, list[str]]:
     return None, passed
 
 
-def prune(output_dir: Path, keep: int, protected: Collection[Path] = ()) -> None:
-    """Delete all but the `keep` newest checkpoints; never one in `protected`, nor what is no checkpoint."""
-    for old in list_checkpoints(output_dir)[keep:]:
+def describe_latest(output_dir: Path) -> str:
+    """Say which checkpoint can be gone back to."""
+    checkpoint, _ = find_latest(output_dir)
+    return f"the last good checkpoint is {checkpoint}" if checkpoint else "nothing was saved yet"
+
+
+def prune(output_dir: Path, run_id: str, keep: int, protected: Collection[Path] = ()) -> None:
+    """Delete all but the `keep` newest checkpoints of a run; never one in `protected` nor another run's."""
+    mine = [path for path in list_checkpoints(output_dir) if _run_and_steps(path)[0] == run_id]
+    for old in mine[keep:]:
         if old not in protected:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -101,11 +127,15 @@ def prune(output_dir: Path, keep: int, protected: Collection[Path] = ()) -> None
 def sync_folder(folder: Path) -> None:
     """Flush every file below `folder`, and the folders themselves, to the disk."""
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write_manifest(folder: Path) -> None:
@@ -114,31 +144,31 @@ def _write_manifest(folder: Path) -> None:
     write_atomically(folder / MANIFEST, json.dumps(sums, indent=1) + "\n")
 
 
-def _replace_folder(source: Path, target: Path) -> None:
-    """Rename `source` to `target`. A folder in the way is renamed aside first: a rename cannot replace it."""
-    aside = target.with_name(f"{PARTIAL}old-{target.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    if target.exists():
-        target.rename(aside)
-    source.rename(target)
-    descriptor = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    shutil.rmtree(aside, ignore_errors=True)
+def _find_free_name(path: Path) -> Path:
+    """Return `path`, with a number behind it where something is there: nothing whole is ever replaced."""
+    names = itertools.chain([path], (path.with_name(f"{path.name}-{count}") for count in itertools.count(2)))
+    return next(name for name in names if not name.exists())
 
 
-def _steps(checkpoint: Path) -> int:
+def _run_and_steps(checkpoint: Path) -> tuple[str, int]:
     try:
-        return int(json.loads((checkpoint / STATE / "progress.json").read_text())["global_step"])
+        progress = json.loads((checkpoint / STATE / "progress.json").read_text())
+        return str(progress["run_id"]), int(progress["global_step"])
     except (OSError, ValueError, KeyError, TypeError):
-        return -1
+        # First in any list, so that it is looked at, found damaged, and named.
+        return "\uffff", -1
+
+
+def _find_os_error(error: BaseException) -> OSError | None:
+    """Return the system's error behind one of torch's or safetensors', which wrap it each in their way."""
+    if isinstance(error, OSError):
+        return error
+    if number := re.search(r"os error (\d+)", str(error)):
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    return _find_os_error(error.__context__) if error.__context__ else None
 
 
 def _explain(output_dir: Path, name: str, error: OSError) -> str:
     reasons = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
     reason = reasons.get(error.errno, error.strerror or str(error))
-    good, _ = find_latest(output_dir)
-    last = f"the last good checkpoint is {good}" if good else "there is no earlier checkpoint"
-    return f"--output_dir {output_dir}: could not save {name}: {reason}; {last}"
+    return f"--output_dir {output_dir}: could not save {name}: {reason}; {describe_latest(output_dir)}"

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from caption_train.captions import Pair
 from caption_train.collate import count_label_tokens
 from caption_train.images import ImageError, open_image
+from caption_train.interrupts import ignore_in_worker
 
 Key = tuple[int, int]
 """(epoch, index): a sample's augmentation depends on these and the seed only, so any worker can resume it."""
@@ -177,5 +178,6 @@ def make_train_dataloader(
         collate_fn=Collate(collate_fn),
         num_workers=num_workers,
         pin_memory=pin_memory,
+        worker_init_fn=ignore_in_worker,
         generator=torch.Generator().manual_seed(0),
     )

@@ -1,8 +1,10 @@
-"""Ctrl-C, SIGTERM and Slurm's SIGUSR1: finish the step, save, leave with the shell's exit code."""
+"""Ctrl-C, SIGTERM, a lost terminal and Slurm's SIGUSR1: finish the step, save, leave as the shell expects."""
 
 import os
+import shlex
 import signal
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Self
@@ -12,7 +14,11 @@ from accelerate import Accelerator
 
 from caption_train.errors import CaptionTrainError
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+)
+ECHO_SECONDS = 1.0
+"""Launchers pass on what the terminal or Slurm sent to everyone: signals this close together are one."""
 
 
 class Interrupted(CaptionTrainError):
@@ -29,9 +35,14 @@ class Interrupts:
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.number = 0
+        self.noted = 0.0
 
     def __enter__(self) -> Self:
-        self.previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self.previous = {}
+        for number in SIGNALS:
+            # A run under nohup has asked not to hear of its terminal.
+            if number != getattr(signal, "SIGHUP", None) or signal.getsignal(number) != signal.SIG_IGN:
+                self.previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -45,21 +56,34 @@ class Interrupts:
             self.number = int(self.accelerator.gather(numbers).max())
         return self.number != 0
 
-    def leave(self, output_dir: Path) -> None:
+    def leave(self, checkpoint: Path) -> None:
         """Raise Interrupted, naming the command that goes on from here."""
         name = signal.Signals(self.number).name
-        command = " ".join([Path(sys.argv[0]).name, *_without_resume(sys.argv[1:]), "--resume auto"])
-        raise Interrupted(f"{name}: saved to {output_dir / 'last'}; go on with: {command}", self.number)
+        command = shlex.join([sys.argv[0], *_without_resume(sys.argv[1:]), "--resume", "auto"])
+        raise Interrupted(f"{name}: saved to {checkpoint}; go on with: {command}", self.number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self.number:
-            os._exit(128 + number)
-        self.number = number
-        print(f"\n{signal.Signals(number).name}: finishing this step, then saving", file=sys.stderr)
+            if now - self.noted > ECHO_SECONDS:
+                os._exit(128 + number)
+            return
+        self.number, self.noted = number, now
+        # Not print(), whose lock this may have interrupted.
+        words = f"\n{signal.Signals(number).name}: finishing this step, then saving; once more to leave now\n"
+        os.write(2, words.encode())
+
+
+def ignore_in_worker(worker_id: int) -> None:
+    """Leave the signals to the process that trains: it needs its workers until its step is done."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _without_resume(arguments: list[str]) -> list[str]:
-    if "--resume" not in arguments:
-        return arguments
-    at = arguments.index("--resume")
-    return arguments[:at] + arguments[at + 2 :]
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and argument != "--resume" and not argument.startswith("--resume="):
+            kept.append(argument)
+        skip = argument == "--resume"
+    return kept

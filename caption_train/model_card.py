@@ -26,9 +26,9 @@ class TrainingRecord:
     prompt: str
     options: dict[str, Any]
     dataset: dict[str, Any]
-    trainable_parameters: int
-    total_parameters: int
     versions: dict[str, str]
+    trainable_parameters: int = 0
+    total_parameters: int = 0
 
     def to_json(self, **extra: Any) -> str:
         """Return training.json's text, with `extra` (step, epoch, loss) beside the fields."""

@@ -11,22 +11,28 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from caption_train.accelerator import make_accelerator, make_lr_scheduler, make_optimizer
+from caption_train.agreement import check_agreement, fail_together, say
 from caption_train.captions import Pair
+from caption_train.checkpoint import STATE, clear_partial
 from caption_train.checkpointing import enable_checkpointing
 from caption_train.console import print_settings
 from caption_train.dataset import BatchPlan, CaptionDataset, make_train_dataloader
+from caption_train.errors import UsageError
 from caption_train.evaluation import Sampler
 from caption_train.families.base import Batch, Family
 from caption_train.launcher import notice_launcher
+from caption_train.lock import OutputLock
 from caption_train.lora import count_parameters, fill_adapter, wrap_with_lora
 from caption_train.metadata import fingerprint, read_dataset
 from caption_train.model_card import TrainingRecord, describe_options, find_versions
 from caption_train.options import TrainOptions
 from caption_train.parts import freeze_outside
+from caption_train.progress import Progress
 from caption_train.quantization import make_quantization_config, prepare_quantized
-from caption_train.resume import check_same_run, find_resume_point, read_progress, read_state
+from caption_train.resume import check_same_run, check_same_size, find_resume_point
 from caption_train.run import Run
 from caption_train.saving import Saver
+from caption_train.state import read_state
 from caption_train.tracking import RunLog, start_trackers
 from caption_train.training import Trainer
 
@@ -38,17 +44,23 @@ def prepare_training(options: TrainOptions, family: Family) -> Trainer:
     """Make everything a run needs. Cheap checks come first: flags and data before the model loads."""
     accelerator = make_accelerator(options)
     notice_launcher(accelerator.num_processes)
-    pairs = read_dataset(
-        options.dataset_dir,
-        caption_extensions=options.caption_extension,
-        follow_symlinks=options.follow_symlinks,
-    )
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint = find_resume_point(options)
+    with fail_together(accelerator):
+        pairs = read_dataset(
+            options.dataset_dir,
+            caption_extensions=options.caption_extension,
+            follow_symlinks=options.follow_symlinks,
+        )
+        lock = _open_output_dir(options, accelerator)
+    with fail_together(accelerator):
+        record = make_record(options, family, pairs)
+        checkpoint = find_resume_point(options, accelerator)
+        if checkpoint is not None:
+            check_same_run(checkpoint, record, accelerator, options.resume_anyway)
+    check_agreement(accelerator, {"dataset": record.dataset, **record.options})
     set_seed(options.seed)
     model, processor = load_trainable(options, family, accelerator, checkpoint)
+    record.trainable_parameters, record.total_parameters = count_parameters(model)
     plan = _make_plan(options, len(pairs), accelerator)
-    record = make_record(options, family, model, pairs)
     optimizer = make_optimizer(options, model)
     lr_scheduler = make_lr_scheduler(options, optimizer, plan.total_steps)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -58,11 +70,25 @@ def prepare_training(options: TrainOptions, family: Family) -> Trainer:
     loader = _make_loader(options, pairs, plan, collate_fn, accelerator.device)
     run = Run(options, record, accelerator, model, processor, optimizer, lr_scheduler, plan, loader)
     if checkpoint is not None:
-        check_same_run(checkpoint, record, options.resume_anyway)
-        run.progress = read_progress(checkpoint)
+        check_same_size(checkpoint, record, accelerator, options.resume_anyway)
+        run.progress = Progress.read(checkpoint / STATE)
         plan.first_step = run.progress.global_step
-        read_state(checkpoint, accelerator, optimizer, lr_scheduler)
-    return _make_trainer(run, family, pairs)
+        run.random_states = read_state(checkpoint, accelerator, optimizer, lr_scheduler)
+    return _make_trainer(run, family, pairs, lock)
+
+
+def _open_output_dir(options: TrainOptions, accelerator: Accelerator) -> OutputLock:
+    """Make the output folder and keep other runs out of it; the main process does it for all."""
+    lock = OutputLock(options.output_dir)
+    if accelerator.is_main_process:
+        try:
+            options.output_dir.mkdir(parents=True, exist_ok=True)
+            if line := lock.acquire():
+                say(accelerator, line)
+        except OSError as error:
+            raise UsageError(f"--output_dir {options.output_dir}: {error.strerror}") from error
+        clear_partial(options.output_dir)
+    return lock
 
 
 def _make_plan(options: TrainOptions, num_samples: int, accelerator: Accelerator) -> BatchPlan:
@@ -134,9 +160,8 @@ def load_trainable(
     return model, processor
 
 
-def make_record(options: TrainOptions, family: Family, model: nn.Module, pairs: list[Pair]) -> TrainingRecord:
-    """Return what the saved LoRA will say of where it comes from."""
-    trainable, total = count_parameters(model)
+def make_record(options: TrainOptions, family: Family, pairs: list[Pair]) -> TrainingRecord:
+    """Return what the saved LoRA will say of where it comes from; parameters are counted later."""
     return TrainingRecord(
         family=family.name,
         base_model=_base_name(options),
@@ -144,21 +169,19 @@ def make_record(options: TrainOptions, family: Family, model: nn.Module, pairs: 
         prompt=next(p for p in (options.prompt, options.task, family.default_prompt) if p is not None),
         options=describe_options(options),
         dataset={"pairs": len(pairs), "fingerprint": fingerprint(pairs)},
-        trainable_parameters=trainable,
-        total_parameters=total,
         versions=find_versions(),
     )
 
 
-def _make_trainer(run: Run, family: Family, pairs: list[Pair]) -> Trainer:
+def _make_trainer(run: Run, family: Family, pairs: list[Pair], lock: OutputLock) -> Trainer:
     options, accelerator = run.options, run.accelerator
     if accelerator.is_main_process:
         print_settings(options, run.record, run.plan, accelerator)
     if options.log_with:
         name = options.name or options.output_dir.name
-        start_trackers(accelerator, name, run.record.options)
+        start_trackers(accelerator, name, run.record.options, run.progress)
     log = RunLog(accelerator, options.output_dir, run.plan.first_step)
-    return Trainer(run, Sampler(run, family, pairs[:SAMPLES], log), Saver(run), log)
+    return Trainer(run, Sampler(run, family, pairs[:SAMPLES], log), Saver(run), log, lock)
 
 
 def _base_name(options: TrainOptions) -> str:

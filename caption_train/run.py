@@ -1,6 +1,7 @@
 """The parts of one training run, which loop, saver and sampler share."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from accelerate import Accelerator
 from torch.optim import Optimizer
@@ -11,12 +12,15 @@ from transformers import PreTrainedModel, ProcessorMixin
 from caption_train.dataset import BatchPlan
 from caption_train.model_card import TrainingRecord
 from caption_train.options import TrainOptions
-from caption_train.resume import Progress
+from caption_train.progress import Progress
 
 
 @dataclass
 class Run:
-    """Everything prepared. Plan and loader start at the step that `progress` stands at."""
+    """Everything prepared. Plan and loader start at the step that `progress` stands at.
+
+    random_states: each process's random numbers there, to be restored when the loop starts; None at step 0.
+    """
 
     options: TrainOptions
     record: TrainingRecord
@@ -28,3 +32,4 @@ class Run:
     plan: BatchPlan
     train_dataloader: DataLoader
     progress: Progress = field(default_factory=Progress)
+    random_states: list[dict[str, Any]] | None = None

@@ -1,20 +1,21 @@
-"""When a run saves, and what: checkpoints, `last`, and the finished LoRA in `output_dir` itself."""
+"""When a run saves, and what: checkpoints, `last` and `best`, and the finished LoRA in `output_dir`."""
 
 import json
-import resource
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from caption_train.checkpoint import find_latest, point, prune, publish, write_checkpoint
+from caption_train.agreement import fail_together
+from caption_train.checkpoint import prune, publish, write_checkpoint
 from caption_train.files import write_atomically
 from caption_train.model_card import write_card
-from caption_train.resume import capture_random_state, write_state
 from caption_train.run import Run
+from caption_train.state import capture_random_state, write_state
 
 SUMMARY_FILE = "summary.json"
+LAST, BEST = "last", "best"
 
 
 class Saver:
@@ -23,60 +24,69 @@ class Saver:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.output_dir = run.options.output_dir
+        self.saved_step = run.plan.first_step
 
     def after_step(self, step: int) -> None:
-        """Save if the 0-based optimizer step just taken is due."""
+        """Save if the 0-based optimizer step just taken is due, the best so far, or the last one."""
         options, plan, done = self.run.options, self.run.plan, step + 1
-        epoch, ends_epoch = plan.epoch_of(step), done % plan.steps_per_epoch == 0
+        progress, epoch = self.run.progress, plan.epoch_of(step)
+        ends_epoch = done % plan.steps_per_epoch == 0
         every_epochs = options.save_every_n_epochs
         if not (every_epochs or options.save_every_n_steps):
             every_epochs = 1
-        loss = self.run.progress.last_loss
-        if ends_epoch and is_due(every_epochs, epoch):
-            self.save(f"epoch-{epoch:04d}-loss-{loss:.4f}")
-        elif is_due(options.save_every_n_steps, done):
-            self.save(f"step-{done:06d}-loss-{loss:.4f}")
-        elif done == plan.total_steps:
-            self.save(f"epoch-{epoch:04d}-loss-{loss:.4f}")
+        is_best = progress.best_step == done
+        is_last = done == plan.total_steps or progress.stopped_early
+        if ends_epoch and (is_due(every_epochs, epoch) or is_last):
+            self.save(f"epoch-{epoch:04d}-loss-{progress.last_loss:.4f}", is_best)
+        elif is_due(options.save_every_n_steps, done) or is_best or is_last:
+            self.save(f"step-{done:06d}-loss-{progress.last_loss:.4f}", is_best)
 
-    def save(self, name: str) -> None:
+    def save(self, name: str, is_best: bool = False) -> None:
         """Write the checkpoint `output_dir/name`, which loads as an adapter and resumes as a run."""
-        run, options = self.run, self.run.options
+        run = self.run
         random_states = capture_random_state(run.accelerator)
-        if run.accelerator.is_main_process:
-            write_checkpoint(self.output_dir, name, lambda folder: self._write(folder, random_states))
-            point(self.output_dir, "last", self.output_dir / name)
-            asked = options.save_every_n_steps or options.save_every_n_epochs
-            keep = options.keep_last or (None if asked else 1)
-            if keep is not None:
-                prune(self.output_dir, keep)
-        run.accelerator.wait_for_everyone()
+        with fail_together(run.accelerator):
+            if run.accelerator.is_main_process:
+                pointers = (LAST, BEST) if is_best else (LAST,)
+                write_checkpoint(
+                    self.output_dir, name, lambda folder: self._write(folder, random_states), *pointers
+                )
+                self._prune()
+        self.saved_step = run.progress.global_step
 
-    def finish(self, *, images: int, seconds: float) -> dict[str, Any]:
-        """Put the last checkpoint's LoRA into `output_dir` and write the summary beside it; return that."""
+    def save_interrupted(self) -> Path:
+        """Save where the run stands, unless it just did; return that checkpoint."""
+        if self.saved_step != self.run.progress.global_step:
+            self.save(f"step-{self.run.progress.global_step:06d}-interrupted")
+        return self.output_dir / LAST
+
+    def finish(self) -> dict[str, Any]:
+        """Put the finished LoRA into `output_dir`; write the summary beside it and return it."""
         run, progress = self.run, self.run.progress
-        images = int(run.accelerator.reduce(torch.tensor(images, device=run.accelerator.device)).item())
         summary = {
             "global_step": progress.global_step,
-            "epochs": run.options.epochs,
+            "epochs": run.plan.epoch_of(max(progress.global_step - 1, 0)),
             "loss": progress.last_loss,
-            "images": images,
-            "images_per_second": round(images / seconds, 3),
-            "train_seconds": round(seconds, 1),
+            "images": progress.images,
+            "images_per_second": round(progress.images / max(progress.seconds, 1e-9), 3),
+            "train_seconds": round(progress.seconds, 1),
             "peak_memory_bytes": peak_memory(run.accelerator.device),
             "skipped_steps": progress.skipped_steps,
             "skipped_files": list(progress.skipped_files.values()),
         }
-        if run.accelerator.is_main_process:
-            publish((self.output_dir / "last").resolve(), self.output_dir)
-            write_atomically(self.output_dir / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
-        run.accelerator.wait_for_everyone()
+        with fail_together(run.accelerator):
+            if run.accelerator.is_main_process:
+                publish((self.output_dir / LAST).resolve(), self.output_dir)
+                write_atomically(self.output_dir / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
         return summary
 
-    def describe_last(self) -> str:
-        """Say which checkpoint can be gone back to."""
-        checkpoint, _ = find_latest(self.output_dir)
-        return f"the last good checkpoint is {checkpoint}" if checkpoint else "nothing was saved yet"
+    def _prune(self) -> None:
+        options = self.run.options
+        asked = options.save_every_n_steps or options.save_every_n_epochs
+        keep = options.keep_last or (None if asked else 1)
+        if keep is not None:
+            protected = [(self.output_dir / pointer).resolve() for pointer in (LAST, BEST)]
+            prune(self.output_dir, self.run.progress.run_id, keep, protected)
 
     def _write(self, folder: Path, random_states: list[dict[str, Any]]) -> None:
         run, progress = self.run, self.run.progress
@@ -102,5 +112,9 @@ def peak_memory(device: torch.device) -> int:
     """Return the most bytes this process has held: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     # Linux counts kilobytes, macOS bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,6 +1,7 @@
 """Where a run's numbers go: `log.jsonl` in the output folder, and the trackers the user asked for."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from accelerate import Accelerator
 
+from caption_train.errors import CaptionTrainError
 from caption_train.files import write_atomically
+from caption_train.progress import Progress
 
 if TYPE_CHECKING:
     from caption_train.evaluation import Sample
@@ -30,7 +33,11 @@ class RunLog:
     def write(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
         """Log the values of an optimizer step (counted from 1)."""
         if self.file is not None:
-            self.file.write(json.dumps({"step": step, "epoch": epoch, **values}) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            try:
+                self.file.write(json.dumps({"step": step, "epoch": epoch, **finite}) + "\n")
+            except OSError as error:
+                raise CaptionTrainError(f"{self.file.name}: {error.strerror}") from error
         self.accelerator.log({**values, "epoch": epoch}, step=step)
 
     def write_samples(self, step: int, samples: Sequence["Sample"]) -> None:
@@ -54,10 +61,17 @@ class RunLog:
         self.accelerator.end_training()
 
 
-def start_trackers(accelerator: Accelerator, name: str, config: Mapping[str, Any]) -> None:
-    """Start the trackers of `--log_with`; TensorBoard takes only numbers, text and truth as settings."""
+def start_trackers(
+    accelerator: Accelerator, name: str, config: Mapping[str, Any], progress: Progress
+) -> None:
+    """Start the trackers of `--log_with`, or go on with what they have of this run up to its step."""
+    # TensorBoard takes only numbers, text and truth as settings.
     simple = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in config.items()}
-    accelerator.init_trackers("caption-train", simple, {"wandb": {"name": name}})
+    settings = {
+        "wandb": {"name": name, "id": progress.run_id, "resume": "allow"},
+        "tensorboard": {"purge_step": progress.global_step + 1},
+    }
+    accelerator.init_trackers("caption-train", simple, settings)
 
 
 def _lines_before(path: Path, first_step: int) -> list[str]:

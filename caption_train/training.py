@@ -1,48 +1,66 @@
 """The training loop. It knows no family: a batch has a loss, and that is all it asks for."""
 
 import math
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from caption_train.accelerator import accumulate
+from caption_train.agreement import speak_as_one
+from caption_train.checkpoint import describe_latest
 from caption_train.collate import find_dtype, move_batch
 from caption_train.dataset import MicroBatch
 from caption_train.errors import CaptionTrainError
 from caption_train.evaluation import Sampler
+from caption_train.health import Health
 from caption_train.interrupts import Interrupts
-from caption_train.lora import copy_lora_b, find_dead_modules
+from caption_train.lock import OutputLock
 from caption_train.run import Run
 from caption_train.saving import Saver
+from caption_train.state import restore_random_state
 from caption_train.tracking import RunLog
 
 
 class Trainer:
     """Trains a `Run`, from where its progress stands to the end of its plan."""
 
-    def __init__(self, run: Run, sampler: Sampler, saver: Saver, log: RunLog) -> None:
-        self.run, self.sampler, self.saver, self.log = run, sampler, saver, log
+    def __init__(self, run: Run, sampler: Sampler, saver: Saver, log: RunLog, lock: OutputLock) -> None:
+        self.run, self.sampler, self.saver, self.log, self.lock = run, sampler, saver, log, lock
+        self.health = Health(run)
         self.parameters = [p for p in run.model.parameters() if p.requires_grad]
         self.dtype = find_dtype(run.model)
-        self.untried = copy_lora_b(run.model) if run.progress.global_step == 0 else {}
 
     def train(self) -> dict[str, Any]:
         """Run the loop, save the LoRA to `output_dir`, and return the summary saved beside it."""
-        run, plan = self.run, self.run.plan
-        batches, started, images = iter(run.train_dataloader), time.perf_counter(), 0
+        with speak_as_one(self.run.accelerator), Interrupts(self.run.accelerator) as interrupts:
+            try:
+                self._loop(interrupts)
+                return self.saver.finish()
+            finally:
+                self.log.close()
+                self.lock.release()
+
+    def _loop(self, interrupts: Interrupts) -> None:
+        run, plan, progress = self.run, self.run.plan, self.run.progress
+        batches = iter(run.train_dataloader)
         if plan.first_step == 0:
             self.sampler.before_first_step()
+        if run.random_states is not None:
+            restore_random_state(run.accelerator, run.random_states)
         run.model.train()
-        with Interrupts(run.accelerator) as interrupts, self._progress_bar() as bar:
+        with self._progress_bar() as bar:
             for step in range(plan.first_step, plan.total_steps):
-                micro_batches = [next(batches) for _ in plan.micro_batches(step)]
-                images += sum(len(m.files) for m in micro_batches)
-                rate = run.lr_scheduler.get_last_lr()[0]
+                if progress.stopped_early:
+                    break
+                started, rate = time.perf_counter(), run.lr_scheduler.get_last_lr()[0]
+                micro_batches = self._read(batches, step)
                 loss, grad_norm = self.update(micro_batches)
-                run.progress.advance(loss)
+                progress.global_step, progress.last_loss = step + 1, loss
+                progress.seconds += time.perf_counter() - started
                 values = {"loss": loss, "learning_rate": rate, "grad_norm": grad_norm}
                 self.log.write(step + 1, plan.epoch_of(step), values)
                 bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.2e}", refresh=False)
@@ -50,9 +68,7 @@ class Trainer:
                 self.sampler.after_step(step)
                 self.saver.after_step(step)
                 if interrupts.agreed():
-                    self.saver.save(f"step-{step + 1:06d}-interrupted")
-                    interrupts.leave(run.options.output_dir)
-        return self.saver.finish(images=images, seconds=time.perf_counter() - started)
+                    interrupts.leave(self.saver.save_interrupted())
 
     def update(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, float]:
         """Take one optimizer step; return the loss over its tokens on all processes, and the gradient's norm.
@@ -61,7 +77,7 @@ class Trainer:
         the whole effective batch, however it is cut into micro-batches and processes.
         """
         run, accelerator = self.run, self.run.accelerator
-        total = self._count_tokens(micro_batches)
+        total = self._count(micro_batches)
         losses = []
         for index, micro_batch in enumerate(micro_batches):
             with accumulate(accelerator, run.model, last=index == len(micro_batches) - 1):
@@ -76,51 +92,43 @@ class Trainer:
         self._step(micro_batches, loss, grad_norm)
         return loss, grad_norm
 
-    def _count_tokens(self, micro_batches: Sequence[MicroBatch]) -> float:
-        """Return how many label tokens this optimizer step has on all processes, 1 if there is none."""
-        count, accelerator = sum(m.label_tokens for m in micro_batches), self.run.accelerator
-        if accelerator.num_processes > 1:
-            count = accelerator.reduce(torch.tensor(count, device=accelerator.device)).item()
-        return max(count, 1)
-
     def _step(self, micro_batches: Sequence[MicroBatch], loss: float, grad_norm: float) -> None:
         run, scaled = self.run, self.run.accelerator.scaler is not None
-        run.progress.note_errors(error for m in micro_batches for error in m.errors)
-        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        good = self.health.is_good(loss, grad_norm)
         # Under fp16 an overflow is ordinary: the scaler skips the step itself and lowers its scale.
-        if finite or scaled:
+        if good or scaled:
             run.optimizer.step()
-        if finite and not run.optimizer.step_was_skipped:
-            self._check_alive()
+        if good and not run.optimizer.step_was_skipped:
+            self.health.check_alive()
             run.lr_scheduler.step()
-            run.progress.bad_steps = 0
+            self.health.note_good(loss, micro_batches)
         else:
-            run.progress.skipped_steps += 1
-            run.progress.bad_steps += not (scaled and math.isfinite(loss))
-            self._stop_when_bad(micro_batches, loss)
+            self.health.note_bad(loss, micro_batches, overflow=scaled and math.isfinite(loss))
         run.optimizer.zero_grad()
 
-    def _check_alive(self) -> None:
-        """Stop when a LoRA module did not move at the first step: it never would, and nobody would know."""
-        if not self.untried or self.run.lr_scheduler.get_last_lr()[0] == 0:
-            return
-        dead = find_dead_modules(self.run.model, self.untried)
-        self.untried = {}
-        if dead:
+    def _read(self, batches: Iterator[MicroBatch], step: int) -> list[MicroBatch]:
+        """Return this process's micro-batches of a step; a worker that died ends the run in one line."""
+        try:
+            return [next(batches) for _ in self.run.plan.micro_batches(step)]
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
             raise CaptionTrainError(
-                f"--target_modules: {len(dead)} LoRA modules get no gradient and would stay untrained: "
-                + ", ".join(dead)
-            )
+                f"--num_workers {self.run.options.num_workers}: a process that reads images died, of too "
+                f"little memory most likely; use fewer; {describe_latest(self.run.options.output_dir)}"
+            ) from error
 
-    def _stop_when_bad(self, micro_batches: Sequence[MicroBatch], loss: float) -> None:
-        progress, most = self.run.progress, self.run.options.max_bad_steps
-        if progress.bad_steps < most:
-            return
-        files = ", ".join(file for m in micro_batches for file in m.files)
-        raise CaptionTrainError(
-            f"--max_bad_steps: loss or gradient was not finite {most} times in a row (loss {loss}; last "
-            f"files: {files}); lower --learning_rate or set --max_grad_norm; {self.saver.describe_last()}"
-        )
+    def _count(self, micro_batches: Sequence[MicroBatch]) -> float:
+        """Note what this step reads on all processes; return how many label tokens, 1 if there is none."""
+        accelerator, progress = self.run.accelerator, self.run.progress
+        new = progress.note_errors(error for m in micro_batches for error in m.errors)
+        for error in new:
+            tqdm.write(f"skipped {error}", file=sys.stderr)
+        counts = [sum(m.label_tokens for m in micro_batches), sum(len(m.files) for m in micro_batches)]
+        if accelerator.num_processes > 1:
+            counts = accelerator.reduce(torch.tensor(counts, device=accelerator.device)).tolist()
+        progress.images += counts[1]
+        return max(counts[0], 1)
 
     def _progress_bar(self) -> tqdm:
         plan, accelerator = self.run.plan, self.run.accelerator

@@ -1,0 +1,86 @@
+"""Whether a run is learning anything: dead modules, losses that are not finite, losses that jump."""
+
+import math
+import sys
+from collections.abc import Sequence
+
+from accelerate.utils import gather_object
+
+from caption_train.checkpoint import describe_latest
+from caption_train.dataset import MicroBatch
+from caption_train.errors import CaptionTrainError
+from caption_train.lora import copy_lora_b, find_dead_modules
+from caption_train.run import Run
+
+MEMORY = 0.95
+"""How much of the running loss a step keeps: it looks back about twenty steps."""
+SPIKE = 6.0
+"""A loss this many standard deviations above the running one is a spike."""
+WARM_UP = 20
+"""Steps before there is a running loss to judge by."""
+
+
+class Health:
+    """Judges every step of a `Run`. All processes come to the same judgement."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.untried = copy_lora_b(run.model) if run.progress.global_step == 0 else {}
+
+    def is_good(self, loss: float, grad_norm: float) -> bool:
+        """Return whether a step with this loss and gradient may be taken."""
+        return math.isfinite(loss) and math.isfinite(grad_norm)
+
+    def note_good(self, loss: float, micro_batches: Sequence[MicroBatch]) -> None:
+        """Note that a step was taken; say so when its loss jumped, with the files in it."""
+        progress = self.run.progress
+        progress.bad_steps = 0
+        if progress.loss_mean is None:
+            progress.loss_mean = loss
+        deviation = loss - progress.loss_mean
+        if progress.global_step >= WARM_UP and deviation > SPIKE * math.sqrt(progress.loss_variance):
+            self._say(
+                f"step {progress.global_step + 1}: loss {loss:.4f} jumped from about "
+                f"{progress.loss_mean:.4f}; files: {self._list_files(micro_batches)}"
+            )
+        progress.loss_mean += (1 - MEMORY) * deviation
+        progress.loss_variance = MEMORY * (progress.loss_variance + (1 - MEMORY) * deviation**2)
+
+    def note_bad(self, loss: float, micro_batches: Sequence[MicroBatch], overflow: bool) -> None:
+        """Note that a step was not taken. Raises CaptionTrainError after `--max_bad_steps` in a row.
+
+        overflow: fp16's loss scaling was too high, which it mends itself; such a step is not a bad one.
+        """
+        progress, most = self.run.progress, self.run.options.max_bad_steps
+        progress.skipped_steps += 1
+        if overflow:
+            return
+        progress.bad_steps += 1
+        files = self._list_files(micro_batches)
+        step = progress.global_step + 1
+        if progress.bad_steps >= most:
+            raise CaptionTrainError(
+                f"--max_bad_steps: loss or gradient was not finite {most} times in a row up to step {step} "
+                f"(loss {loss}; last files: {files}); lower --learning_rate or set --max_grad_norm; "
+                + describe_latest(self.run.options.output_dir)
+            )
+        self._say(f"step {step} skipped: loss or gradient was not finite (loss {loss}); files: {files}")
+
+    def check_alive(self) -> None:
+        """Stop when a LoRA module did not move at the first step: it never would, and nobody would know."""
+        if not self.untried or self.run.lr_scheduler.get_last_lr()[0] == 0:
+            return
+        dead = find_dead_modules(self.run.model, self.untried)
+        self.untried = {}
+        if dead:
+            raise CaptionTrainError(
+                f"--target_modules: {len(dead)} LoRA modules get no gradient and would stay untrained: "
+                + ", ".join(dead)
+            )
+
+    def _list_files(self, micro_batches: Sequence[MicroBatch]) -> str:
+        return ", ".join(gather_object([file for m in micro_batches for file in m.files]))
+
+    def _say(self, line: str) -> None:
+        if self.run.accelerator.is_main_process:
+            print(f"\n{line}", file=sys.stderr)

@@ -1,0 +1,106 @@
+"""The state of a run beside its weights, so that a resumed run is the uninterrupted one to the bit."""
+
+import random
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from caption_train.checkpoint import STATE
+from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.progress import Progress
+
+
+def capture_random_state(accelerator: Accelerator) -> list[dict[str, Any]]:
+    """Return every process's random numbers, in rank order, made of what `weights_only` loading takes."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    state = {
+        "python": list(random.getstate()[1]),
+        "python_gauss": random.getstate()[2],
+        "numpy": [kind, keys.tolist(), int(position), int(has_gauss), float(gauss)],
+        "torch": torch.get_rng_state(),
+    }
+    if accelerator.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(accelerator.device)
+    return gather_object([state])
+
+
+def restore_random_state(accelerator: Accelerator, states: list[dict[str, Any]]) -> None:
+    """Give this process the random numbers it had."""
+    state = states[accelerator.process_index]
+    random.setstate((3, tuple(state["python"]), state["python_gauss"]))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and accelerator.device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], accelerator.device)
+
+
+def write_state(
+    checkpoint: Path,
+    progress: Progress,
+    optimizer: Optimizer,
+    lr_scheduler: LRScheduler,
+    scaler: Any,
+    random_states: list[dict[str, Any]],
+) -> None:
+    """Write all but the weights into `checkpoint/state`."""
+    folder = checkpoint / STATE
+    folder.mkdir()
+    states = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "scaler": scaler}
+    contents = {name: part.state_dict() for name, part in states.items() if part is not None}
+    for name, content in (contents | {"random": random_states}).items():
+        # Through a file of Python's, which says why a write failed; torch's own writer does not.
+        with (folder / f"{name}.pt").open("wb") as file:
+            torch.save(content, file)
+    progress.write(folder)
+
+
+def read_state(
+    checkpoint: Path, accelerator: Accelerator, optimizer: Optimizer, lr_scheduler: LRScheduler
+) -> list[dict[str, Any]]:
+    """Restore optimizer, schedule and scaler from `checkpoint/state`; return the random numbers to restore.
+
+    Those come last, after everything that may draw some.
+    """
+
+    def load(name: str) -> Any:
+        return torch.load(checkpoint / STATE / f"{name}.pt", map_location="cpu", weights_only=True)
+
+    random_states = load("random")
+    if len(random_states) != accelerator.num_processes:
+        raise UsageError(
+            f"--resume {checkpoint}: saved by {len(random_states)} processes, this run has "
+            f"{accelerator.num_processes}; launch as many as before"
+        )
+    try:
+        optimizer.load_state_dict(load("optimizer"))
+    except (ValueError, KeyError) as error:
+        raise CaptionTrainError(
+            f"--resume {checkpoint}: its optimizer does not fit this run: {error}"
+        ) from error
+    _restore_schedule(lr_scheduler, load("lr_scheduler"))
+    if accelerator.scaler is not None and (checkpoint / STATE / "scaler.pt").exists():
+        accelerator.scaler.load_state_dict(load("scaler"))
+    return random_states
+
+
+def _restore_schedule(lr_scheduler: LRScheduler, saved: dict[str, Any]) -> None:
+    """Put the schedule where it stood. A run made longer follows the new, longer schedule from there."""
+    # Of torch's and transformers' schedules only OneCycle's keeps its length in its state.
+    if saved.get("total_steps") == getattr(lr_scheduler, "total_steps", None):
+        lr_scheduler.load_state_dict(saved)
+        return
+    with warnings.catch_warnings():
+        # Stepping without the optimizer is what is meant here.
+        warnings.simplefilter("ignore")
+        for _ in range(saved["last_epoch"]):
+            lr_scheduler.step()
+    print("--resume: the learning rate follows the new schedule from this step on", file=sys.stderr)
