@@ -36,6 +36,8 @@ bash scripts/make_venv.sh
 export PATH="$PWD/.venv/bin:$PATH"
 # Nothing from a hub is needed, so nothing is asked of it.
 export HF_HUB_OFFLINE=1
+# Models this small gain next to nothing from threads, and lose much by them on a busy machine.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 step() { printf '\n\033[1m%s\033[0m\n' "$1"; }
 say() { printf '$' && printf ' %q' "$@" && printf '\n' && "$@"; }
