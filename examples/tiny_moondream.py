@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
+from PIL import Image
 from tokenizers import ByteLevelBPETokenizer
 from torch import nn
 from transformers import PreTrainedTokenizerFast
@@ -65,7 +67,7 @@ def make_templates(tokenizer: PreTrainedTokenizerFast) -> dict:
 
 
 def make_config(tokenizer: PreTrainedTokenizerFast) -> MoondreamConfig:
-    """27 vision layers, crops of 378 pixels, 729 image tokens, heads of 64: all fixed in the official code."""
+    """27 vision layers, crops of 378 pixels, 729 image tokens, heads of 64: the official code's own."""
     return MoondreamConfig(
         text_config=make_text_config(TEXT),
         vision_config=make_vision_config(VISION),
@@ -88,3 +90,15 @@ def make_model() -> tuple[MoondreamForConditionalGeneration, MoondreamProcessor]
             nn.init.normal_(last.weight, std=1e-4)
             nn.init.zeros_(last.bias)
     return model, MoondreamProcessor.from_config(config, tokenizer)
+
+
+@torch.no_grad()
+def generate(model, processor, images: list[Image.Image], style: str) -> list[str]:
+    """Caption images greedily, asked for one style."""
+    prompt = TASK_STYLES.get(style) or STYLES[style].prompt
+    captions = []
+    for start in range(0, len(images), 16):
+        batch = processor(images[start : start + 16], [prompt] * len(images[start : start + 16]))
+        sequences = model.generate(**batch, max_new_tokens=80)[:, batch["input_ids"].shape[1] :]
+        captions += processor.batch_decode(sequences, skip_special_tokens=True)
+    return captions

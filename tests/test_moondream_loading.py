@@ -242,3 +242,26 @@ def test_official_config_round_trips():
     config = make_small_model()[0].config
     again = MoondreamConfig.from_dict(copy.deepcopy(official_dict(config)))
     assert official_dict(again) == official_dict(config)
+
+
+def test_a_quantized_model_loads_from_the_official_layout_and_is_not_written_to_it(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from caption_train.options import TrainOptions
+    from caption_train.quantization import make_quantization_config
+
+    model, processor = make_small_model(text={"ff_dim": 256})
+    write_official(tmp_path, model.config, model.state_dict(), processor.tokenizer)
+    config = make_quantization_config(TrainOptions(quantize="4bit"))
+    quantized, _ = FAMILY.load(str(tmp_path), quantization_config=config)
+    kinds = {type(module).__name__ for module in quantized.model.language_model.modules()}
+    assert "Linear4bit" in kinds and "Linear" not in kinds
+    assert torch.equal(quantized.model.region.coord_features, model.model.region.coord_features)
+    with pytest.raises(CaptionTrainError, match="no quantized weights"):
+        write_official(tmp_path / "out", quantized.config, quantized.state_dict())
+
+
+def test_an_exported_model_says_its_precision(tmp_path):
+    model, processor = make_small_model()
+    FAMILY.save_legacy(model.to(torch.bfloat16), processor, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert FAMILY.find_dtype(str(tmp_path)) == torch.bfloat16

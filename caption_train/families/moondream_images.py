@@ -55,7 +55,7 @@ def cut_crops(
     rows, columns = tiling
     canvas_size = (columns * window + 2 * border, rows * window + 2 * border)
     canvas = np.asarray(image.resize(canvas_size, Image.Resampling.LANCZOS))
-    whole = np.asarray(image.resize((size, size), Image.Resampling.LANCZOS))
+    whole = canvas if tiling == (1, 1) else np.asarray(image.resize((size, size), Image.Resampling.LANCZOS))
     tiles = [
         canvas[top : top + size, left : left + size]
         for top in range(0, rows * window, window)
