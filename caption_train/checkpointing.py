@@ -25,6 +25,14 @@ def enable_checkpointing(model: nn.Module) -> None:
         block.forward = partial(_recompute, block, block.forward)
 
 
+def find_blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield every block that `enable_checkpointing` makes recompute."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    yield from (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+    yield from find_unreached_blocks(model)
+
+
 def find_unreached_blocks(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the outermost elements of module lists that hold no layer transformers checkpoints by itself."""
     from transformers.modeling_layers import GradientCheckpointingLayer

@@ -4,6 +4,7 @@ A field is a flag of the same name; its type parses the value, its metadata is t
 that is wrong at once, one line each, naming the flags.
 """
 
+import re
 from dataclasses import MISSING, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -130,6 +131,10 @@ class TrainOptions:
     activation_checkpointing: bool = _memory(
         False, "activation checkpointing together with FloraAccelerator", aliases=("-ac",)
     )
+    plan: bool = _memory(False, "print what the run would hold in memory, and end")
+    memory_budget: str | None = _memory(
+        None, "with --plan, find the cheapest flags that fit, say, 8GB", metavar="SIZE"
+    )
 
     save_every_n_epochs: int | None = _save(None, "save a checkpoint every N epochs")
     save_every_n_steps: int | None = _save(None, "save a checkpoint every N optimizer steps")
@@ -174,6 +179,10 @@ class TrainOptions:
             problems.append("--keep_tokens only has a meaning with --shuffle_captions")
         if self.prompt is not None and self.task is not None:
             problems.append("--prompt and --task name the same thing twice: give one")
+        if self.memory_budget is not None and not self.plan:
+            problems.append("--memory_budget only has a meaning with --plan")
+        if self.memory_budget is not None and parse_bytes(self.memory_budget) is None:
+            problems.append(f"--memory_budget {self.memory_budget} is no size like 8GB, 7.5GiB or 900MB")
         return problems + combinations.check(self)
 
 
@@ -258,6 +267,15 @@ _COUNTS = (
     *("optimizer_rank", "accumulation_rank"),
     *("save_every_n_epochs", "save_every_n_steps", "sample_every_n_epochs", "sample_every_n_steps"),
 )
+
+
+def parse_bytes(text: str) -> int | None:
+    """Return the bytes that "8GB", "7.5 GiB" or "900MB" says; None where it says none."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([GM])(i?)B", text.strip(), re.IGNORECASE)
+    if found is None:
+        return None
+    number, unit, is_binary = found.groups()
+    return int(float(number) * (1024 if is_binary else 1000) ** (3 if unit in "Gg" else 2))
 
 
 def _below(options: Any, least: int, *names: str) -> list[str]:

@@ -1,0 +1,93 @@
+"""How much a forward pass keeps for its backward pass: measured by counting every tensor and dropping it."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from caption_train.checkpointing import find_blocks
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes kept for the backward pass of one image: outside the blocks, in each block, and of its inputs."""
+
+    outside: int
+    blocks: Sequence[int]
+    inputs: Sequence[int]
+
+    def held(self, *, checkpointing: bool) -> int:
+        """Return the most bytes that are alive at once."""
+        if checkpointing:
+            return self.outside + sum(self.inputs) + max(self.blocks, default=0)
+        return self.outside + sum(self.blocks)
+
+
+@torch.enable_grad()
+def measure_activations(model: nn.Module, batch: Mapping[str, Any]) -> Activations:
+    """Run one forward pass of a model in train mode; return the bytes its backward pass would keep."""
+    counter = _Counter(model)
+    handles = []
+    for block in find_blocks(model):
+        handles.append(block.register_forward_pre_hook(counter.enter, with_kwargs=True))
+        handles.append(block.register_forward_hook(counter.leave))
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(counter.keep, _refuse):
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Activations(counter.outside, counter.blocks, counter.inputs)
+
+
+@contextmanager
+def cast_frozen(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Hold what is not trained in `dtype` for a while."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    before = [p.data for p in frozen]
+    for p in frozen:
+        p.data = p.data.to(dtype)
+    try:
+        yield
+    finally:
+        for p, data in zip(frozen, before, strict=True):
+            p.data = data
+
+
+class _Counter:
+    """Counts every storage once. A weak reference keeps its identity from being given to a later one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.seen = {}
+        for tensor in itertools.chain(model.parameters(), model.buffers()):
+            self._is_new(tensor)
+        self.outside, self.blocks, self.inputs, self.inside = 0, [], [], False
+
+    def keep(self, tensor: torch.Tensor) -> None:
+        if self._is_new(tensor):
+            if self.inside:
+                self.blocks[-1] += tensor.untyped_storage().nbytes()
+            else:
+                self.outside += tensor.untyped_storage().nbytes()
+
+    def enter(self, module: nn.Module, args: tuple, keywords: dict) -> None:
+        tensors = [t for t in (*args, *keywords.values()) if isinstance(t, torch.Tensor)]
+        self.inputs.append(max((t.nbytes for t in tensors if t.is_floating_point()), default=0))
+        self.blocks.append(0)
+        self.inside = True
+
+    def leave(self, *_: Any) -> None:
+        self.inside = False
+
+    def _is_new(self, tensor: torch.Tensor) -> bool:
+        reference = StorageWeakRef(tensor.untyped_storage())
+        return self.seen.setdefault(reference.cdata, reference) is reference
+
+
+def _refuse(_: Any) -> torch.Tensor:
+    raise RuntimeError("a measured forward pass has no backward pass")

@@ -1,0 +1,120 @@
+"""`--plan`: print what a run would hold in memory, and what would make it fit `--memory_budget`."""
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from caption_train.accelerator import make_accelerator
+from caption_train.activations import Activations, cast_frozen, measure_activations
+from caption_train.captions import Pair
+from caption_train.families.base import Family
+from caption_train.images import open_image
+from caption_train.metadata import read_dataset
+from caption_train.options import TrainOptions, parse_bytes
+from caption_train.planning import HALF, Plan, Planner
+from caption_train.prepare import load_trainable
+from caption_train.saving import peak_memory
+
+GIB = 2**30
+ROWS = {
+    "libraries": "Python and its libraries",
+    "weights": "weights",
+    "gradients": "gradients",
+    "state": "optimizer state",
+    "activations": "activations",
+}
+
+
+def plan_training(options: TrainOptions, family: Family) -> int:
+    """Print the plan for these options and return the exit code: 1 when nothing fits the budget."""
+    planner, options = make_planner(options, family)
+    plan = planner.plan(options)
+    console = Console(markup=False, highlight=False)
+    console.print(f"memory on {planner.device}, batch size {options.batch_size}:")
+    print_plan(plan, console)
+    if options.memory_budget is None:
+        return 0
+    budget = parse_bytes(options.memory_budget)
+    if plan.peak <= budget:
+        console.print(f"fits in {options.memory_budget}")
+        return 0
+    _, smaller, flags = planner.find_cheapest(options, budget)
+    verdict = "fits with" if smaller.peak <= budget else "does not fit, not even with"
+    console.print(f"{options.memory_budget}: {verdict} {' '.join(flags)}:")
+    print_plan(smaller, console)
+    return 0 if smaller.peak <= budget else 1
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Print the parts that are not nothing, and the most that is held at once."""
+    for f in fields(plan):
+        if f.name in ROWS and (size := getattr(plan, f.name)):
+            console.print(f"  {ROWS[f.name]:<26}{size / GIB:8.2f} GiB")
+    console.print(f"  {'at most, at once':<26}{plan.peak / GIB:8.2f} GiB")
+
+
+def make_planner(options: TrainOptions, family: Family) -> tuple[Planner, TrainOptions]:
+    """Load the model and measure one image's activations; return the options with the precision resolved."""
+    accelerator = make_accelerator(options)
+    options = replace(options, mixed_precision=accelerator.mixed_precision)
+    pairs = read_dataset(
+        options.dataset_dir,
+        caption_extensions=options.caption_extension,
+        follow_symlinks=options.follow_symlinks,
+    )
+    plain = replace(
+        options,
+        quantize=None,
+        quantize_parts=[],
+        gradient_checkpointing=False,
+        activation_checkpointing=False,
+    )
+    model, processor = load_trainable(plain, family, accelerator, None)
+    prompt = options.prompt or options.task or family.default_prompt
+    collate_fn = family.make_collator(processor, prompt=prompt, max_length=options.max_length)
+    batch = collate_fn([_find_longest(pairs)])
+    on_cpu = accelerator.device.type == "cpu"
+    held = sum(p.nbytes for p in model.parameters())
+    planner = Planner(
+        model,
+        family.parts,
+        _measure(model, batch, options),
+        libraries=max(_resident() - held, 0) if on_cpu else 0,
+        device=accelerator.device.type,
+        processes=accelerator.num_processes,
+    )
+    return planner, options
+
+
+def _measure(model: torch.nn.Module, batch: dict[str, Any], options: TrainOptions) -> dict[str, Activations]:
+    """Return one image's activations in the run's precision and, if that is full, also in half."""
+    model.train()
+    measured = {}
+    if options.mixed_precision not in HALF:
+        measured["no"] = measure_activations(model, _cast(batch, model))
+    frozen = torch.bfloat16 if options.train_method == "lora" else torch.float32
+    with cast_frozen(model, frozen), torch.autocast("cpu", torch.bfloat16):
+        measured["bf16"] = measure_activations(model, _cast(batch, model))
+    return measured
+
+
+def _cast(batch: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in batch.items()}
+
+
+def _find_longest(pairs: Sequence[Pair]) -> dict[str, Any]:
+    longest = max(pairs, key=lambda pair: len(pair.caption))
+    return {"image": open_image(longest.image), "caption": longest.caption}
+
+
+def _resident() -> int:
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return peak_memory(torch.device("cpu"))
+    return pages * 4096

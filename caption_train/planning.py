@@ -1,0 +1,196 @@
+"""What a run will hold in memory, and the cheapest flags with which it fits a budget.
+
+Weights, gradients and optimizer state are counted from shapes. Activations are measured in a forward pass
+that keeps none of them, so that a plan needs little more memory than the weights.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from caption_train.activations import Activations
+from caption_train.combinations import check
+from caption_train.options import TrainOptions
+from caption_train.quantization import HEADS
+
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a weight: 4 bits, an 8-bit scale for every 64 weights, a 32-bit one for every 256 of those."""
+SMALLEST_8BIT = 4096
+"""bitsandbytes keeps the moments of smaller tensors in 32 bits."""
+HALF = ("bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes a run holds. libraries: the process without a model, on a CPU."""
+
+    libraries: int
+    weights: int
+    gradients: int
+    state: int
+    activations: int
+    accumulates: bool
+
+    @property
+    def peak(self) -> int:
+        """The most that is held at once: activations go as gradients come, unless earlier ones wait."""
+        if self.accumulates:
+            passing = self.activations + self.gradients
+        else:
+            passing = max(self.activations, self.gradients)
+        return self.libraries + self.weights + self.state + passing
+
+
+@dataclass(frozen=True)
+class Saver:
+    """Flags that save memory, and what they cost in speed or quality, roughly, to find the cheapest set."""
+
+    flags: str
+    changes: Mapping[str, Any]
+    cost: int
+
+
+def find_savers(options: TrainOptions) -> list[Saver]:
+    """Return the savers that are not in use yet."""
+    savers = []
+    if options.mixed_precision not in HALF:
+        savers.append(Saver("--mixed_precision bf16", {"mixed_precision": "bf16"}, 1))
+    if options.optimizer_name == "AdamW":
+        savers.append(Saver("--optimizer_name AdamW8bit", {"optimizer_name": "AdamW8bit"}, 1))
+    if options.batch_size > 1:
+        steps = options.batch_size * options.gradient_accumulation_steps
+        changes = {"batch_size": 1, "gradient_accumulation_steps": steps}
+        savers.append(Saver(f"--batch_size 1 --gradient_accumulation_steps {steps}", changes, 2))
+    if not options.gradient_checkpointing:
+        savers.append(Saver("--gradient_checkpointing", {"gradient_checkpointing": True}, 3))
+    if options.quantize is None:
+        savers.append(Saver("--quantize", {"quantize": "4bit"}, 4))
+    if not options.accumulation_compression:
+        changes = {"optimizer_name": "Flora", "accumulation_compression": True}
+        savers.append(Saver("--optimizer_name Flora --accumulation_compression", changes, 5))
+    return savers
+
+
+class Planner:
+    """Plans runs from one model in memory, as `--train_method` makes it trainable and not quantized.
+
+    parts: the family's. activations: of one image, in full ("no") and in half precision ("bf16").
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parts: Mapping[str, str],
+        activations: Mapping[str, Activations],
+        *,
+        libraries: int = 0,
+        device: str = "cpu",
+        processes: int = 1,
+    ) -> None:
+        self.model = model
+        self.parts = parts
+        self.activations = activations
+        self.libraries = libraries
+        self.device = device
+        self.processes = processes
+        self.embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+
+    def plan(self, options: TrainOptions) -> Plan:
+        """Return what a run with these options holds."""
+        precision = "bf16" if options.mixed_precision in HALF else "no"
+        image = self.activations[precision].held(
+            checkpointing=options.gradient_checkpointing or options.activation_checkpointing
+        )
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        gradients = sum(_gradient_bytes(options, p) for p in trained)
+        # DistributedDataParallel holds all gradients a second time, in the buckets it sends.
+        buckets = gradients if self.processes > 1 and not options.accumulation_compression else 0
+        return Plan(
+            libraries=self.libraries,
+            weights=self.count_weights(options),
+            gradients=gradients + buckets,
+            state=sum(_state_bytes(options, p, is_embedding=p in self.embeddings) for p in trained),
+            activations=image * options.batch_size,
+            accumulates=options.gradient_accumulation_steps > 1,
+        )
+
+    def find_cheapest(self, options: TrainOptions, budget: int) -> tuple[TrainOptions, Plan, list[str]]:
+        """Return options, plan and flags of the cheapest savers that fit in `budget` bytes.
+
+        When none do, the plan is the smallest there is and its peak is above the budget.
+        """
+        candidates = []
+        for chosen in _subsets(find_savers(options)):
+            changed = replace(options, **{k: v for saver in chosen for k, v in saver.changes.items()})
+            if not check(changed, device=self.device):
+                candidates.append((sum(saver.cost for saver in chosen), self.plan(changed), changed, chosen))
+        fitting = [candidate for candidate in candidates if candidate[1].peak <= budget]
+        if fitting:
+            _, plan, changed, chosen = min(fitting, key=lambda c: (c[0], c[1].peak))
+        else:
+            _, plan, changed, chosen = min(candidates, key=lambda c: (c[1].peak, c[0]))
+        return changed, plan, [saver.flags for saver in chosen]
+
+    def count_weights(self, options: TrainOptions) -> int:
+        """Return the bytes of all weights, held as `--quantize`, `--dtype` and `--mixed_precision` say."""
+        is_lora = options.train_method == "lora"
+        auto = 2 if is_lora and options.mixed_precision in HALF else 4
+        frozen = {"float32": 4, "bfloat16": 2, "float16": 2}.get(options.dtype, auto)
+        if options.quantize:
+            frozen = 4
+        quantized = self._find_quantized(options)
+        total = 0.0
+        for p in self.model.parameters():
+            if p.requires_grad and is_lora:
+                total += 4 * p.numel()
+            elif p not in quantized:
+                total += frozen * p.numel()
+            elif options.quantize == "4bit":
+                total += NF4_BYTES * p.numel()
+            else:
+                total += p.numel() + 4 * p.shape[0]
+        return int(total)
+
+    def _find_quantized(self, options: TrainOptions) -> set[nn.Parameter]:
+        if options.quantize is None:
+            return set()
+        names = options.quantize_parts or self.parts
+        kept = [pattern for name, pattern in self.parts.items() if name not in names]
+        found = set()
+        for name, module in self.model.named_modules():
+            plain = name.removeprefix("base_model.model.").removesuffix(".base_layer")
+            is_kept = plain.endswith(HEADS) or any(re.fullmatch(pattern, plain) for pattern in kept)
+            if isinstance(module, nn.Linear) and ".lora_" not in name and not is_kept:
+                found.add(module.weight)
+        return found
+
+
+def _gradient_bytes(options: TrainOptions, p: nn.Parameter) -> int:
+    return 4 * _compressed(p, options.accumulation_rank if options.accumulation_compression else None)
+
+
+def _state_bytes(options: TrainOptions, p: nn.Parameter, *, is_embedding: bool) -> int:
+    if options.optimizer_name == "Flora":
+        second_moment = sum(p.shape) if p.dim() == 2 else p.numel()
+        return 4 * (second_moment + _compressed(p, None if is_embedding else options.optimizer_rank))
+    if options.optimizer_name.endswith("8bit") and p.numel() >= SMALLEST_8BIT:
+        return 2 * (p.numel() + 4 * -(-p.numel() // 256))
+    return 8 * p.numel()
+
+
+def _compressed(p: nn.Parameter, rank: int | None) -> int:
+    shrinks = p.dim() == 2 and rank is not None and rank < min(p.shape)
+    return rank * max(p.shape) if shrinks else p.numel()
+
+
+def _subsets(savers: Sequence[Saver]) -> Iterator[tuple[Saver, ...]]:
+    """Yield every choice of savers in which no two set the same flag."""
+    for count in range(len(savers) + 1):
+        for chosen in itertools.combinations(savers, count):
+            names = [name for saver in chosen for name in saver.changes]
+            if len(names) == len(set(names)):
+                yield chosen
