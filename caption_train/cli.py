@@ -73,6 +73,7 @@ def train_main(family_name: str, argv: Sequence[str] | None = None) -> int:
             },
             **_family_flags(family),
         )
+        family.cache_converted = options.cache_converted
         if options.plan:
             from caption_train.plan_training import plan_training
 
@@ -103,6 +104,7 @@ def caption_main(family_name: str, argv: Sequence[str] | None = None) -> int:
             ),
             **_family_flags(family),
         )
+        family.cache_converted = options.cache_converted
         from caption_train.captioning import caption_folder
 
         return caption_folder(options, family)
@@ -193,7 +195,11 @@ def _fail(message: str, exit_code: int) -> int:
 
 def _family_flags(family: Family) -> dict[str, Any]:
     """Return what the family offers as `--task`, and the flags it has no use for."""
-    absent = {"task": not family.tasks, "visualize": not hasattr(family, "draw_answer")}
+    absent = {
+        "task": not family.tasks,
+        "visualize": not hasattr(family, "draw_answer"),
+        "cache_converted": not hasattr(family, "cache_converted"),
+    }
     return {"choices": {"task": family.tasks}, "omit": tuple(name for name in absent if absent[name])}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from caption_train import combinations
 from caption_train.captions import IMAGE_SUFFIXES, with_dot
+from caption_train.metrics import METRICS
 
 
 def flag(
@@ -48,6 +49,7 @@ OPTIMIZERS = ("AdamW", "AdamW8bit", "PagedAdamW", "PagedAdamW8bit", "Flora")
 PARTS = ("vision", "projector", "language")
 
 _data = partial(flag, group="data")
+_valid = partial(flag, group="validation")
 _model = partial(flag, group="model")
 _lora = partial(flag, group="LoRA")
 _optim = partial(flag, group="optimization")
@@ -70,9 +72,31 @@ class TrainOptions:
     keep_tokens: int = _data(0, "with --shuffle_captions, leave the first N tags in place")
     caption_dropout: float = _data(0.0, "probability of training on an empty caption")
     num_workers: int = _data(0, "processes that read and resize images ahead of the model")
+    on_bad_data: str = _data(
+        "stop",
+        "list unusable rows and files and stop before training, or leave them out",
+        choices=("stop", "skip"),
+    )
+
+    validation_split: float = _valid(
+        0.0, "hold this fraction of the images out; identical ones stay together"
+    )
+    validation_dir: Path | None = _valid(None, "validate on this dataset instead")
+    eval_every_n_epochs: int | None = _valid(
+        None, "validate every N epochs (every epoch, with validation images)"
+    )
+    eval_every_n_steps: int | None = _valid(None, "validate every N optimizer steps")
+    metrics: list[str] = _valid(
+        [], f"score generated captions too: {', '.join(METRICS)} (COCO's, PTB-like tokens)"
+    )
+    metric_samples: int = _valid(64, "validation images to caption for --metrics, the same every time")
+    metric_for_best: str = _valid("loss", "what tells the best checkpoint", choices=("loss", *METRICS))
+    early_stopping_patience: int | None = _valid(None, "stop after N validations in a row without a best")
+    load_best_at_end: bool = _valid(False, "put the best checkpoint into output_dir, not the last one")
 
     model_id: str = _model(None, "model to train: a hub id or a folder")
     revision: str | None = _model(None, "branch, tag or commit of the model on the hub")
+    cache_converted: bool = _model(False, "keep a native copy of a checkpoint in the legacy layout")
     prompt: str | None = _model(None, "text the model is given with every image")
     task: str | None = _model(None, "task token to train, instead of --prompt")
     device: str | None = _model(
@@ -175,6 +199,7 @@ class TrainOptions:
             for part in getattr(self, name)
             if part not in PARTS
         ]
+        problems += self._check_validation()
         if self.keep_tokens and not self.shuffle_captions:
             problems.append("--keep_tokens only has a meaning with --shuffle_captions")
         if self.prompt is not None and self.task is not None:
@@ -184,6 +209,22 @@ class TrainOptions:
         if self.memory_budget is not None and parse_bytes(self.memory_budget) is None:
             problems.append(f"--memory_budget {self.memory_budget} is no size like 8GB, 7.5GiB or 900MB")
         return problems + combinations.check(self)
+
+    def _check_validation(self) -> list[str]:
+        problems = [
+            f"--metrics {name}: the metrics are {', '.join(METRICS)}"
+            for name in self.metrics
+            if name not in METRICS
+        ]
+        if not 0 <= self.validation_split < 1:
+            problems.append(
+                f"--validation_split is a fraction, 0 or more and below 1, not {self.validation_split}"
+            )
+        if self.validation_split and self.validation_dir:
+            problems.append("--validation_split and --validation_dir both name validation images: give one")
+        if self.metric_for_best not in ("loss", *self.metrics):
+            problems.append(f"--metric_for_best {self.metric_for_best} is not measured: add it to --metrics")
+        return problems
 
 
 _input = partial(flag, group="images")
@@ -205,6 +246,7 @@ class CaptionOptions:
     )
     peft_model: Path | None = _model(None, "folder of the adapter (LoRA, IA3, …) to put on the base model")
     revision: str | None = _model(None, "branch, tag or commit of the base model on the hub")
+    cache_converted: bool = _model(False, "keep a native copy of a checkpoint in the legacy layout")
     device: str | None = _model(
         None, "device to run on, such as cuda, cuda:1, mps or cpu (found if not given)"
     )
@@ -266,6 +308,7 @@ _COUNTS = (
     ),
     *("optimizer_rank", "accumulation_rank"),
     *("save_every_n_epochs", "save_every_n_steps", "sample_every_n_epochs", "sample_every_n_steps"),
+    *("eval_every_n_epochs", "eval_every_n_steps", "metric_samples", "early_stopping_patience"),
 )
 
 

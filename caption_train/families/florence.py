@@ -35,6 +35,8 @@ class Florence:
     )
     lora_target_modules = ("qkv", "proj", "k_proj", "v_proj", "q_proj", "out_proj")
     train_defaults = {}
+    cache_converted = False
+    """Whether `load` keeps a native copy of a legacy checkpoint, and uses the one it kept."""
     default_prompt = "<CAPTION>"
     tasks = tuple(TASKS)
     parts = {
@@ -58,6 +60,10 @@ class Florence:
 
         check_transformers()
         checkpoint = find_checkpoint(model_id, revision)
+        if checkpoint.is_legacy and self.cache_converted:
+            from caption_train.families.florence_cache import use_native_copy
+
+            checkpoint = use_native_copy(checkpoint)
         load = load_legacy if checkpoint.is_legacy else load_native
         return load(checkpoint, dtype=dtype or torch.float32, quantization_config=quantization_config)
 

@@ -1,0 +1,62 @@
+"""A kept native copy is what the checkpoint is, and is made again when the checkpoint changes."""
+
+import pytest
+import torch
+from legacy_florence import needs_fixtures, read_tensors, write_checkpoint
+
+from caption_train.errors import CaptionTrainError
+from caption_train.families import florence_cache, get_family
+
+pytestmark = needs_fixtures
+
+
+@pytest.fixture
+def family(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    family = get_family("florence")
+    family.cache_converted = True
+    return family
+
+
+def find_copies(tmp_path):
+    return sorted((tmp_path / "cache" / "caption-train" / "florence").iterdir())
+
+
+def test_nothing_is_kept_unless_asked(tmp_path, family):
+    family.cache_converted = False
+    family.load(str(write_checkpoint(tmp_path / "model", read_tensors())))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_second_load_converts_nothing_and_is_the_same(tmp_path, family, monkeypatch):
+    tensors = {name: tensor.half() for name, tensor in read_tensors().items()}
+    folder = str(write_checkpoint(tmp_path / "model", tensors))
+    first, _ = family.load(folder)
+    monkeypatch.setattr(florence_cache, "load_legacy", None)
+    second, processor = family.load(folder)
+    assert all(torch.equal(tensor, second.state_dict()[name]) for name, tensor in first.state_dict().items())
+    assert second.dtype == torch.float32
+    assert second.name_or_path == folder
+    assert second.generation_config.no_repeat_ngram_size == 3
+    assert processor.num_image_tokens == 577
+    (copy,) = find_copies(tmp_path)
+    assert copy.name.startswith("model-")
+
+
+def test_a_changed_checkpoint_is_converted_anew(tmp_path, family):
+    tensors = read_tensors()
+    folder = write_checkpoint(tmp_path / "model", tensors)
+    family.load(str(folder))
+    tensors["image_proj_norm.bias"] += 1
+    write_checkpoint(folder, tensors)
+    model, _ = family.load(str(folder))
+    assert torch.equal(
+        model.model.multi_modal_projector.image_proj_norm.bias, tensors["image_proj_norm.bias"]
+    )
+    assert len(find_copies(tmp_path)) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, family):
+    (tmp_path / "cache").write_text("a file, no folder")
+    with pytest.raises(CaptionTrainError, match="--cache_converted"):
+        family.load(str(write_checkpoint(tmp_path / "model", read_tensors())))
