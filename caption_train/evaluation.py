@@ -1,82 +1,163 @@
-"""Looking at what a model in training writes: sample captions beside their references."""
+"""How good the model in training is on images it does not train on, and when to stop."""
 
-import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from caption_train.captions import Pair
 from caption_train.collate import find_dtype, move_batch
-from caption_train.families.base import Family
-from caption_train.images import open_image
+from caption_train.dataset import CaptionDataset, Collate
+from caption_train.families.base import Batch, Family
+from caption_train.images import ImageError, open_image
+from caption_train.interrupts import ignore_in_worker
+from caption_train.metrics import score_captions
 from caption_train.run import Run
 from caption_train.saving import is_due
 from caption_train.tracking import RunLog
 
-
-@dataclass(frozen=True)
-class Sample:
-    """A fixed image's reference caption and what the model says now."""
-
-    file: str
-    image: Image.Image
-    reference: str
-    generated: str
+MAX_NEW_TOKENS = 64
 
 
-class Sampler:
-    """Captions the same few images before the first step and every `--sample_every_n_…`."""
+class Evaluator:
+    """Measures loss and caption metrics on fixed validation pairs, and remembers the best step."""
 
-    def __init__(self, run: Run, family: Family, pairs: Sequence[Pair], log: RunLog) -> None:
-        self.run, self.family, self.pairs, self.log = run, family, pairs, log
-
-    def before_first_step(self) -> None:
-        """Caption once untrained, if samples were asked for: what training is compared with."""
-        if self.run.options.sample_every_n_steps or self.run.options.sample_every_n_epochs:
-            self.sample(0)
+    def __init__(
+        self,
+        run: Run,
+        family: Family,
+        pairs: Sequence[Pair],
+        log: RunLog,
+        collate_fn: Callable[[Sequence[dict]], Batch],
+    ) -> None:
+        self.run, self.family, self.pairs, self.log, self.collate_fn = run, family, pairs, log, collate_fn
 
     def after_step(self, step: int) -> None:
-        """Caption if the 0-based optimizer step just taken is due."""
+        """Evaluate if the 0-based optimizer step just taken is due: every epoch unless told otherwise."""
+        if not self.pairs:
+            return
         options, plan, done = self.run.options, self.run.plan, step + 1
+        every_epochs = options.eval_every_n_epochs
+        if not (every_epochs or options.eval_every_n_steps):
+            every_epochs = 1
         ends_epoch = done % plan.steps_per_epoch == 0
-        if is_due(options.sample_every_n_steps, done) or (
-            ends_epoch and is_due(options.sample_every_n_epochs, plan.epoch_of(step))
+        if is_due(options.eval_every_n_steps, done) or (
+            ends_epoch and is_due(every_epochs, plan.epoch_of(step))
         ):
-            self.sample(done)
+            values = self.evaluate()
+            is_best = self._judge(values)
+            self.log.write(done, plan.epoch_of(step), {f"eval_{k}": v for k, v in values.items()})
+            self._say(done, values, is_best)
 
-    def sample(self, step: int) -> None:
-        """Caption the images, print and log them; the training's random numbers stay as they were."""
+    def evaluate(self) -> dict[str, float]:
+        """Return the loss per token and the metrics asked for, over all processes."""
+        values = {"loss": self._measure_loss()}
+        if self.run.options.metrics:
+            values |= self._score()
+        return values
+
+    def _measure_loss(self) -> float:
+        run, accelerator = self.run, self.run.accelerator
+        share = range(accelerator.process_index, len(self.pairs), accelerator.num_processes)
+        loader = DataLoader(
+            CaptionDataset(self.pairs),
+            batch_sampler=[[(0, index) for index in keys] for keys in _cut(share, run.plan.batch_size)],
+            collate_fn=Collate(self.collate_fn),
+            num_workers=run.options.num_workers,
+            worker_init_fn=ignore_in_worker,
+            generator=torch.Generator().manual_seed(0),
+        )
+        losses, tokens = 0.0, 0
+        with evaluating(run) as model:
+            for batch in loader:
+                inputs = move_batch(batch.inputs, accelerator.device, find_dtype(model))
+                losses += model(**inputs).loss.item() * batch.label_tokens
+                tokens += batch.label_tokens
+        shares = gather_object([(losses, tokens)])
+        return sum(share[0] for share in shares) / max(sum(share[1] for share in shares), 1)
+
+    def _score(self) -> dict[str, float]:
+        """Caption the first `--metric_samples` images; each is compared with all captions it has."""
+        run, accelerator = self.run, self.run.accelerator
+        references: dict[Any, list[str]] = {}
+        for pair in self.pairs:
+            references.setdefault(pair.image, []).append(pair.caption)
+        images = list(references)[: run.options.metric_samples]
+        rows = []
+        share = images[accelerator.process_index :: accelerator.num_processes]
+        for paths in _cut(share, run.plan.batch_size):
+            opened = {}
+            for path in paths:
+                try:
+                    opened[path] = open_image(path)
+                except ImageError as error:
+                    run.progress.note_errors([str(error)])
+            captions = caption_images(run, self.family, list(opened.values()))
+            rows += [(str(path), c, references[path]) for path, c in zip(opened, captions, strict=True)]
+        # In one order, so that sums do not depend on how many processes there are.
+        rows = sorted(gather_object(rows))
+        if not rows:
+            return {}
+        return score_captions([row[1] for row in rows], [row[2] for row in rows], run.options.metrics)
+
+    def _judge(self, values: dict[str, float]) -> bool:
+        """Remember a best value; note when there was none for `--early_stopping_patience` evaluations."""
+        run, progress = self.run, self.run.progress
+        name, patience = run.options.metric_for_best, run.options.early_stopping_patience
+        value, best = values.get(name, math.nan), progress.best_value
+        is_best = math.isfinite(value) and (
+            best is None or (value < best if name == "loss" else value > best)
+        )
+        if is_best:
+            progress.best_value, progress.best_step = value, progress.global_step
+            progress.evaluations_since_best = 0
+        else:
+            progress.evaluations_since_best += 1
+            progress.stopped_early = patience is not None and progress.evaluations_since_best >= patience
+        return is_best
+
+    def _say(self, step: int, values: dict[str, float], is_best: bool) -> None:
         if not self.run.accelerator.is_main_process:
             return
-        samples = self._caption()
-        print_samples(step, samples)
-        self.log.write_samples(step, samples)
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        tqdm.write(f"step {step}: validation {scores}{' (best so far)' if is_best else ''}", file=sys.stderr)
+        if self.run.progress.stopped_early:
+            tqdm.write(
+                f"--early_stopping_patience: {self.run.options.metric_for_best} was best at step "
+                f"{self.run.progress.best_step}; stopping",
+                file=sys.stderr,
+            )
 
-    def _caption(self) -> list[Sample]:
-        run = self.run
-        model = run.accelerator.unwrap_model(run.model)
-        images = [open_image(pair.image) for pair in self.pairs]
-        generated = []
-        model.eval()
-        with torch.random.fork_rng(), torch.no_grad():
-            for image in images:
-                batch = self.family.encode(run.processor, [image], [run.record.prompt])
-                batch = move_batch(batch, run.accelerator.device, find_dtype(model))
-                generated += self.family.generate(model, run.processor, batch, max_new_tokens=64)
+
+@contextmanager
+def evaluating(run: Run) -> Iterator[torch.nn.Module]:
+    """Give the model without its wrapper, dropout off; leave training and its random numbers untouched."""
+    model, device = run.accelerator.unwrap_model(run.model), run.accelerator.device
+    model.eval()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+            yield model
+    finally:
         model.train()
-        return [
-            Sample(pair.image.name, image, pair.caption, caption.text)
-            for pair, image, caption in zip(self.pairs, images, generated, strict=True)
-        ]
 
 
-def print_samples(step: int, samples: Sequence[Sample]) -> None:
-    """Print a table: file, reference, generated."""
-    table = Table("file", "reference", "generated", title=f"samples at step {step}", title_justify="left")
-    for sample in samples:
-        table.add_row(*(textwrap.shorten(t, 160) for t in (sample.file, sample.reference, sample.generated)))
-    Console(stderr=True, markup=False).print(table)
+def caption_images(run: Run, family: Family, images: Sequence[Image.Image]) -> list[str]:
+    """Caption images as they are trained on: with the run's prompt."""
+    if not images:
+        return []
+    with evaluating(run) as model:
+        batch = family.encode(run.processor, images, [run.record.prompt] * len(images))
+        batch = move_batch(batch, run.accelerator.device, find_dtype(model))
+        generated = family.generate(model, run.processor, batch, max_new_tokens=MAX_NEW_TOKENS)
+    return [caption.text for caption in generated]
+
+
+def _cut(items: Sequence, size: int) -> list[Sequence]:
+    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -18,15 +18,15 @@ from caption_train.checkpointing import enable_checkpointing
 from caption_train.console import print_settings
 from caption_train.dataset import BatchPlan, CaptionDataset, make_train_dataloader
 from caption_train.errors import UsageError
-from caption_train.evaluation import Sampler
+from caption_train.evaluation import Evaluator
 from caption_train.families.base import Batch, Family
 from caption_train.launcher import notice_launcher
 from caption_train.lock import OutputLock
 from caption_train.lora import count_parameters, fill_adapter, wrap_with_lora
-from caption_train.metadata import fingerprint, read_dataset
 from caption_train.model_card import TrainingRecord, describe_options, find_versions
 from caption_train.options import TrainOptions
 from caption_train.parts import freeze_outside
+from caption_train.previews import Sampler
 from caption_train.progress import Progress
 from caption_train.quantization import make_quantization_config, prepare_quantized
 from caption_train.resume import check_same_run, check_same_size, find_resume_point
@@ -35,9 +35,9 @@ from caption_train.saving import Saver
 from caption_train.state import read_state
 from caption_train.tracking import RunLog, start_trackers
 from caption_train.training import Trainer
+from caption_train.training_data import TrainingData, read_training_data
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SAMPLES = 4
 
 
 def prepare_training(options: TrainOptions, family: Family) -> Trainer:
@@ -45,14 +45,10 @@ def prepare_training(options: TrainOptions, family: Family) -> Trainer:
     accelerator = make_accelerator(options)
     notice_launcher(accelerator.num_processes)
     with fail_together(accelerator):
-        pairs = read_dataset(
-            options.dataset_dir,
-            caption_extensions=options.caption_extension,
-            follow_symlinks=options.follow_symlinks,
-        )
         lock = _open_output_dir(options, accelerator)
+    data = read_training_data(options, accelerator)
     with fail_together(accelerator):
-        record = make_record(options, family, pairs)
+        record = make_record(options, family, data)
         checkpoint = find_resume_point(options, accelerator)
         if checkpoint is not None:
             check_same_run(checkpoint, record, accelerator, options.resume_anyway)
@@ -60,21 +56,23 @@ def prepare_training(options: TrainOptions, family: Family) -> Trainer:
     set_seed(options.seed)
     model, processor = load_trainable(options, family, accelerator, checkpoint)
     record.trainable_parameters, record.total_parameters = count_parameters(model)
-    plan = _make_plan(options, len(pairs), accelerator)
+    plan = _make_plan(options, len(data.train), accelerator)
     optimizer = make_optimizer(options, model)
     lr_scheduler = make_lr_scheduler(options, optimizer, plan.total_steps)
     model, optimizer = accelerator.prepare(model, optimizer)
     # The LoRA starts the same on every process; dropout must not.
     set_seed(options.seed + accelerator.process_index)
     collate_fn = family.make_collator(processor, prompt=record.prompt, max_length=options.max_length)
-    loader = _make_loader(options, pairs, plan, collate_fn, accelerator.device)
+    loader = _make_loader(options, data.train, plan, collate_fn, accelerator.device)
     run = Run(options, record, accelerator, model, processor, optimizer, lr_scheduler, plan, loader)
     if checkpoint is not None:
         check_same_size(checkpoint, record, accelerator, options.resume_anyway)
         run.progress = Progress.read(checkpoint / STATE)
         plan.first_step = run.progress.global_step
         run.random_states = read_state(checkpoint, accelerator, optimizer, lr_scheduler)
-    return _make_trainer(run, family, pairs, lock)
+    else:
+        run.progress.note_errors(data.skipped)
+    return _make_trainer(run, family, data, collate_fn, lock)
 
 
 def _open_output_dir(options: TrainOptions, accelerator: Accelerator) -> OutputLock:
@@ -160,7 +158,7 @@ def load_trainable(
     return model, processor
 
 
-def make_record(options: TrainOptions, family: Family, pairs: list[Pair]) -> TrainingRecord:
+def make_record(options: TrainOptions, family: Family, data: TrainingData) -> TrainingRecord:
     """Return what the saved LoRA will say of where it comes from; parameters are counted later."""
     return TrainingRecord(
         family=family.name,
@@ -168,12 +166,18 @@ def make_record(options: TrainOptions, family: Family, pairs: list[Pair]) -> Tra
         revision=options.revision,
         prompt=next(p for p in (options.prompt, options.task, family.default_prompt) if p is not None),
         options=describe_options(options),
-        dataset={"pairs": len(pairs), "fingerprint": fingerprint(pairs)},
+        dataset=data.describe(),
         versions=find_versions(),
     )
 
 
-def _make_trainer(run: Run, family: Family, pairs: list[Pair], lock: OutputLock) -> Trainer:
+def _make_trainer(
+    run: Run,
+    family: Family,
+    data: TrainingData,
+    collate_fn: Callable[[Sequence[dict]], Batch],
+    lock: OutputLock,
+) -> Trainer:
     options, accelerator = run.options, run.accelerator
     if accelerator.is_main_process:
         print_settings(options, run.record, run.plan, accelerator)
@@ -181,7 +185,9 @@ def _make_trainer(run: Run, family: Family, pairs: list[Pair], lock: OutputLock)
         name = options.name or options.output_dir.name
         start_trackers(accelerator, name, run.record.options, run.progress)
     log = RunLog(accelerator, options.output_dir, run.plan.first_step)
-    return Trainer(run, Sampler(run, family, pairs[:SAMPLES], log), Saver(run), log, lock)
+    evaluator = Evaluator(run, family, data.validation, log, collate_fn)
+    sampler = Sampler(run, family, data.validation or data.train, log)
+    return Trainer(run, evaluator, sampler, Saver(run), log, lock)
 
 
 def _base_name(options: TrainOptions) -> str:

@@ -67,6 +67,9 @@ class Saver:
             "global_step": progress.global_step,
             "epochs": run.plan.epoch_of(max(progress.global_step - 1, 0)),
             "loss": progress.last_loss,
+            "best_step": progress.best_step,
+            f"best_{run.options.metric_for_best}": progress.best_value,
+            "stopped_early": progress.stopped_early,
             "images": progress.images,
             "images_per_second": round(progress.images / max(progress.seconds, 1e-9), 3),
             "train_seconds": round(progress.seconds, 1),
@@ -76,7 +79,8 @@ class Saver:
         }
         with fail_together(run.accelerator):
             if run.accelerator.is_main_process:
-                publish((self.output_dir / LAST).resolve(), self.output_dir)
+                chosen = BEST if run.options.load_best_at_end and progress.best_step else LAST
+                publish((self.output_dir / chosen).resolve(), self.output_dir)
                 write_atomically(self.output_dir / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
         return summary
 

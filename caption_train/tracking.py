@@ -14,7 +14,7 @@ from caption_train.files import write_atomically
 from caption_train.progress import Progress
 
 if TYPE_CHECKING:
-    from caption_train.evaluation import Sample
+    from caption_train.previews import Sample
 
 LOG_FILE = "log.jsonl"
 

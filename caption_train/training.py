@@ -15,10 +15,11 @@ from caption_train.checkpoint import describe_latest
 from caption_train.collate import find_dtype, move_batch
 from caption_train.dataset import MicroBatch
 from caption_train.errors import CaptionTrainError
-from caption_train.evaluation import Sampler
+from caption_train.evaluation import Evaluator
 from caption_train.health import Health
 from caption_train.interrupts import Interrupts
 from caption_train.lock import OutputLock
+from caption_train.previews import Sampler
 from caption_train.run import Run
 from caption_train.saving import Saver
 from caption_train.state import restore_random_state
@@ -28,8 +29,17 @@ from caption_train.tracking import RunLog
 class Trainer:
     """Trains a `Run`, from where its progress stands to the end of its plan."""
 
-    def __init__(self, run: Run, sampler: Sampler, saver: Saver, log: RunLog, lock: OutputLock) -> None:
-        self.run, self.sampler, self.saver, self.log, self.lock = run, sampler, saver, log, lock
+    def __init__(
+        self,
+        run: Run,
+        evaluator: Evaluator,
+        sampler: Sampler,
+        saver: Saver,
+        log: RunLog,
+        lock: OutputLock,
+    ) -> None:
+        self.run, self.evaluator, self.sampler, self.saver = run, evaluator, sampler, saver
+        self.log, self.lock = log, lock
         self.health = Health(run)
         self.parameters = [p for p in run.model.parameters() if p.requires_grad]
         self.dtype = find_dtype(run.model)
@@ -65,6 +75,7 @@ class Trainer:
                 self.log.write(step + 1, plan.epoch_of(step), values)
                 bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.2e}", refresh=False)
                 bar.update()
+                self.evaluator.after_step(step)
                 self.sampler.after_step(step)
                 self.saver.after_step(step)
                 if interrupts.agreed():

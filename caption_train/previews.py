@@ -1,0 +1,81 @@
+"""Looking at what a model in training writes: sample captions beside their references."""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from caption_train.captions import Pair
+from caption_train.evaluation import caption_images
+from caption_train.families.base import Family
+from caption_train.images import ImageError, open_image
+from caption_train.run import Run
+from caption_train.saving import is_due
+from caption_train.tracking import RunLog
+
+COUNT = 4
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A fixed image's reference caption and what the model says now."""
+
+    file: str
+    image: Image.Image
+    reference: str
+    generated: str
+
+
+class Sampler:
+    """Captions the same few images before the first step and every `--sample_every_n_…`.
+
+    They are the first of `pairs`, kept in memory: a file that goes away cannot stop a run for its preview.
+    """
+
+    def __init__(self, run: Run, family: Family, pairs: Sequence[Pair], log: RunLog) -> None:
+        self.run, self.family, self.log = run, family, log
+        self.images: list[tuple[Pair, Image.Image]] = []
+        options = run.options
+        self.wanted = bool(options.sample_every_n_steps or options.sample_every_n_epochs)
+        for pair in pairs[:COUNT] if self.wanted else ():
+            try:
+                self.images.append((pair, open_image(pair.image)))
+            except ImageError:
+                continue
+
+    def before_first_step(self) -> None:
+        """Caption once untrained, if samples were asked for: what training is compared with."""
+        if self.wanted:
+            self.sample(0)
+
+    def after_step(self, step: int) -> None:
+        """Caption if the 0-based optimizer step just taken is due."""
+        options, plan, done = self.run.options, self.run.plan, step + 1
+        ends_epoch = done % plan.steps_per_epoch == 0
+        if is_due(options.sample_every_n_steps, done) or (
+            ends_epoch and is_due(options.sample_every_n_epochs, plan.epoch_of(step))
+        ):
+            self.sample(done)
+
+    def sample(self, step: int) -> None:
+        """Caption the images, print and log them; the training's random numbers stay as they were."""
+        if not self.run.accelerator.is_main_process:
+            return
+        captions = caption_images(self.run, self.family, [image for _, image in self.images])
+        samples = [
+            Sample(pair.image.name, image, pair.caption, caption)
+            for (pair, image), caption in zip(self.images, captions, strict=True)
+        ]
+        print_samples(step, samples)
+        self.log.write_samples(step, samples)
+
+
+def print_samples(step: int, samples: Sequence[Sample]) -> None:
+    """Print a table: file, reference, generated."""
+    table = Table("file", "reference", "generated", title=f"samples at step {step}", title_justify="left")
+    for sample in samples:
+        table.add_row(*(textwrap.shorten(t, 160) for t in (sample.file, sample.reference, sample.generated)))
+    Console(stderr=True, markup=False).print(table)

@@ -1,0 +1,146 @@
+"""The pairs a run trains on and those it is validated on, every image decoded once before training starts."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from caption_train.agreement import fail_together, say
+from caption_train.captions import Pair
+from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.images import ImageError, open_image
+from caption_train.metadata import fingerprint, inspect_dataset, split_by_content, summarize
+from caption_train.options import TrainOptions
+
+NEED_VALIDATION = (
+    *("validation_split", "validation_dir", "eval_every_n_epochs", "eval_every_n_steps"),
+    *("metrics", "early_stopping_patience", "load_best_at_end"),
+)
+
+
+@dataclass
+class TrainingData:
+    """train, validation: good pairs. skipped: a line for each row or file left out, which names it."""
+
+    train: list[Pair]
+    validation: list[Pair] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what identifies the data wherever it lies: the order too, for batches depend on it."""
+        pairs = self.train + self.validation
+        root = os.path.commonpath([pair.image.parent for pair in pairs])
+        order = "\n".join(os.path.relpath(pair.image, root) for pair in pairs)
+        described = {
+            "pairs": len(self.train),
+            "fingerprint": fingerprint(self.train),
+            "order": hashlib.sha256(order.encode("utf-8", "surrogateescape")).hexdigest()[:16],
+        }
+        if self.validation:
+            described |= {"validation": len(self.validation), "held out": fingerprint(self.validation)}
+        return described
+
+
+def read_training_data(options: TrainOptions, accelerator: Accelerator) -> TrainingData:
+    """Read and check the dataset of a run.
+
+    Validation pairs are those of `--validation_dir`, those that `--validation_split` holds out, or the rows
+    that the metadata calls so. What is wrong is listed in one CaptionTrainError, or left out under
+    `--on_bad_data skip`.
+    """
+    with fail_together(accelerator):
+        data = _read(options)
+    data = _drop_undecodable(data, accelerator)
+    with fail_together(accelerator):
+        _judge(data, options, accelerator)
+    return data
+
+
+def _judge(data: TrainingData, options: TrainOptions, accelerator: Accelerator) -> None:
+    """Raise where the data cannot be trained on as asked; else say what was left out."""
+    if data.skipped and options.on_bad_data == "stop":
+        headline = f"{len(data.skipped)} bad rows or files (--on_bad_data skip leaves them out):"
+        raise CaptionTrainError(summarize(headline, data.skipped))
+    if data.skipped:
+        say(accelerator, summarize(f"--on_bad_data skip: {len(data.skipped)} left out:", data.skipped))
+    if not data.train:
+        raise UsageError(f"--dataset_dir {options.dataset_dir}: no pair is left to train on")
+    asking = [name for name in NEED_VALIDATION if getattr(options, name)]
+    if asking and not data.validation:
+        raise UsageError(
+            f"--{asking[0]} needs validation images: give --validation_split 0.1 or --validation_dir, or "
+            "name a split in metadata.jsonl"
+        )
+
+
+def _read(options: TrainOptions) -> TrainingData:
+    pairs, problems = _inspect(options, options.dataset_dir)
+    train = [pair for pair in pairs if pair.split == "train"]
+    validation = [pair for pair in pairs if pair.split == "validation"]
+    if validation and (options.validation_split or options.validation_dir):
+        raise UsageError(
+            f"--dataset_dir {options.dataset_dir}: {len(validation)} rows are held out for validation "
+            "already; drop --validation_split or --validation_dir"
+        )
+    if options.validation_split:
+        train, validation = split_by_content(train, options.validation_split, options.seed)
+    elif options.validation_dir:
+        validation, more = _inspect(options, options.validation_dir)
+        validation = [replace(pair, split="validation") for pair in validation]
+        problems += more
+    return TrainingData(train, validation, problems)
+
+
+def _inspect(options: TrainOptions, folder: Path) -> tuple[list[Pair], list[str]]:
+    return inspect_dataset(
+        folder,
+        caption_extensions=options.caption_extension,
+        follow_symlinks=options.follow_symlinks,
+        split=None,
+    )
+
+
+def _drop_undecodable(data: TrainingData, accelerator: Accelerator) -> TrainingData:
+    """Decode every image once, each process its share."""
+    images = sorted({pair.image for pair in data.train + data.validation})
+    share = images[accelerator.process_index :: accelerator.num_processes]
+    bad = dict(gather_object(list(_find_undecodable(share, accelerator).items())))
+    return TrainingData(
+        [pair for pair in data.train if str(pair.image) not in bad],
+        [pair for pair in data.validation if str(pair.image) not in bad],
+        data.skipped + [bad[name] for name in sorted(bad)],
+    )
+
+
+def _find_undecodable(images: Sequence[Path], accelerator: Accelerator) -> dict[str, str]:
+    """Return path → reason, the path in it, for images that `open_image` refuses."""
+
+    def check(image: Path) -> str | None:
+        try:
+            open_image(image)
+        except ImageError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            results = tqdm(
+                pool.map(check, images),
+                total=len(images),
+                desc="checking images",
+                # No bar where nobody watches.
+                disable=None if accelerator.is_main_process else True,
+                leave=False,
+            )
+            found = zip(images, results, strict=True)
+            return {str(image): reason for image, reason in found if reason is not None}
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise

@@ -1,0 +1,152 @@
+"""What a run reads, what it refuses, and what it leaves out."""
+
+import json
+
+import pytest
+from accelerate import Accelerator
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.options import TrainOptions
+from caption_train.training_data import read_training_data
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for index in range(6):
+        Image.new("RGB", (8, 8), (index * 40, 0, 0)).save(tmp_path / f"{index}.png")
+        (tmp_path / f"{index}.txt").write_text(f"picture {index}")
+    return tmp_path
+
+
+def read(folder, accelerator, **changes):
+    return read_training_data(TrainOptions(dataset_dir=folder, output_dir=folder, **changes), accelerator)
+
+
+def spoil(folder) -> None:
+    """Truncate one image, empty another, and put NUL characters into a caption."""
+    data = (folder / "1.png").read_bytes()
+    (folder / "1.png").write_bytes(data[: len(data) // 2])
+    (folder / "2.png").write_bytes(b"")
+    (folder / "3.txt").write_bytes(b"a\0b")
+
+
+def test_everything_unusable_is_listed_before_training_starts(folder, accelerator):
+    spoil(folder)
+    with pytest.raises(CaptionTrainError) as error:
+        read(folder, accelerator)
+    message = str(error.value)
+    assert "3 bad rows or files" in message and "--on_bad_data skip" in message
+    assert all(name in message for name in ("1.png", "2.png", "3.txt"))
+
+
+def test_what_is_unusable_is_left_out_on_request_and_named(folder, accelerator, capsys):
+    spoil(folder)
+    data = read(folder, accelerator, on_bad_data="skip")
+    assert [pair.image.name for pair in data.train] == ["0.png", "4.png", "5.png"]
+    assert len(data.skipped) == 3
+    assert "1.png" in capsys.readouterr().err
+
+
+def test_a_dataset_with_nothing_left_is_refused(folder, accelerator):
+    for image in folder.glob("*.png"):
+        image.write_bytes(b"no image")
+    with pytest.raises(UsageError, match="no pair is left to train on"):
+        read(folder, accelerator, on_bad_data="skip")
+
+
+def test_identical_images_are_never_split_between_training_and_validation(folder, accelerator):
+    for index in range(6):
+        (folder / f"copy {index}.png").write_bytes((folder / f"{index}.png").read_bytes())
+        (folder / f"copy {index}.txt").write_text("the same again")
+    data = read(folder, accelerator, validation_split=0.34)
+    train, validation = ({p.image.read_bytes() for p in pairs} for pairs in (data.train, data.validation))
+    assert len(data.validation) == 4 and train.isdisjoint(validation)
+
+
+def test_rows_that_the_metadata_holds_out_are_validated_on(folder, accelerator):
+    rows = [{"file_name": f"{i}.png", "text": "a"} for i in range(6)]
+    rows[0]["split"], rows[1]["split"] = "validation", "test"
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = read(folder, accelerator)
+    assert [pair.image.name for pair in data.validation] == ["0.png"]
+    assert len(data.train) == 4
+    with pytest.raises(UsageError, match="already"):
+        read(folder, accelerator, validation_split=0.5)
+
+
+def test_the_description_changes_with_order_and_captions_but_not_with_the_place(
+    folder, accelerator, tmp_path
+):
+    described = read(folder, accelerator).describe()
+    moved = folder.rename(tmp_path.with_name(tmp_path.name + " moved"))
+    assert read(moved, accelerator).describe() == described
+    rows = [{"file_name": f"{i}.png", "text": f"picture {i}"} for i in range(6)]
+    (moved / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert read(moved, accelerator).describe() == described
+    (moved / "metadata.jsonl").write_text("\n".join(map(json.dumps, reversed(rows))))
+    assert read(moved, accelerator).describe()["order"] != described["order"]
+    (moved / "metadata.jsonl").unlink()
+    (moved / "0.txt").write_text("another")
+    assert read(moved, accelerator).describe()["fingerprint"] != described["fingerprint"]
+
+
+MUTATIONS = st.one_of(
+    st.tuples(st.just("cut"), st.integers(0, 200)),
+    st.tuples(st.just("flip"), st.integers(0, 200)),
+    st.tuples(st.just("replace"), st.binary(max_size=60)),
+    st.tuples(st.just("remove"), st.none()),
+    st.tuples(st.just("folder"), st.none()),
+    st.tuples(st.just("link"), st.sampled_from(["/etc/passwd", "nowhere", "0.png"])),
+)
+
+
+def mutate(path, kind, value) -> None:
+    data = path.read_bytes()
+    path.unlink()
+    if kind == "cut":
+        path.write_bytes(data[:value])
+    elif kind == "flip":
+        place = value % len(data)
+        path.write_bytes(data[:place] + bytes([data[place] ^ 255]) + data[place + 1 :])
+    elif kind == "replace":
+        path.write_bytes(value)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "link":
+        path.symlink_to(value)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["0.png", "1.png", "0.txt", "metadata.jsonl"]), MUTATIONS),
+        min_size=1,
+        max_size=4,
+        unique_by=lambda mutation: mutation[0],
+    ),
+    st.sampled_from(["stop", "skip"]),
+)
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_damaged_dataset_is_read_or_refused_in_words(tmp_path_factory, accelerator, mutations, policy):
+    folder = tmp_path_factory.mktemp("mutated")
+    for index in range(3):
+        Image.new("RGB", (8, 8), (index * 40, 0, 0)).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"picture {index}")
+    if any(name == "metadata.jsonl" for name, _ in mutations):
+        rows = [{"file_name": f"{i}.png", "text": "a"} for i in range(3)]
+        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name, (kind, value) in mutations:
+        mutate(folder / name, kind, value)
+    try:
+        data = read(folder, accelerator, on_bad_data=policy)
+    except CaptionTrainError as error:
+        assert str(error)
+    else:
+        assert data.train
