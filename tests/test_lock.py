@@ -1,0 +1,84 @@
+"""One run at a time in a folder."""
+
+import json
+import os
+import socket
+import time
+
+import pytest
+
+from caption_train.errors import CaptionTrainError
+from caption_train.lock import LOCK_FILE, OutputLock
+
+
+def hold_elsewhere(folder) -> int:
+    """Have another process take the lock and keep it; return its id."""
+    ready, process_id = os.pipe(), os.fork()
+    if process_id == 0:
+        lock = OutputLock(folder)
+        lock.acquire()
+        os.write(ready[1], b"x")
+        time.sleep(60)
+        os._exit(0)
+    os.read(ready[0], 1)
+    return process_id
+
+
+def end(process_id: int) -> None:
+    os.kill(process_id, 9)
+    os.waitpid(process_id, 0)
+
+
+def test_a_second_run_is_refused_naming_the_first(tmp_path):
+    holder = hold_elsewhere(tmp_path)
+    try:
+        with pytest.raises(CaptionTrainError, match=f"process {holder} on {socket.gethostname()}"):
+            OutputLock(tmp_path).acquire()
+    finally:
+        end(holder)
+
+
+def test_the_lock_of_a_killed_run_is_taken_over_and_said(tmp_path):
+    holder = hold_elsewhere(tmp_path)
+    end(holder)
+    lock = OutputLock(tmp_path)
+    assert f"process {holder}" in lock.acquire()
+    assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+    lock.release()
+
+
+def test_a_lock_let_go_leaves_nothing_behind(tmp_path):
+    lock = OutputLock(tmp_path)
+    assert lock.acquire() is None
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_of_another_host_is_not_taken_for_stale(tmp_path):
+    (tmp_path / LOCK_FILE).write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
+    with pytest.raises(CaptionTrainError, match="process 1 on elsewhere"):
+        OutputLock(tmp_path).acquire()
+
+
+def test_workers_do_not_keep_the_lock_of_a_run_that_died(tmp_path):
+    holder = os.fork()
+    ready = tmp_path / "worker"
+    if holder == 0:
+        OutputLock(tmp_path).acquire()
+        worker = os.fork()
+        if worker == 0:
+            time.sleep(60)
+            os._exit(0)
+        ready.write_text(str(worker))
+        os.kill(os.getpid(), 9)
+    os.waitpid(holder, 0)
+    try:
+        assert "taken over" in OutputLock(tmp_path).acquire()
+    finally:
+        os.kill(int(ready.read_text()), 9)
+
+
+@pytest.mark.parametrize("content", ["", "not json", "[]"])
+def test_a_lock_file_that_says_nothing_stops_no_one(tmp_path, content):
+    (tmp_path / LOCK_FILE).write_text(content)
+    OutputLock(tmp_path).acquire()
