@@ -58,9 +58,11 @@ class ExportOptions:
 
     def check(self) -> list[str]:
         """Return what is wrong with these options, one line each."""
-        problems = [f"{name} is required" for name in ("source", "output_dir") if getattr(self, name) is None]
-        if problems:
-            return problems
+        return [f"{name} is required" for name in ("source", "output_dir") if getattr(self, name) is None]
+
+    def check_paths(self) -> None:
+        """Raise UsageError with all that cannot work with what is on disk, one line each."""
+        problems = []
         if not self.is_adapter and (self.merge or self.base_model):
             used = "--merge" if self.merge else "--base_model"
             problems.append(f"{used} needs an adapter, but {self.source} holds no adapter_config.json")
@@ -71,7 +73,8 @@ class ExportOptions:
         source = self.source.resolve()
         if self.output_dir.resolve() in (source, *source.parents):
             problems.append(f"output_dir {self.output_dir} is, or holds, what is exported: choose another")
-        return problems
+        if problems:
+            raise UsageError("\n".join(problems))
 
     @property
     def is_adapter(self) -> bool:
@@ -93,6 +96,7 @@ def export(options: ExportOptions, family: Family) -> str:
     The result is written beside its place, loaded again and compared by the tokens it generates; only then it
     is renamed to `output_dir`. Raises CaptionTrainError when the tokens differ.
     """
+    options.check_paths()
     if options.layout == "legacy" and not hasattr(family, "save_legacy"):
         raise UsageError(f"--layout legacy: {family.title} has one layout only")
     model_id, revision, prompt = _find_base(options, family)
