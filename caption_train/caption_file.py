@@ -27,18 +27,13 @@ class CaptionFile:
         self._folder = path.parent.resolve()
         self._journal_path = path.with_name(f".{path.name}.{rank}.part")
         self._journal: IO[str] | None = None
+        self._prefixes: dict[Path, str] = {}
 
     def name_of(self, image: Path) -> str:
         """Return what `file_name` says: relative to the file's folder for images in it, else absolute."""
-        image = image.parent.resolve() / image.name
-        if image.is_relative_to(self._folder):
-            return image.relative_to(self._folder).as_posix()
-        if self.is_dataset:
-            raise UsageError(
-                f"--output {self.path}: {image} is not in that folder, and a dataset cannot reach outside: "
-                "put metadata.jsonl above the images, or name the file captions.jsonl"
-            )
-        return image.as_posix()
+        if image.parent not in self._prefixes:
+            self._prefixes[image.parent] = self._prefix_of(image.parent)
+        return self._prefixes[image.parent] + image.name
 
     def read(self, *, with_journals: bool = True) -> dict[str, Row]:
         """Return the rows that exist by `file_name`: the file's, then those of runs that were cut short."""
@@ -72,7 +67,8 @@ class CaptionFile:
         before = self.read(with_journals=False)
         now = self.read()
         order = [name for name in map(self.name_of, images) if name in now]
-        others = [name for name in now if name not in set(order)]
+        here = set(order)
+        others = [name for name in now if name not in here]
         kept = ("answer", "remarks", "text")
         rows = [
             {k: v for k, v in before.get(name, {}).items() if k not in kept} | now[name]
@@ -92,6 +88,19 @@ class CaptionFile:
             self._journal = None
         for journal in self._journals():
             journal.unlink(missing_ok=True)
+
+    def _prefix_of(self, folder: Path) -> str:
+        folder = folder.resolve()
+        if folder == self._folder:
+            return ""
+        if folder.is_relative_to(self._folder):
+            return folder.relative_to(self._folder).as_posix() + "/"
+        if self.is_dataset:
+            raise UsageError(
+                f"--output {self.path}: {folder} is not below it, and a dataset cannot reach outside: "
+                "put metadata.jsonl above the images, or name the file captions.jsonl"
+            )
+        return folder.as_posix().rstrip("/") + "/"
 
     def _journals(self) -> list[Path]:
         return sorted(

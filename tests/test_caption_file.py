@@ -74,7 +74,7 @@ def test_journals_of_several_processes_become_one_file(tmp_path):
 def test_a_dataset_cannot_reach_outside_its_folder(tmp_path):
     (tmp_path / "data").mkdir()
     file = CaptionFile(tmp_path / "data" / "metadata.jsonl")
-    with pytest.raises(UsageError, match="not in that folder"):
+    with pytest.raises(UsageError, match="cannot reach outside"):
         file.name_of(tmp_path / "a.png")
     assert CaptionFile(tmp_path / "data" / "c.jsonl").name_of(tmp_path / "a.png") == str(tmp_path / "a.png")
 
