@@ -76,8 +76,9 @@ class _Counter:
                 self.outside += tensor.untyped_storage().nbytes()
 
     def enter(self, module: nn.Module, args: tuple, keywords: dict) -> None:
-        tensors = [t for t in (*args, *keywords.values()) if isinstance(t, torch.Tensor)]
-        self.inputs.append(max((t.nbytes for t in tensors if t.is_floating_point()), default=0))
+        # What comes first flows from block to block; masks and encoder states are the same tensors for all.
+        tensors = (t for t in (*args, *keywords.values()) if isinstance(t, torch.Tensor))
+        self.inputs.append(next((t.nbytes for t in tensors), 0))
         self.blocks.append(0)
         self.inside = True
 
