@@ -67,7 +67,7 @@ OVERFIT = {
         "--learning_rate",
         "5e-3",
         "--epochs",
-        "30",
+        "60",
         "--train_parts",
         "vision",
         "projector",
