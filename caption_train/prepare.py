@@ -69,6 +69,11 @@ def prepare_training(options: TrainOptions, family: Family) -> Trainer:
         check_same_size(checkpoint, record, accelerator, options.resume_anyway)
         run.progress = Progress.read(checkpoint / STATE)
         plan.first_step = run.progress.global_step
+        if plan.total_steps < plan.first_step:
+            raise UsageError(
+                f"--epochs {options.epochs} ends at step {plan.total_steps}, {checkpoint} is at step "
+                f"{plan.first_step}"
+            )
         run.random_states = read_state(checkpoint, accelerator, optimizer, lr_scheduler)
     else:
         run.progress.note_errors(data.skipped)

@@ -43,7 +43,14 @@ def start(work: Callable[[], object], log: Path, **environment: str) -> Child:
         sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
         os.environ |= environment
         torch.set_num_threads(1)
-        code = run(lambda: (work() and 0) or 0)
+
+        def do() -> int:
+            work()
+            return 0
+
+        code = run(do)
+    except SystemExit as exit:
+        code = exit.code
     except BaseException:
         traceback.print_exc()
     finally:

@@ -1,36 +1,22 @@
-"""Runs that are killed, signalled, and resumed."""
+"""Going on from a checkpoint: with the same run only, by signal or by choice."""
 
+import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
-import torch
-from forked import start
-from safetensors.torch import load_file
-from tiny_runs import make_options, read_log, save_base, train, write_pairs
+from forked import start, start_ranks
+from tiny_runs import assert_same_run, make_options, read_log, save_base, train, write_pairs
 
-from caption_train import checkpoint, saving
+from caption_train import checkpoint, model_card
+from caption_train.accelerator import make_lr_scheduler, make_optimizer
+from caption_train.errors import UsageError
+from caption_train.families import get_family
+from caption_train.lock import OutputLock
+from caption_train.prepare import prepare_training
 from caption_train.training import Trainer
-
-HARD = {
-    "dropout": 0.1,
-    "shuffle_captions": True,
-    "caption_dropout": 0.2,
-    "gradient_accumulation_steps": 2,
-    "save_every_n_steps": 2,
-}
-OPTIMIZERS = {
-    "AdamW with workers": {"num_workers": 2},
-    "AdamW8bit": {"optimizer_name": "AdamW8bit", "target_modules": ["mlp.fc1", "mlp.fc2"]},
-    "Flora": {"optimizer_name": "Flora", "optimizer_rank": 2},
-    "FloraAccelerator": {
-        "optimizer_name": "Flora",
-        "optimizer_rank": 2,
-        "accumulation_compression": True,
-        "accumulation_rank": 2,
-    },
-}
 
 
 @pytest.fixture(scope="module")
@@ -51,56 +37,153 @@ def make(base, pairs, tmp_path):
     return make
 
 
-def die_at(moment: str, count: int) -> None:
-    """Have this process killed with -9 the next `count`th time it comes to a moment."""
-    targets = {
-        "after the gradient": (Trainer, "_step"),
-        "writing a file": (saving, "write_state"),
-        "between files": (checkpoint, "sync_folder"),
-        "before the pointer": (checkpoint, "point"),
-    }
-    owner, name = targets[moment]
-    function, calls = getattr(owner, name), iter(range(count - 1))
-
-    def die(*arguments, **settings):
-        if next(calls, None) is None:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments, **settings)
-
-    setattr(owner, name, die)
+@pytest.fixture(scope="module")
+def finished(base, pairs, tmp_path_factory):
+    """A run of one epoch, three steps."""
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    train("blip", make_options("blip", base, pairs, folder, epochs=1, batch_size=4, save_every_n_steps=1))
+    return folder
 
 
-def read_weights(output_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(output_dir / "adapter_model.safetensors")
+@pytest.fixture
+def resume(base, pairs, finished, tmp_path):
+    def resume(prepare_folder=lambda folder: None, **changes) -> Trainer:
+        shutil.copytree(finished, tmp_path / "out", symlinks=True)
+        prepare_folder(tmp_path / "out")
+        settings = {"epochs": 1, "batch_size": 4, "save_every_n_steps": 1, "resume": "auto", **changes}
+        dataset_dir = settings.pop("dataset_dir", pairs)
+        options = make_options("blip", base, dataset_dir, tmp_path / "out", **settings)
+        return prepare_training(options, get_family("blip"))
+
+    return resume
 
 
-def assert_same_run(one: Path, other: Path) -> None:
-    assert read_log(one) == read_log(other)
-    weights, others = read_weights(one), read_weights(other)
-    assert weights.keys() == others.keys()
-    for name, weight in weights.items():
-        assert torch.equal(weight, others[name]), name
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"learning_rate": 0.5}, "--learning_rate was 0.001, is 0.5"),
+        ({"rank": 8}, "--rank was 4, is 8"),
+        ({"target_modules": ["mlp.fc1"]}, "--target_modules was"),
+        ({"batch_size": 2}, "--batch_size was 4, is 2"),
+        ({"optimizer_name": "Flora"}, "--optimizer_name was 'AdamW', is 'Flora'"),
+    ],
+)
+def test_another_setting_is_refused_by_name(resume, changes, words):
+    with pytest.raises(UsageError) as error:
+        resume(**changes)
+    assert words in str(error.value) and "--resume_anyway" in str(error.value)
 
 
-def kill_and_resume(options, moments, log: Path) -> None:
-    """Train `options` through a kill at each of the moments to the end."""
-    for moment in moments:
-
-        def work(moment=moment):
-            die_at(*moment)
-            train("blip", options)
-
-        assert start(work, log).wait() == -signal.SIGKILL, log.read_text()
-        options.resume = "auto"
-    assert start(lambda: train("blip", options), log).wait() == 0, log.read_text()
+def test_other_data_is_refused_unless_it_is_insisted_on(resume, pairs, tmp_path, capsys):
+    other = shutil.copytree(pairs, tmp_path / "other")
+    (other / "00.txt").write_text("something else")
+    with pytest.raises(UsageError, match="dataset's fingerprint was"):
+        resume(dataset_dir=other)
+    shutil.rmtree(tmp_path / "out")
+    resume(dataset_dir=other, resume_anyway=True)
+    assert "--resume_anyway: dataset's fingerprint was" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_run_killed_three_times_ends_with_the_same_bits(name, make, tmp_path):
-    changes = {**HARD, **OPTIMIZERS[name]}
+def test_the_same_data_in_another_place_is_the_same(resume, pairs, tmp_path):
+    assert resume(dataset_dir=shutil.copytree(pairs, tmp_path / "moved")).run.plan.first_step == 3
+
+
+def test_other_versions_are_said_not_refused(resume, monkeypatch, capsys):
+    monkeypatch.setattr(model_card, "__version__", "99")
+    resume()
+    assert "caption-train was" in capsys.readouterr().err
+
+
+def test_a_finished_run_has_nothing_left_to_do(resume, finished):
+    summary = resume().train()
+    assert summary == json.loads((finished / "summary.json").read_text())
+
+
+def test_more_epochs_go_on_along_the_longer_schedule(resume, capsys):
+    trainer = resume(epochs=3)
+    assert "the learning rate follows the new schedule" in capsys.readouterr().err
+    schedule = make_lr_scheduler(
+        trainer.run.options, make_optimizer(trainer.run.options, trainer.run.model), 9
+    )
+    for _ in range(3):
+        schedule.step()
+    assert trainer.run.lr_scheduler.get_last_lr() == schedule.get_last_lr()
+    trainer.train()
+    assert [line["step"] for line in read_log(trainer.run.options.output_dir)] == list(range(1, 10))
+
+
+def test_fewer_epochs_than_are_done_are_refused(base, pairs, tmp_path):
+    def make(epochs: int, **changes):
+        return make_options("blip", base, pairs, tmp_path / "out", epochs=epochs, batch_size=5, **changes)
+
+    train("blip", make(2))
+    with pytest.raises(UsageError, match=r"--epochs 1 ends at step 2, .* is at step 4"):
+        train("blip", make(1, resume="auto"))
+
+
+def damage_latest(folder: Path) -> None:
+    (checkpoint.find_latest(folder)[0] / "state" / "optimizer.pt").write_bytes(b"")
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(resume, capsys):
+    trainer = resume(prepare_folder=damage_latest)
+    assert trainer.run.plan.first_step == 2
+    assert "optimizer.pt is not as it was written; passed over" in capsys.readouterr().err
+
+
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(make, tmp_path):
     log = tmp_path / "log"
-    assert start(lambda: train("blip", make("whole", **changes)), log).wait() == 0, log.read_text()
-    moments = [("after the gradient", 2), ("writing a file", 2), ("before the pointer", 1)]
-    kill_and_resume(make("killed", **changes), moments, log)
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
-    assert not list((tmp_path / "killed").glob(".partial-*"))
+    update = Trainer.update
+
+    def work() -> None:
+        def update_and_signal(trainer, micro_batches):
+            if trainer.run.progress.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return update(trainer, micro_batches)
+
+        Trainer.update = update_and_signal
+        train("blip", make())
+
+    assert start(work, log).wait() == 128 + signal.SIGTERM
+    words = log.read_text()
+    assert "SIGTERM: saved to" in words and "--resume auto" in words and "Traceback" not in words
+    assert (tmp_path / "out" / "last").resolve().name == "step-000002-interrupted"
+    train("blip", make("whole"))
+    train("blip", make(resume="auto"))
+    assert_same_run(tmp_path / "whole", tmp_path / "out")
+
+
+def test_two_processes_stop_at_the_same_step_when_one_is_told_to(make, tmp_path):
+    log = tmp_path / "log"
+
+    def work() -> None:
+        def signal_one(trainer, micro_batches):
+            if trainer.run.accelerator.process_index == 1 and trainer.run.progress.global_step == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            return update(trainer, micro_batches)
+
+        update, Trainer.update = Trainer.update, signal_one
+        train("blip", make())
+
+    assert [rank.wait() for rank in start_ranks(2, work, log)] == [130, 130], log.read_text()
+    assert log.read_text().count("SIGINT: saved to") == 1
+
+
+def test_processes_that_disagree_stop_at_the_start(make, tmp_path):
+    log = tmp_path / "log"
+
+    def work() -> None:
+        rate = 0.1 if os.environ["RANK"] == "1" else 0.2
+        train("blip", make(learning_rate=rate))
+
+    assert [rank.wait() for rank in start_ranks(2, work, log)] == [2, 2], log.read_text()
+    assert "learning_rate is 0.1 in process 1, 0.2 in process 0" in log.read_text()
+
+
+def test_a_second_run_into_the_folder_is_refused(make, tmp_path):
+    log, holder = tmp_path / "log", OutputLock(tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    holder.acquire()
+    assert start(lambda: train("blip", make()), log).wait() == 1
+    holder.release()
+    assert f"another run, process {os.getpid()}" in log.read_text()

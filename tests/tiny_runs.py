@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from caption_train.families import get_family
 from caption_train.options import TrainOptions
@@ -63,3 +64,12 @@ def train(family: str, options: TrainOptions) -> dict:
 def read_log(output_dir: Path) -> list[dict]:
     """Return what the run logged, a dict a step."""
     return [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Hold two finished runs to the same log and the same weights, bit for bit."""
+    assert read_log(one) == read_log(other)
+    weights, others = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, others[name]), name

@@ -1,0 +1,113 @@
+"""Runs killed with -9 again and again, against one that was left alone."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from forked import start, start_ranks
+from tiny_runs import assert_same_run, make_options, save_base, train, write_pairs
+
+from caption_train import checkpoint, saving
+from caption_train.training import Trainer
+
+HARD = {
+    "dropout": 0.1,
+    "shuffle_captions": True,
+    "caption_dropout": 0.2,
+    "gradient_accumulation_steps": 2,
+    "save_every_n_steps": 2,
+}
+OPTIMIZERS = {
+    "AdamW with workers": {"num_workers": 2},
+    "AdamW8bit": {"optimizer_name": "AdamW8bit", "target_modules": ["mlp.fc1", "mlp.fc2"]},
+    "Flora": {"optimizer_name": "Flora", "optimizer_rank": 2},
+    "FloraAccelerator": {
+        "optimizer_name": "Flora",
+        "optimizer_rank": 2,
+        "accumulation_compression": True,
+        "accumulation_rank": 2,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_base("blip", tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return write_pairs(tmp_path_factory.mktemp("pairs"), 10)
+
+
+@pytest.fixture
+def make(base, pairs, tmp_path):
+    def make(output="out", **changes):
+        return make_options("blip", base, pairs, tmp_path / output, **changes)
+
+    return make
+
+
+def die_at(moment: str, count: int) -> None:
+    """Have this process killed with -9 the next `count`th time it comes to a moment."""
+    targets = {
+        "after the gradient": (Trainer, "_step"),
+        "writing a file": (saving, "write_state"),
+        "between files": (checkpoint, "sync_folder"),
+        "before the pointer": (checkpoint, "point"),
+    }
+    owner, name = targets[moment]
+    function, calls = getattr(owner, name), iter(range(count - 1))
+
+    def die(*arguments, **settings):
+        if next(calls, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **settings)
+
+    setattr(owner, name, die)
+
+
+def kill_and_resume(options, moments, log: Path) -> None:
+    """Train `options` through a kill at each of the moments to the end."""
+    for moment in moments:
+
+        def work(moment=moment):
+            die_at(*moment)
+            train("blip", options)
+
+        assert start(work, log).wait() == -signal.SIGKILL, log.read_text()
+        options.resume = "auto"
+    assert start(lambda: train("blip", options), log).wait() == 0, log.read_text()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_run_killed_three_times_ends_with_the_same_bits(name, make, tmp_path):
+    changes = {**HARD, **OPTIMIZERS[name]}
+    log = tmp_path / "log"
+    assert start(lambda: train("blip", make("whole", **changes)), log).wait() == 0, log.read_text()
+    moments = [("after the gradient", 2), ("writing a file", 2), ("before the pointer", 1)]
+    kill_and_resume(make("killed", **changes), moments, log)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert not list((tmp_path / "killed").glob(".partial-*"))
+
+
+def test_two_processes_killed_together_end_with_the_same_bits(make, tmp_path):
+    changes = {**HARD, "epochs": 1, "save_every_n_steps": 1}
+    log = tmp_path / "log"
+
+    def work(output: str, moment=None, **more) -> None:
+        if moment is not None:
+            die_at(*moment)
+        train("blip", make(output, **changes, **more))
+
+    ranks = start_ranks(2, lambda: work("whole"), log)
+    assert [rank.wait() for rank in ranks] == [0, 0], log.read_text()
+    ranks = start_ranks(2, lambda: work("killed", ("after the gradient", 2)), log)
+    assert [rank.wait() for rank in ranks] == [-signal.SIGKILL] * 2, log.read_text()
+    ranks = start_ranks(2, lambda: work("killed", resume="auto"), log)
+    assert [rank.wait() for rank in ranks] == [0, 0], log.read_text()
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    ranks = start_ranks(1, lambda: work("killed", resume="auto"), log)
+    assert [rank.wait() for rank in ranks] == [2]
+    assert "saved by 2 processes, this run has 1" in log.read_text()
