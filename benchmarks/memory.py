@@ -1,10 +1,11 @@
 """Measure what one optimizer step takes, at true sizes with random weights, a process for each combination.
 
-python benchmarks/memory.py                                   all models, all rows; writes RESULTS.md
-python benchmarks/memory.py --models florence-base --rows 4   one row of one model, printed
+python benchmarks/memory.py                                   all models, all rows, into memory.json
+python benchmarks/memory.py --models florence-base --rows 4   one row of one model
+python benchmarks/memory.py --count                           state and gradients of Flora in units of AdamW's
 
-The peak is of the whole process: resident on a CPU (Linux), allocated on a GPU; activations are what the backward
-pass adds to it beyond the gradients. State, gradient and weight bytes are counted from the tensors themselves.
+The peak is of the whole process: resident on a CPU (Linux), allocated on a GPU; activations are what the
+backward pass adds to it beyond the gradients. State, gradient and weight bytes are counted from the tensors.
 """
 
 import argparse
@@ -204,6 +205,30 @@ class Memory:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
+def count(name: str) -> dict:
+    """Return optimizer state and gradients of full fine-tuning, in units of AdamW's, by the rank of Flora."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from caption_train.activations import Activations
+    from caption_train.families import get_family
+    from caption_train.options import TrainOptions
+    from caption_train.planning import Planner
+
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(make_config(name))
+    nothing = Activations(0, [], [])
+    planner = Planner(model, get_family(name.partition("-")[0]).parts, {"no": nothing, "bf16": nothing})
+    whole = planner.plan(TrainOptions(**FULL))
+    rows = {"parameters": sum(p.numel() for p in model.parameters()), "AdamW": whole.state}
+    rows["AdamW8bit"] = planner.plan(TrainOptions(**FULL, optimizer_name="AdamW8bit")).state / whole.state
+    for rank in (4, 16, 64, 256):
+        options = TrainOptions(**FULL, **COMPRESSED, optimizer_rank=rank, accumulation_rank=rank)
+        plan = planner.plan(options)
+        rows[f"Flora {rank}"] = [plan.state / whole.state, plan.gradients / whole.gradients]
+    return rows
+
+
 def run_row(name: str, folder: Path, row: str) -> dict:
     """Measure a row in a process of its own, whose freed memory goes back to the system."""
     command = [sys.executable, __file__, "--measure", json.dumps([name, str(folder), ROWS[row]])]
@@ -222,7 +247,12 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, help=f"of {dict(enumerate(ROWS))}")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "random-models")
     parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--count", action="store_true", help="count state and gradients only; no weights")
     arguments = parser.parse_args()
+    if arguments.count:
+        for name in arguments.models:
+            print(name, json.dumps(count(name)))
+        return
     if arguments.measure:
         name, folder, flags = arguments.measure
         print(json.dumps(measure(name, Path(folder), flags)))

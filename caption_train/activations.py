@@ -12,6 +12,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from caption_train.checkpointing import find_blocks
 
+RECOMPUTED_GRADIENTS = 0.5
+"""Gradients that are alive in a recomputed block, in units of its activations; measured on Florence-2."""
+
 
 @dataclass(frozen=True)
 class Activations:
@@ -22,9 +25,10 @@ class Activations:
     inputs: Sequence[int]
 
     def held(self, *, checkpointing: bool) -> int:
-        """Return the most bytes that are alive at once."""
+        """Return the most bytes that are alive at once, in a backward pass that recomputes blocks or not."""
         if checkpointing:
-            return self.outside + sum(self.inputs) + max(self.blocks, default=0)
+            largest = max(self.blocks, default=0)
+            return self.outside + sum(self.inputs) + int((1 + RECOMPUTED_GRADIENTS) * largest)
         return self.outside + sum(self.blocks)
 
 
