@@ -1,8 +1,10 @@
 """All captions of a run in one file that survives a kill. Standard library only."""
 
 import csv
+import errno
 import io
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -26,7 +28,7 @@ class CaptionFile:
         self.is_dataset = path.name == "metadata.jsonl"
         self._folder = path.parent.resolve()
         self._journal_path = path.with_name(f".{path.name}.{rank}.part")
-        self._journal: IO[str] | None = None
+        self._journal: io.FileIO | None = None
         self._prefixes: dict[Path, str] = {}
 
     def name_of(self, image: Path) -> str:
@@ -53,12 +55,14 @@ class CaptionFile:
         if self.is_dataset:
             row = {"file_name": row["file_name"], "text": text}
         row = {name: value for name, value in row.items() if name in ("file_name", "text") or value}
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
         try:
             if self._journal is None:
-                self._journal = self._journal_path.open("a", encoding="utf-8")
-                self._journal.write("\n")  # A killed process may have left half a line.
-            self._journal.write(json.dumps(row, ensure_ascii=False) + "\n")
-            self._journal.flush()
+                # Unbuffered: what could not be written now would fail again when it is closed.
+                self._journal = self._journal_path.open("ab", buffering=0)
+                line = b"\n" + line  # A killed process may have left half a line.
+            if self._journal.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise CaptionTrainError(f"{self._journal_path}: {error.strerror or error}") from error
 

@@ -99,7 +99,7 @@ class CaptionJob:
 
     def keep_finished(self) -> None:
         """Write what was finished before an interrupt or an error; other processes may still be at work."""
-        if self.processes.is_main:
+        if self.processes.is_main and self.tally.written:
             with suppress(CaptionTrainError):
                 self.outputs.finish(self.plan.images, complete=self.processes.count == 1)
 

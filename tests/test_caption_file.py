@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -86,6 +87,15 @@ def test_a_file_that_cannot_be_continued_is_refused_untouched(tmp_path, data):
     with pytest.raises(UsageError, match=r"captions\.jsonl"):
         CaptionFile(path).read()
     assert path.read_bytes() == data
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_one_line_and_the_journal_still_closes(tmp_path):
+    (tmp_path / ".captions.jsonl.0.part").symlink_to("/dev/full")
+    file = CaptionFile(tmp_path / "captions.jsonl")
+    with pytest.raises(CaptionTrainError, match="No space left on device"):
+        file.append(tmp_path / "a.png", "text")
+    file.discard_journals()
 
 
 def test_a_journal_that_cannot_be_written_is_one_line(tmp_path):

@@ -156,8 +156,10 @@ def test_a_full_disk_is_one_line_that_names_the_file(folder, monkeypatch):
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr("caption_train.outputs.write_atomically", fill)
+    output = folder / "captions.jsonl"
     with pytest.raises(CaptionTrainError, match=r"0\.txt: cannot be written: No space left on device"):
-        run(FakeFamily(), folder, save_captions=True)
+        run(FakeFamily(), folder, save_captions=True, output=output)
+    assert not output.exists()
 
 
 def test_a_usage_error_in_a_worker_keeps_its_message(folder):
