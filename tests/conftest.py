@@ -16,7 +16,7 @@ import pytest
 from caption_train.errors import UsageError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-CAPTIONS = {"red": "red, a", "lime": "lime, a b", "blue": "blue, a b c and d", "white": "white"}
+CAPTIONS = {"red": "red", "green": "green, large", "blue": "blue, small star", "white": "white, small, large"}
 """Colour of a picture → its caption; lengths differ, so that a batch has padding."""
 
 

@@ -186,7 +186,7 @@ def test_the_saved_folder_says_where_it_comes_from(family, overfitted, tiny_base
     assert record["family"] == family.name
     assert record["base_model"] == str(tiny_base(family.name).resolve())
     assert record["prompt"] == family.default_prompt
-    assert record["options"]["learning_rate"] == 5e-3
+    assert record["options"]["rank"] == 32
     assert record["dataset"]["pairs"] == len(CAPTIONS)
     assert {"torch", "transformers", "peft", "caption-train"} <= record["versions"].keys()
     config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
