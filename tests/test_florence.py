@@ -1,6 +1,8 @@
 """Florence-2 with random weights: what it reads, what it is trained on, what it answers."""
 
+import json
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -133,6 +135,28 @@ def test_a_prompt_that_cannot_work_is_refused(family, loaded, items, prompt):
     _, processor = loaded
     with pytest.raises(UsageError, match=r"prompt|after it"):
         family.encode(processor, [items[0]["image"]], [prompt])
+
+
+def test_a_transformers_that_shifts_labels_twice_is_refused(family, folder, monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "5.12.1")
+    with pytest.raises(CaptionTrainError, match="shifts Florence-2's labels twice"):
+        family.load(str(folder))
+
+
+def test_settings_that_got_lost_are_put_back(family, folder, tmp_path):
+    """What transformers saves of a converted model says nothing of beams and bans: it starts to repeat."""
+    lost = shutil.copytree(folder, tmp_path / "lost")
+    settings = json.loads((lost / "generation_config.json").read_text())
+    del settings["forced_bos_token_id"]
+    (lost / "generation_config.json").write_text(json.dumps(settings))
+    config = family.load(str(lost))[0].generation_config
+    assert (config.no_repeat_ngram_size, config.num_beams, config.forced_bos_token_id) == (3, 3, 0)
+
+
+def test_settings_that_a_file_chose_are_kept(loaded):
+    config = loaded[0].generation_config
+    assert config.no_repeat_ngram_size is None
+    assert config.forced_bos_token_id == 0
 
 
 def test_a_missing_folder_and_an_uncached_model_are_one_line(family, monkeypatch):

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from caption_train.errors import CaptionTrainError
 from caption_train.families import get_family
-from caption_train.families.florence_legacy import convert_tensors, find_checkpoint
+from caption_train.families.florence_files import find_checkpoint
+from caption_train.families.florence_legacy import convert_tensors
 from caption_train.families.florence_names import PAIRS, legacy_name, native_name
 
 pytestmark = needs_fixtures

@@ -56,7 +56,8 @@ class Florence:
         """Load a Florence-2; see `Family.load`."""
         import torch
 
-        from caption_train.families.florence_legacy import find_checkpoint, load_legacy, load_native
+        from caption_train.families.florence_files import find_checkpoint
+        from caption_train.families.florence_legacy import load_legacy, load_native
 
         check_transformers()
         checkpoint = find_checkpoint(model_id, revision)
@@ -157,7 +158,7 @@ class Florence:
 
     def find_dtype(self, model_id: str, revision: str | None = None) -> torch.dtype:
         """Return the precision that a checkpoint is stored in."""
-        from caption_train.families.florence_legacy import find_checkpoint
+        from caption_train.families.florence_files import find_checkpoint
 
         return find_checkpoint(model_id, revision).dtype
 
@@ -167,7 +168,7 @@ class FlorenceCollator:
     """Items → what `encode` returns, and `labels` [B, T]: `<s> caption </s>`, the official recipe.
 
     The model shifts the labels right itself, from `</s>`, which `generate` starts from too. `max_length`
-    counts `<s>` and `</s>`.
+    counts `<s>` and `</s>`; the model's positions limit it too.
     """
 
     processor: Florence2Processor
@@ -183,7 +184,8 @@ class FlorenceCollator:
 
     def _label_ids(self, caption: str) -> list[int]:
         tokenizer = self.processor.tokenizer
-        ids = tokenizer(caption, add_special_tokens=False)["input_ids"][: max(self.max_length - 2, 0)]
+        room = min(self.max_length, tokenizer.model_max_length) - 2
+        ids = tokenizer(caption, add_special_tokens=False)["input_ids"][: max(room, 0)]
         return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
 
 

@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 
 from caption_train.errors import CaptionTrainError
-from caption_train.families.florence_legacy import Checkpoint, load_legacy
+from caption_train.families.florence_files import Checkpoint
+from caption_train.families.florence_legacy import load_legacy
 
 FORMAT = 1
 """Raised when a conversion gives other files than before, so that older copies are not used."""

@@ -6,106 +6,21 @@ So every tensor is accounted for here, by name and shape, before one is loaded.
 
 from __future__ import annotations
 
-import json
-import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from caption_train.errors import CaptionTrainError
 from caption_train.families.florence_config import convert_config, is_lost, make_generation_config
-from caption_train.families.florence_names import LEGACY_STARTS, LOGITS_BIAS, TIED, legacy_name, native_name
+from caption_train.families.florence_files import Checkpoint, shape_of
+from caption_train.families.florence_names import LOGITS_BIAS, TIED, legacy_name, native_name
 from caption_train.families.florence_processor import convert_processor
-from caption_train.families.loading import explained, load_model, load_processor, shorten
+from caption_train.families.loading import load_model, load_processor, shorten
 
 if TYPE_CHECKING:
     import torch
     from transformers import Florence2Config, Florence2ForConditionalGeneration, Florence2Processor
 
-WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-SIDE_FILES = ["*.json", "*.txt"]
-"""Configs, tokenizer and image settings, next to the weights on the hub."""
-
 RECOMPUTABLE = "model.multi_modal_projector.visual_temporal_embed.pos_idx_to_embed"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """The files of a model: `folder` with its config and tokenizer, and its weight files, shards in order."""
-
-    model_id: str
-    folder: Path
-    weights: tuple[Path, ...]
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        """config.json as it is."""
-        try:
-            return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CaptionTrainError(f"{self.folder / 'config.json'} is not JSON: {error}") from error
-
-    @cached_property
-    def tensors(self) -> dict[str, Any]:
-        """Name → tensor, or a slice of a safetensors file that is read when indexed with `[...]`."""
-        return {name: tensor for path in self.weights for name, tensor in _open_weights(path).items()}
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision the weights are stored in, the widest if there are several."""
-        kinds = {_dtype_of(tensor) for tensor in self.tensors.values()}
-        return max((kind for kind in kinds if kind.is_floating_point), key=lambda kind: kind.itemsize)
-
-    @property
-    def is_legacy(self) -> bool:
-        """Whether this is Microsoft's layout, by its config or else by its tensors' names."""
-        if self.config.get("model_type") != "florence2":
-            return False
-        vision = self.config.get("vision_config") or {}
-        return "dim_embed" in vision or any(name.startswith(LEGACY_STARTS) for name in self.tensors)
-
-
-def find_checkpoint(model_id: str, revision: str | None = None) -> Checkpoint:
-    """Find the files of a folder or hub id, downloading what is missing."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    with explained(model_id):
-        local = Path(model_id).is_dir()
-        folder = Path(
-            model_id if local else snapshot_download(model_id, revision=revision, allow_patterns=SIDE_FILES)
-        )
-
-        def find(name: str) -> Path | None:
-            if local or (folder / name).is_file():
-                return folder / name if (folder / name).is_file() else None
-            try:
-                return Path(hf_hub_download(model_id, name, revision=folder.name))
-            except EntryNotFoundError:
-                return None
-
-        if find("config.json") is None:
-            raise CaptionTrainError(f"--model_id {model_id}: there is no config.json, so this is no model")
-        found = next((path for name in WEIGHTS if (path := find(name))), None)
-        if found is None:
-            raise CaptionTrainError(
-                f"--model_id {model_id}: there are no weights: none of {', '.join(WEIGHTS)}"
-            )
-        names = [found.name]
-        if found.name.endswith(".index.json"):
-            names = list(dict.fromkeys(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()))
-        weights = {name: find(name) for name in names}
-    if absent := [name for name, path in weights.items() if path is None]:
-        raise CaptionTrainError(f"--model_id {model_id}: {found.name} names {shorten(absent)}, not there")
-    return Checkpoint(model_id, folder, tuple(weights.values()))
 
 
 def load_legacy(
@@ -116,7 +31,9 @@ def load_legacy(
     Raises CaptionTrainError, naming them, for tensors that are left over, missing or of another shape.
     """
     from transformers import Florence2ForConditionalGeneration
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     config, processor, state = convert_checkpoint(checkpoint)
     model, info = Florence2ForConditionalGeneration.from_pretrained(
         None,
@@ -155,17 +72,19 @@ def load_native(
     """Load a native checkpoint, eval mode; generation settings that were lost on the way are put back."""
     from transformers import AutoProcessor, Florence2ForConditionalGeneration
 
-    model = load_model(
-        Florence2ForConditionalGeneration,
-        str(checkpoint.folder),
-        dtype=dtype,
-        quantization_config=quantization_config,
-    )
+    folder = str(checkpoint.folder)
+    try:
+        model = load_model(
+            Florence2ForConditionalGeneration, folder, dtype=dtype, quantization_config=quantization_config
+        )
+        processor = load_processor(AutoProcessor.from_pretrained, folder)
+    except CaptionTrainError as error:
+        raise type(error)(str(error).replace(folder, checkpoint.model_id)) from error
     saved = model.generation_config.to_diff_dict()
     if is_lost(saved):
         text_config = checkpoint.config.get("text_config") or {}
         model.generation_config = make_generation_config(text_config, saved)
-    return _name(model, checkpoint), load_processor(AutoProcessor.from_pretrained, str(checkpoint.folder))
+    return _name(model, checkpoint), processor
 
 
 def convert_tensors(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
@@ -224,17 +143,6 @@ def check_complete(config: Florence2Config, state: Mapping[str, Any]) -> None:
         raise CaptionTrainError("; ".join(problems))
 
 
-def shape_of(tensor: Any) -> list[int]:
-    """Return the shape of a tensor or of a slice of a safetensors file."""
-    return list(tensor.shape) if hasattr(tensor, "shape") else tensor.get_shape()
-
-
-def _dtype_of(tensor: Any) -> torch.dtype:
-    import torch
-
-    return tensor.dtype if isinstance(tensor, torch.Tensor) else tensor[:0].dtype
-
-
 def _name(
     model: Florence2ForConditionalGeneration, checkpoint: Checkpoint
 ) -> Florence2ForConditionalGeneration:
@@ -251,16 +159,3 @@ def _equal(first: Any, second: Any) -> bool:
     import torch
 
     return shape_of(first) == shape_of(second) and torch.equal(first[...], second[...])
-
-
-def _open_weights(path: Path) -> dict[str, Any]:
-    import torch
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        if path.suffix == ".bin":
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        file = safe_open(path, framework="pt")
-        return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
-        raise CaptionTrainError(f"{path} is damaged, or holds other things than tensors") from error
