@@ -140,6 +140,9 @@ class TrainOptions:
         None, "precision of the forward pass (default: as accelerate is set)", choices=("no", "fp16", "bf16")
     )
     gradient_checkpointing: bool = _memory(False, "recompute activations: less memory, slower")
+    auto_batch_size: bool = _memory(
+        False, "halve a batch that does not fit and accumulate more; the effective batch stays"
+    )
     quantize: str | None = _memory(
         None, "hold the frozen base in 4-bit NF4 (or 8bit)", choices=("4bit", "8bit"), const="4bit"
     )

@@ -20,6 +20,7 @@ from caption_train.dataset import BatchPlan, CaptionDataset, make_train_dataload
 from caption_train.errors import UsageError
 from caption_train.evaluation import Evaluator
 from caption_train.families.base import Batch, Family
+from caption_train.fitting import fit_batch_size
 from caption_train.launcher import notice_launcher
 from caption_train.lock import OutputLock
 from caption_train.lora import count_parameters, fill_adapter, wrap_with_lora
@@ -29,7 +30,7 @@ from caption_train.parts import freeze_outside
 from caption_train.previews import Sampler
 from caption_train.progress import Progress
 from caption_train.quantization import make_quantization_config, prepare_quantized
-from caption_train.resume import check_same_run, check_same_size, find_resume_point
+from caption_train.resume import adopt_batch_size, check_same_run, check_same_size, find_resume_point
 from caption_train.run import Run
 from caption_train.saving import Saver
 from caption_train.state import read_state
@@ -48,8 +49,10 @@ def prepare_training(options: TrainOptions, family: Family) -> Trainer:
         lock = _open_output_dir(options, accelerator)
     data = read_training_data(options, accelerator)
     with fail_together(accelerator):
-        record = make_record(options, family, data)
         checkpoint = find_resume_point(options, accelerator)
+        if options.auto_batch_size and checkpoint is not None:
+            adopt_batch_size(options, checkpoint)
+        record = make_record(options, family, data)
         if checkpoint is not None:
             check_same_run(checkpoint, record, accelerator, options.resume_anyway)
     check_agreement(accelerator, {"dataset": record.dataset, **record.options})
@@ -63,6 +66,10 @@ def prepare_training(options: TrainOptions, family: Family) -> Trainer:
     # The LoRA starts the same on every process; dropout must not.
     set_seed(options.seed + accelerator.process_index)
     collate_fn = family.make_collator(processor, prompt=record.prompt, max_length=options.max_length)
+    if checkpoint is None and (options.auto_batch_size or accelerator.device.type == "cuda"):
+        fit_batch_size(options, accelerator, model, optimizer, collate_fn, data.train)
+        plan = _make_plan(options, len(data.train), accelerator)
+        record.options = describe_options(options)
     loader = _make_loader(options, data.train, plan, collate_fn, accelerator.device)
     run = Run(options, record, accelerator, model, processor, optimizer, lr_scheduler, plan, loader)
     if checkpoint is not None:

@@ -49,6 +49,13 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
         raise CaptionTrainError(f"--resume {checkpoint}: {TRAINING_FILE} cannot be read: {error}") from error
 
 
+def adopt_batch_size(options: TrainOptions, checkpoint: Path) -> None:
+    """Go on with the batch that `--auto_batch_size` found when the run started."""
+    saved = read_record(checkpoint)["options"]
+    options.batch_size = saved["batch_size"]
+    options.gradient_accumulation_steps = saved["gradient_accumulation_steps"]
+
+
 def check_same_run(checkpoint: Path, record: TrainingRecord, accelerator: Accelerator, anyway: bool) -> None:
     """Refuse to resume with another base, data or settings, naming each; other versions are only said."""
     saved = read_record(checkpoint)

@@ -16,6 +16,7 @@ from caption_train.collate import find_dtype, move_batch
 from caption_train.dataset import MicroBatch
 from caption_train.errors import CaptionTrainError
 from caption_train.evaluation import Evaluator
+from caption_train.fitting import explain_out_of_memory
 from caption_train.health import Health
 from caption_train.interrupts import Interrupts
 from caption_train.lock import OutputLock
@@ -48,7 +49,8 @@ class Trainer:
         """Run the loop, save the LoRA to `output_dir`, and return the summary saved beside it."""
         with speak_as_one(self.run.accelerator), Interrupts(self.run.accelerator) as interrupts:
             try:
-                self._loop(interrupts)
+                with explain_out_of_memory(self.run.options):
+                    self._loop(interrupts)
                 return self.saver.finish()
             finally:
                 self.log.close()

@@ -1,0 +1,130 @@
+"""Making a training step fit into memory, and saying what to do when it does not."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from caption_train.agreement import say
+from caption_train.captions import Pair
+from caption_train.collate import find_dtype, move_batch
+from caption_train.errors import CaptionTrainError
+from caption_train.families.base import Batch
+from caption_train.images import ImageError, open_image
+from caption_train.options import TrainOptions
+from caption_train.saving import peak_memory
+
+GIB = 1024**3
+SAVERS = {
+    "gradient_checkpointing": "--gradient_checkpointing",
+    "mixed_precision": "--mixed_precision bf16",
+    "quantize": "--quantize",
+}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell a want of memory from other errors; torch's CPU allocator has no exception type of its own."""
+    words = ("can't allocate memory", "out of memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    )
+
+
+@contextmanager
+def explain_out_of_memory(options: TrainOptions) -> Iterator[None]:
+    """Turn a want of memory into one line with what was tried and the flags that help."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise CaptionTrainError(_advise(options, [options.batch_size])) from error
+
+
+def fit_batch_size(
+    options: TrainOptions,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: Any,
+    collate_fn: Callable[[Sequence[dict]], Batch],
+    pairs: Sequence[Pair],
+) -> None:
+    """Try the worst step, that of the longest captions, and print its peak; nothing is learned from it.
+
+    Under `--auto_batch_size` a batch that does not fit is made smaller and the accumulation longer, in
+    `options`, until one does; the effective batch stays as it was. Raises CaptionTrainError when none fits.
+    """
+    tried: list[int] = []
+    while True:
+        tried.append(options.batch_size)
+        fits = _try_step(options.batch_size, accelerator, model, collate_fn, pairs)
+        optimizer.zero_grad()
+        if all(gather_object([fits])):
+            break
+        smaller = [n for n in range(1, options.batch_size // 2 + 1) if options.batch_size % n == 0]
+        if not options.auto_batch_size or not smaller:
+            raise CaptionTrainError(_advise(options, tried))
+        options.gradient_accumulation_steps *= options.batch_size // smaller[-1]
+        options.batch_size = smaller[-1]
+    if len(tried) > 1:
+        say(
+            accelerator,
+            f"--auto_batch_size: {options.batch_size} images × {options.gradient_accumulation_steps} "
+            f"micro-batches (out of memory with {', '.join(map(str, tried[:-1]))} images)",
+        )
+    peak = peak_memory(accelerator.device) / GIB
+    say(accelerator, f"a step of {options.batch_size} images with the longest captions: peak {peak:.2f} GiB")
+
+
+def _try_step(
+    batch_size: int,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    collate_fn: Callable[[Sequence[dict]], Batch],
+    pairs: Sequence[Pair],
+) -> bool:
+    """Return whether a step fits, with room for two moments per trained parameter beside it."""
+    items = _find_longest(batch_size, pairs)
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    model.train()
+    try:
+        with torch.random.fork_rng(devices), accelerator.no_sync(model):
+            moments = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
+            inputs = move_batch(collate_fn(items), accelerator.device, find_dtype(model))
+            accelerator.backward(model(**inputs).loss.float())
+            del moments
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fits = False
+    else:
+        fits = True
+    # Outside the handler, whose traceback would keep the step's tensors alive.
+    if not fits and devices:
+        torch.cuda.empty_cache()
+    return fits
+
+
+def _find_longest(count: int, pairs: Sequence[Pair]) -> list[dict]:
+    """Return `count` items of the longest captions; a small dataset is repeated."""
+    items = []
+    for pair in sorted(pairs, key=lambda pair: len(pair.caption), reverse=True)[:count]:
+        try:
+            items.append({"image": open_image(pair.image), "caption": pair.caption})
+        except ImageError:
+            continue
+    if not items:
+        raise CaptionTrainError("none of the images with the longest captions can be read any more")
+    return (items * count)[:count]
+
+
+def _advise(options: TrainOptions, tried: Sequence[int]) -> str:
+    unused = [words for name, words in SAVERS.items() if getattr(options, name) in (None, False, "no")]
+    smaller = [] if tried[-1] == 1 else ["--auto_batch_size" if not options.auto_batch_size else ""]
+    return (
+        f"out of memory with --batch_size {', '.join(map(str, tried))} (--max_length {options.max_length}); "
+        f"use {', '.join([*filter(None, smaller), *unused, 'a smaller --max_length or --rank'])}"
+    )
