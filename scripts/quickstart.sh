@@ -22,12 +22,12 @@ done
 case $family in
   florence)
     train=train_florence_lora.py caption=inference_florence.py base=examples/bases/florence2-tiny
-    recipe=(--rank 32 --learning_rate 3e-3 --batch_size 16 --epochs 15
+    recipe=(--rank 16 --learning_rate 2e-3 --batch_size 8 --epochs 6
       --target_modules qkv proj q_proj k_proj v_proj out_proj fc1 fc2)
     ;;
   blip)
     train=train_blip_network.py caption=inference.py base=examples/bases/blip-tiny
-    recipe=(--rank 32 --learning_rate 3e-3 --batch_size 16 --epochs 15)
+    recipe=(--rank 16 --learning_rate 2e-3 --batch_size 8 --epochs 8)
     ;;
   *) echo "quickstart.sh: --family ${family:-(nothing)}: there are florence and blip" >&2 && exit 2 ;;
 esac
