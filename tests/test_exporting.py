@@ -66,6 +66,13 @@ def test_the_legacy_files_are_those_of_the_fixture(tmp_path, checkpoint):
     assert not any(token["content"].startswith("madeupword") for token in tokens["added_tokens"])
 
 
+def test_the_remote_code_comes_along_where_the_base_has_it(tmp_path):
+    source = shrink_images(write_checkpoint(tmp_path / "source", read_tensors()))
+    (source / "modeling_florence2.py").write_text("raise RuntimeError('never run')")
+    assert export_main([str(source), str(tmp_path / "legacy"), "--layout", "legacy"]) == 0
+    assert (tmp_path / "legacy" / "modeling_florence2.py").read_text() == "raise RuntimeError('never run')"
+
+
 def test_float16_and_untied_heads_survive(tmp_path):
     head = load_file(FIXTURES / "untied_lm_head.safetensors")
     tensors = {name: tensor.half() for name, tensor in (read_tensors() | head).items()}

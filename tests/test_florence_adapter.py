@@ -13,11 +13,11 @@ from caption_train.errors import CaptionTrainError
 from caption_train.families import get_family
 from caption_train.families.florence_adapter import (
     Adapter,
-    prepare_merge,
     read_adapter_files,
     rename_adapter,
     restore_adapter,
 )
+from caption_train.families.florence_export import prepare_merge
 from caption_train.families.florence_names import native_name
 from caption_train.lora import load_adapter
 

@@ -109,7 +109,7 @@ def test_the_endless_start_token_ends(loaded, case):
 def test_legacy_adapters_act_as_in_the_original(loaded, case):
     from peft import get_peft_model, set_peft_model_state_dict
 
-    from caption_train.families.florence_adapter import prepare_merge
+    from caption_train.families.florence_export import prepare_merge
 
     model, processor = copy.deepcopy(loaded[0]), loaded[1]
     config, weights = FAMILY.convert_adapter(FIXTURES / case["name"].partition(".")[0], model)

@@ -136,7 +136,7 @@ class Florence:
 
     def prepare_merge(self, model: PeftModel) -> None:
         """Make an adapter mergeable: a tied head that it changes gets weights of its own."""
-        from caption_train.families.florence_adapter import prepare_merge
+        from caption_train.families.florence_export import prepare_merge
 
         prepare_merge(model)
 
@@ -144,7 +144,7 @@ class Florence:
         self, model: Florence2ForConditionalGeneration, source: Path | str, folder: Path, *, legacy: bool
     ) -> None:
         """Write the adapter in `source`, which fits `model`, with the names of the other layout."""
-        from caption_train.families.florence_adapter import save_adapter
+        from caption_train.families.florence_export import save_adapter
 
         save_adapter(model, source, folder, legacy=legacy)
 

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.errors import CaptionTrainError
 from caption_train.families.florence_names import LEGACY_STARTS, legacy_name, native_name
 from caption_train.families.loading import shorten
-from caption_train.files import write_atomically
 
 if TYPE_CHECKING:
     import torch
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig
     from transformers import Florence2ForConditionalGeneration
 
 PREFIX = "base_model.model."
@@ -70,7 +69,7 @@ class Adapter:
         """Return the innermost modules of `modules_to_save`, which are in the file whole."""
         wanted = self.config.get("modules_to_save") or []
         parents = {name.rpartition(".")[0] for name in self.tensors if "lora_" not in name}
-        return sorted(name for name in parents if any(_is_part(name, module) for module in wanted))
+        return sorted(name for name in parents if any(is_part(name, module) for module in wanted))
 
 
 def read_adapter_files(folder: Path | str) -> Adapter:
@@ -123,7 +122,7 @@ def rename_adapter(adapter: Adapter, rename: Callable[[str], str | None]) -> Ada
         raise CaptionTrainError(f"{len(unknown)} names have no counterpart: {shorten(unknown)}")
     wanted = config.get("modules_to_save") or []
     saved = adapter.saved_modules()
-    if empty := [module for module in wanted if not any(_is_part(name, module) for name in saved)]:
+    if empty := [module for module in wanted if not any(is_part(name, module) for name in saved)]:
         raise CaptionTrainError(f"modules_to_save names {shorten(empty)}, but the file has no such tensors")
     ranks, alphas = adapter.ranks(), adapter.alphas()
     config = config | {field: value for field, value in REPLACED.items() if field in config}
@@ -162,7 +161,7 @@ def fit_vocabulary(adapter: Adapter, model: Florence2ForConditionalGeneration) -
     for name, tensor in adapter.tensors.items():
         module = _module(name).removesuffix(".weight")
         dim = 1 if name.endswith("lora_embedding_A") else 0
-        if not _is_part(module, "lm_head", *EMBEDDINGS) or name.endswith(
+        if not is_part(module, "lm_head", *EMBEDDINGS) or name.endswith(
             ("lora_A.weight", "lora_embedding_B")
         ):
             continue
@@ -194,67 +193,11 @@ def restore_adapter(adapter: Adapter) -> Adapter:
     return Adapter(config, legacy.tensors)
 
 
-def save_adapter(
-    model: Florence2ForConditionalGeneration, source: Path | str, folder: Path, *, legacy: bool
-) -> None:
-    """Write the adapter in `source` to `folder` with legacy names, or with native ones.
-
-    model: the native base, which tells the base's own weights in the file from the adapter's.
-    """
-    from safetensors.torch import save_file
-
-    adapter = read_adapter_files(source)
-    if adapter.is_legacy == legacy:
-        layout = "legacy" if legacy else "native"
-        raise UsageError(f"{source} is in the {layout} layout already; --merge writes the whole model")
-    if legacy:
-        drop_base_copies(adapter, model)
-        adapter = restore_adapter(adapter)
-    else:
-        config, weights = convert_adapter(source, model)
-        config = {
-            name: sorted(value) if isinstance(value, set) else value
-            for name, value in config.to_dict().items()
-        }
-        adapter = Adapter(config, {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()})
-    tensors = {PREFIX + name: tensor.contiguous() for name, tensor in adapter.tensors.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_atomically(folder / "adapter_config.json", json.dumps(adapter.config, indent=2) + "\n")
-
-
-def prepare_merge(model: PeftModel) -> None:
-    """Make an adapter mergeable: where it changes the head, the head gets weights of its own.
-
-    A tied head is the input embedding, which a merge would change too. Raises CaptionTrainError for adapters
-    of the embedding itself, which encoder and decoder share.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
-    from torch import nn
-
-    base = model.get_base_model()
-    changed = {
-        name: module
-        for name, module in base.named_modules()
-        if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))
-    }
-    if embeddings := sorted(name for name in changed if _is_part(name, *EMBEDDINGS)):
-        raise CaptionTrainError(
-            f"an adapter of {shorten(embeddings)} cannot be merged: its weights are shared"
-        )
-    if "lm_head" not in changed:
-        return
-    head = changed["lm_head"]
-    layer = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head.original_module
-    layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-    base.config.tie_word_embeddings = False
-
-
 def _module(name: str) -> str:
     """Return the module of a tensor's name: what stands before `.lora_`, or the whole name."""
     return name.partition(".lora_")[0]
 
 
-def _is_part(name: str, *modules: str) -> bool:
+def is_part(name: str, *modules: str) -> bool:
     """Say whether a dotted name is one of `modules`, by its end, or lies within one."""
     return any(f".{module}." in f".{name}." for module in modules)

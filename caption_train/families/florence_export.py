@@ -1,22 +1,35 @@
-"""A native Florence-2 written in the legacy layout, for tools that run Microsoft's code on transformers 4."""
+"""Florence-2 and its adapters written: merged, and in the layout of tools that run Microsoft's code."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caption_train.errors import CaptionTrainError
+from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.families.florence_adapter import (
+    EMBEDDINGS,
+    PREFIX,
+    Adapter,
+    convert_adapter,
+    drop_base_copies,
+    is_part,
+    read_adapter_files,
+    restore_adapter,
+)
 from caption_train.families.florence_config import restore_config
 from caption_train.families.florence_names import LOGITS_BIAS, TIED, legacy_name, native_name
+from caption_train.families.loading import shorten
 from caption_train.files import write_atomically
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from transformers import Florence2ForConditionalGeneration, Florence2Processor, PreTrainedTokenizerBase
 
 CODE_FILES = ("configuration_florence2.py", "modeling_florence2.py", "processing_florence2.py")
-"""What `trust_remote_code` runs. It is Microsoft's; tools that bring their own do not need it."""
+"""What `trust_remote_code` runs: Microsoft's, copied if a base's folder has them, never run here."""
 
 
 def save_legacy(
@@ -36,6 +49,9 @@ def save_legacy(
     )
     _save_tokenizer(processor.tokenizer, processor.image_token, folder)
     _save_image_settings(processor, folder)
+    for name in CODE_FILES:
+        if (path := Path(model.name_or_path) / name).is_file():
+            shutil.copyfile(path, folder / name)
 
 
 def restore_tensors(model: Florence2ForConditionalGeneration) -> dict[str, torch.Tensor]:
@@ -51,6 +67,62 @@ def restore_tensors(model: Florence2ForConditionalGeneration) -> dict[str, torch
     shared = state[native_name(TIED["shared"])]
     tensors[LOGITS_BIAS] = shared.new_zeros(1, shared.shape[0])
     return tensors
+
+
+def save_adapter(
+    model: Florence2ForConditionalGeneration, source: Path | str, folder: Path, *, legacy: bool
+) -> None:
+    """Write the adapter in `source` to `folder` with legacy names, or with native ones.
+
+    model: the native base, which tells the base's own weights in the file from the adapter's.
+    """
+    from safetensors.torch import save_file
+
+    adapter = read_adapter_files(source)
+    if adapter.is_legacy == legacy:
+        layout = "legacy" if legacy else "native"
+        raise UsageError(f"{source} is in the {layout} layout already; --merge writes the whole model")
+    if legacy:
+        drop_base_copies(adapter, model)
+        adapter = restore_adapter(adapter)
+    else:
+        config, weights = convert_adapter(source, model)
+        config = {
+            name: sorted(value) if isinstance(value, set) else value
+            for name, value in config.to_dict().items()
+        }
+        adapter = Adapter(config, {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()})
+    tensors = {PREFIX + name: tensor.contiguous() for name, tensor in adapter.tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    _write_json(folder / "adapter_config.json", adapter.config)
+
+
+def prepare_merge(model: PeftModel) -> None:
+    """Make an adapter mergeable: where it changes the head, the head gets weights of its own.
+
+    A tied head is the input embedding, which a merge would change too. Raises CaptionTrainError for adapters
+    of the embedding itself, which encoder and decoder share.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+    from torch import nn
+
+    base = model.get_base_model()
+    changed = {
+        name: module
+        for name, module in base.named_modules()
+        if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))
+    }
+    if embeddings := sorted(name for name in changed if is_part(name, *EMBEDDINGS)):
+        raise CaptionTrainError(
+            f"an adapter of {shorten(embeddings)} cannot be merged: its weights are shared"
+        )
+    if "lm_head" not in changed:
+        return
+    head = changed["lm_head"]
+    layer = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head.original_module
+    layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    base.config.tie_word_embeddings = False
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, image_token: str, folder: Path) -> None:
