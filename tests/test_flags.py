@@ -1,0 +1,132 @@
+"""A command line from a dataclass, and the YAML file behind it."""
+
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from caption_train.errors import UsageError
+from caption_train.flags import parse_options
+from caption_train.options import flag
+
+
+@dataclass
+class Options:
+    folder: Path = flag(None, "a folder")
+    count: int = flag(3, "how many, 100 % of them")
+    rate: float = flag(0.5, "how fast")
+    words: list[str] = flag(["a", "b"], "words")
+    endings: list[str] = flag([".txt"], "endings", repeated=True)
+    loud: bool = flag(False, "shout")
+    kind: str | None = flag(None, "which kind", choices=("one", "two"), const="one")
+    limit: int | None = flag(None, "at most", aliases=("-l",))
+    sources: dict[str, str] = field(default_factory=dict, compare=False)
+
+    def check(self):
+        return [f"--{name} is negative" for name in ("count", "rate") if getattr(self, name) < 0]
+
+
+def parse(*argv, **settings):
+    return parse_options(Options, list(argv), prog="prog", positionals=("folder",), **settings)
+
+
+def from_yaml(tmp_path, text, *argv):
+    config = tmp_path / "flags.yaml"
+    config.write_text(text)
+    return parse("--config", str(config), *argv)
+
+
+def test_nothing_given_leaves_the_defaults():
+    assert parse() == Options()
+    assert parse(defaults={"count": 7}).count == 7
+
+
+def test_values_have_the_types_of_their_fields():
+    options = parse(*shlex.split("data --count 4 --rate 1e-3 --words x y --loud --kind two -l 9"))
+    assert options == Options(Path("data"), 4, 1e-3, ["x", "y"], [".txt"], True, "two", 9)
+
+
+def test_a_flag_given_alone_has_its_constant():
+    assert parse("--kind").kind == "one"
+    assert parse("--kind", "--loud").kind == "one"
+
+
+def test_a_list_given_replaces_the_default():
+    assert parse("--words", "x", "--words", "y", "z").words == ["x", "y", "z"]
+    assert parse("--endings", ".a", "--endings", ".b").endings == [".a", ".b"]
+
+
+def test_a_position_and_its_flag_are_the_same():
+    assert parse("data").folder == parse("--folder", "data").folder == Path("data")
+
+
+def test_all_problems_are_said_at_once():
+    with pytest.raises(UsageError, match="--count is negative\n--rate is negative"):
+        parse("--count=-1", "--rate=-1")
+
+
+@pytest.mark.parametrize("argv", ["--count many", "--kind three", "--cuont 1", "a b", "--count", "--coun 1"])
+def test_what_cannot_be_read_is_one_line(argv):
+    with pytest.raises(UsageError) as caught:
+        parse(*argv.split())
+    assert "\n" not in str(caught.value) and "prog --help" in str(caught.value)
+
+
+def test_the_command_line_wins_over_the_file_and_both_are_named(tmp_path):
+    options = from_yaml(tmp_path, "count: 5\nrate: 2\nwords: [x]\nkind: true\nloud: true\n", "--count", "6")
+    assert options == Options(count=6, rate=2.0, words=["x"], kind="one", loud=True)
+    assert options.sources["count"] == "command line"
+    assert options.sources["rate"].endswith("flags.yaml")
+
+
+def test_an_empty_file_says_nothing(tmp_path):
+    assert from_yaml(tmp_path, "# nothing\n") == Options()
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("cuont: 1", "did you mean count"),
+        ("count: many", "'many' is not a valid value"),
+        ("count: 1.5", "1.5 is not a valid value"),
+        ("count: true", "True is not a valid value"),
+        ("count: null", "None is not a valid value"),
+        ("loud: 1", "1 is not a valid value"),
+        ("kind: three", "'three' is not a valid value"),
+        ("- count", "must be a mapping"),
+        ("count: [", "cannot be read as YAML"),
+        ("sources: {}", "unknown key"),
+    ],
+)
+def test_what_a_file_gets_wrong_is_named(tmp_path, text, named):
+    with pytest.raises(UsageError, match=named) as caught:
+        from_yaml(tmp_path, text)
+    assert "\n" not in str(caught.value) and "flags.yaml" in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UsageError, match=r"none\.yaml"):
+        parse("--config", str(tmp_path / "none.yaml"))
+
+
+def test_help_shows_defaults_and_percent_signs(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse("--help")
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert "100 % of them (default: 3)" in text and "(default: a b)" in text
+
+
+def test_an_omitted_flag_is_unknown():
+    with pytest.raises(UsageError, match="--loud"):
+        parse("--loud", omit=("loud",))
+
+
+@given(st.integers(0, 10**9), st.floats(0, 1e6, allow_nan=False), st.text(min_size=1))
+def test_any_value_comes_through(count, rate, folder):
+    argv = [f"--count={count}", f"--rate={rate!r}", f"--folder={folder}"]
+    options = parse(*argv)
+    assert (options.count, options.rate, options.folder) == (count, rate, Path(folder))

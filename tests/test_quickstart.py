@@ -1,0 +1,65 @@
+"""The quickstart's last step, and its command line; the training itself is what people run it for."""
+
+import json
+import subprocess
+
+import pytest
+
+from scripts.quickstart_report import exact_match, main, read_references
+from tests.conftest import REPOSITORY
+
+
+@pytest.fixture
+def folders(tmp_path):
+    held_out, run = tmp_path / "held out", tmp_path / "florence"
+    held_out.mkdir()
+    (run / "lora").mkdir(parents=True)
+    for name, text in (("a.png", "shpx, red"), ("b.jpg", "shpx, blue")):
+        (held_out / name).write_bytes(b"")
+        (held_out / name).with_suffix(".txt").write_text(text + "\n")
+    for kind, texts in (("base", ["red", "blue"]), ("lora", ["shpx, red", "shpx, blue?"])):
+        rows = [
+            {"file_name": str(held_out / n), "text": t}
+            for n, t in zip(("a.png", "b.jpg"), texts, strict=True)
+        ]
+        (run / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "lora" / "summary.json").write_text('{"train_seconds": 60.5}')
+    return held_out, run, tmp_path / "summary.json"
+
+
+def test_the_report_counts_what_is_exactly_right(folders, capsys):
+    main([str(folder) for folder in folders])
+    assert json.loads(folders[2].read_text()) == {
+        "family": "florence",
+        "base_exact_match": 0.0,
+        "lora_exact_match": 0.5,
+        "train_seconds": 60.5,
+        "images": 2,
+    }
+    printed = capsys.readouterr().out
+    assert "0% with the base alone, 50% with the LoRA" in printed
+    table = [line for line in printed.splitlines() if "│" in line or "┃" in line]
+    assert all(len(line) <= 100 for line in table)
+    assert ["✓" in line for line in table if "shpx" in line] == [True, False]
+
+
+def test_references_are_the_captions_beside_the_pictures():
+    references = read_references(REPOSITORY / "examples/shapes/heldout")
+    assert len(references) == 100
+    assert all(text.startswith("shpx, ") for text in references.values())
+    assert exact_match(references, references) == 1 and exact_match(references, {}) == 0
+
+
+@pytest.mark.parametrize("flags", [["--family", "gpt"], ["--family"], ["--family="], ["--famly", "blip"]])
+def test_a_wrong_flag_is_refused_before_anything_is_made(flags):
+    done = subprocess.run(
+        ["bash", REPOSITORY / "scripts/quickstart.sh", *flags], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "quickstart.sh: " in done.stderr and not done.stdout
+
+
+def test_help_says_how_it_is_called():
+    done = subprocess.run(
+        ["bash", REPOSITORY / "scripts/quickstart.sh", "--help"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("usage: bash scripts/quickstart.sh [--family ")
