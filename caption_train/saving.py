@@ -9,6 +9,7 @@ import torch
 
 from caption_train.agreement import fail_together
 from caption_train.checkpoint import prune, publish, write_checkpoint
+from caption_train.curve import draw_curve
 from caption_train.files import write_atomically
 from caption_train.model_card import write_card
 from caption_train.run import Run
@@ -82,6 +83,7 @@ class Saver:
                 chosen = BEST if run.options.load_best_at_end and progress.best_step else LAST
                 publish((self.output_dir / chosen).resolve(), self.output_dir)
                 write_atomically(self.output_dir / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+                draw_curve(self.output_dir)
         return summary
 
     def _prune(self) -> None:

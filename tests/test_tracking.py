@@ -1,0 +1,65 @@
+"""The log of a run, and the picture made of it."""
+
+import json
+import math
+
+import pytest
+from accelerate import Accelerator
+from PIL import Image
+
+from caption_train.curve import CURVE_FILE, draw_curve
+from caption_train.errors import CaptionTrainError
+from caption_train.tracking import LOG_FILE, RunLog
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+def read(folder) -> list[dict]:
+    # A strict reader: NaN is not JSON.
+    def refuse(name):
+        raise ValueError(name)
+
+    return [json.loads(line, parse_constant=refuse) for line in (folder / LOG_FILE).read_text().splitlines()]
+
+
+def write_log(accelerator, folder, first_step=0) -> None:
+    log = RunLog(accelerator, folder, first_step)
+    for step in range(first_step + 1, 6):
+        loss = math.nan if step == 3 else 1 / step
+        log.write(step, 1, {"loss": loss, "learning_rate": 0.1, "grad_norm": math.inf})
+        if step == 4:
+            log.write(step, 1, {"eval_loss": 0.5})
+    log.file.close()
+
+
+def test_what_is_no_number_is_null(accelerator, tmp_path):
+    write_log(accelerator, tmp_path)
+    assert read(tmp_path)[2] == {"step": 3, "epoch": 1, "loss": None, "learning_rate": 0.1, "grad_norm": None}
+
+
+def test_a_resumed_run_goes_on_after_its_step_and_after_half_a_line(accelerator, tmp_path):
+    write_log(accelerator, tmp_path)
+    whole = read(tmp_path)
+    with (tmp_path / LOG_FILE).open("a") as file:
+        file.write('{"step": 6, "ep')
+    write_log(accelerator, tmp_path, first_step=2)
+    assert read(tmp_path) == whole
+
+
+def test_a_full_disk_is_told_in_one_line(accelerator, tmp_path):
+    log = RunLog(accelerator, tmp_path)
+    log.file = open("/dev/full", "w", buffering=1)  # noqa: PTH123, SIM115
+    with pytest.raises(CaptionTrainError, match="No space left"):
+        log.write(1, 1, {"loss": 1.0})
+
+
+def test_the_curve_is_drawn_from_a_log_with_gaps(accelerator, tmp_path):
+    pytest.importorskip("matplotlib")
+    write_log(accelerator, tmp_path)
+    draw_curve(tmp_path)
+    with Image.open(tmp_path / CURVE_FILE) as image:
+        assert image.format == "PNG" and image.width > 500
+        assert len(image.convert("RGB").getcolors(10**6)) > 50, "nothing was drawn"
