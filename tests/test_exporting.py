@@ -1,6 +1,7 @@
 """Exports say the same as what they were made from, load elsewhere, and come back bit for bit."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,6 +124,22 @@ def test_what_is_merged_loads_in_plain_transformers_and_peft(tmp_path, checkpoin
         expected = adapted(input_ids=ids, labels=ids).logits
         torch.testing.assert_close(merged(input_ids=ids, labels=ids).logits, expected, atol=1e-4, rtol=0)
         assert (adapted.base_model(input_ids=ids, labels=ids).logits - expected).abs().max() == 0
+
+
+def test_a_blip_adapter_is_merged(tmp_path, capsys):
+    from peft import LoraConfig, get_peft_model
+
+    base = str(Path(__file__).parents[1] / "examples" / "bases" / "blip-tiny")
+    family = get_family("blip")
+    torch.manual_seed(0)
+    targets = list(family.lora_target_modules)
+    config = LoraConfig(target_modules=targets, init_lora_weights=False, base_model_name_or_path=base)
+    get_peft_model(family.load(base)[0], config).save_pretrained(tmp_path / "lora")
+    arguments = [str(tmp_path / "lora"), str(tmp_path / "merged"), "--family", "blip", "--base_model", base]
+    assert export_main([*arguments, "--merge"]) == 0
+    assert "tokens agree" in capsys.readouterr().out
+    assert export_main([*arguments, "--overwrite"]) == 2
+    assert "BLIP's only layout already" in capsys.readouterr().err
 
 
 def test_nothing_is_written_when_the_tokens_differ(tmp_path, monkeypatch, capsys, checkpoint):
