@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caption_train.adapter_info import check_base, read_adapter
+from caption_train.caption_options import CaptionOptions
 from caption_train.captions import printable
 from caption_train.drawings import Drawings
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families.base import Family
 from caption_train.inputs import find_inputs
 from caption_train.launcher import notice_launcher
-from caption_train.options import CaptionOptions
 from caption_train.outputs import Outputs, wrap_caption
 from caption_train.processes import join_processes
 from caption_train.tally import Tally, find_remarks

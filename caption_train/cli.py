@@ -12,11 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from caption_train.caption_options import CaptionOptions
+from caption_train.compile_options import CompileOptions
 from caption_train.errors import CaptionTrainError
 from caption_train.families import FAMILIES, get_family
 from caption_train.families.base import Family
 from caption_train.flags import parse_options
-from caption_train.options import CaptionOptions, CompileOptions, TrainOptions
+from caption_train.options import TrainOptions
 
 TRAIN = """Train a LoRA for {title} on your own captions.
 
@@ -41,7 +43,7 @@ COMPILE = """Compile image/caption pairs, or Kohya-ss folders, into a metadata.j
 Pairs are a.png with a.txt beside it (or a.png.txt), at any depth; captions of several lines become one.
 The result is read by the training scripts and by datasets.load_dataset("imagefolder", data_dir=...,
 data_files={"train": "**"}). Its rows may only name images below metadata.jsonl, so with an output_dir that
-does not hold the images they are put there too, as hard links. An output_dir inside dataset_dir is refused."""
+does not hold the images they are put there too, as hard links. One inside dataset_dir is refused."""
 
 
 EXPORT = """Write an adapter or a model in another form, and check that it still says the same.

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from caption_train import kohya
 from caption_train.captions import Folder, Pair, printable, scan_folder
+from caption_train.compile_options import CompileOptions
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.metadata import METADATA_NAME, split_by_content, summarize, write_metadata
-from caption_train.options import CompileOptions
 from caption_train.pairing import Matches, match_captions
 from caption_train.placing import find_prefix, place_images, plan_placement
 from caption_train.rows import TEXT_COLUMNS, read_rows

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caption_train.errors import CaptionTrainError, UsageError
-from caption_train.options import flag
+from caption_train.flags import flag
 
 if TYPE_CHECKING:
     import torch

@@ -5,11 +5,41 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
 from typing import Any
 
 from caption_train.errors import UsageError
+
+
+def flag(
+    default: Any = MISSING,
+    help: str = "",
+    *,
+    group: str = "general",
+    choices: tuple[str, ...] | None = None,
+    aliases: tuple[str, ...] = (),
+    const: str | None = None,
+    metavar: str | None = None,
+    repeated: bool = False,
+) -> Any:
+    """Make a dataclass field that is a command-line flag.
+
+    const: the value of the flag given alone. repeated: a list is given as the flag several times, one value
+    each, instead of several values after one flag.
+    """
+    metadata = {
+        "help": help,
+        "group": group,
+        "choices": choices,
+        "aliases": aliases,
+        "const": const,
+        "metavar": metavar,
+        "repeated": repeated,
+    }
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def parse_options(
@@ -176,3 +206,12 @@ def _convert(value: Any, hint: Any, flag: Field) -> Any:
     if flag.metadata["choices"] and value not in flag.metadata["choices"]:
         raise ValueError
     return value
+
+
+def find_below(options: Any, least: int, *names: str) -> list[str]:
+    """Return a line for each of these options that is given and less than `least`."""
+    return [
+        f"--{name} must be {least} or more, not {value}"
+        for name in names
+        if (value := getattr(options, name)) is not None and value < least
+    ]

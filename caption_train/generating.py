@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from caption_train.caption_options import CaptionOptions
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families.base import Family, Generated
 from caption_train.images import ImageError, open_image
-from caption_train.options import CaptionOptions
 from caption_train.sampling import make_sampler
 
 if TYPE_CHECKING:

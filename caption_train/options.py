@@ -1,49 +1,17 @@
-"""Every flag of every script as a dataclass field, with the checks that need no model. Standard library only.
+"""What a training script is asked to do, with the checks that need no model. Standard library only.
 
 A field is a flag of the same name; its type parses the value, its metadata is the help. `check()` returns all
 that is wrong at once, one line each, naming the flags.
 """
 
 import re
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from caption_train import combinations
-from caption_train.captions import IMAGE_SUFFIXES, with_dot
+from caption_train.flags import find_below, flag
 from caption_train.metrics import METRICS
-
-
-def flag(
-    default: Any = MISSING,
-    help: str = "",
-    *,
-    group: str = "general",
-    choices: tuple[str, ...] | None = None,
-    aliases: tuple[str, ...] = (),
-    const: str | None = None,
-    metavar: str | None = None,
-    repeated: bool = False,
-) -> Any:
-    """Make a dataclass field that is a command-line flag.
-
-    const: the value of the flag given alone. repeated: a list is given as the flag several times, one value
-    each, instead of several values after one flag.
-    """
-    metadata = {
-        "help": help,
-        "group": group,
-        "choices": choices,
-        "aliases": aliases,
-        "const": const,
-        "metavar": metavar,
-        "repeated": repeated,
-    }
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
 
 OPTIMIZERS = ("AdamW", "AdamW8bit", "PagedAdamW", "PagedAdamW8bit", "Flora")
 PARTS = ("vision", "projector", "language")
@@ -184,8 +152,10 @@ class TrainOptions:
         problems = [
             f"--{name} is required" for name in ("dataset_dir", "output_dir") if getattr(self, name) is None
         ]
-        problems += _below(self, 1, *_COUNTS) + _below(self, 0, "keep_tokens", "num_workers", "warmup_steps")
-        problems += _below(self, 0, "weight_decay", "seed")
+        problems += find_below(self, 1, *_COUNTS) + find_below(
+            self, 0, "keep_tokens", "num_workers", "warmup_steps"
+        )
+        problems += find_below(self, 0, "weight_decay", "seed")
         problems += [
             f"--{name} must be above 0, not {getattr(self, name)}"
             for name in ("learning_rate", "alpha", "max_grad_norm", "lora_plus_ratio")
@@ -230,75 +200,6 @@ class TrainOptions:
         return problems
 
 
-_input = partial(flag, group="images")
-_captions = partial(flag, group="captions")
-_output = partial(flag, group="output")
-
-
-@dataclass
-class CaptionOptions:
-    """What an inference script is asked to do."""
-
-    images: list[str] = _input(
-        [], "images to caption: files, folders, globs, or a .txt file that lists one image a line"
-    )
-    recursive: bool = _input(False, "look into the folders inside a folder too")
-
-    base_model: str | None = _model(
-        None, "model to caption with: a hub id or a folder (default: the adapter's, or see above)"
-    )
-    peft_model: Path | None = _model(None, "folder of the adapter (LoRA, IA3, …) to put on the base model")
-    revision: str | None = _model(None, "branch, tag or commit of the base model on the hub")
-    cache_converted: bool = _model(False, "keep a native copy of a checkpoint in the legacy layout")
-    device: str | None = _model(
-        None, "device to run on, such as cuda, cuda:1, mps or cpu (found if not given)"
-    )
-    dtype: str = _model("float32", "precision of the model", choices=("float32", "bfloat16", "float16"))
-
-    prompt: str | None = _captions(None, "text the model is given with every image (default: the adapter's)")
-    task: str | None = _captions(None, "task token, instead of --prompt")
-    beams: int | None = _captions(None, "beams of the beam search (default: the checkpoint's)")
-    max_token_length: int = _captions(256, "longest caption in tokens")
-    temperature: float = _captions(0.0, "sample at this temperature; 0 takes the likeliest caption")
-    top_p: float = _captions(1.0, "sample from the likeliest tokens that sum to this probability")
-    seed: int = _captions(42, "seed of sampling; a caption depends on it and its image alone")
-    batch_size: int = _captions(4, "images captioned at once, in every process")
-    num_workers: int = _captions(2, "processes that read and resize images ahead of the model")
-
-    save_captions: bool = _output(False, "write every caption to a file beside its image")
-    caption_extension: str = _output(".txt", "extension of those files")
-    output: Path | None = _output(None, "write all captions to this .jsonl, metadata.jsonl or .csv file")
-    overwrite: bool = _output(False, "caption images again that have a caption already")
-    prefix: str = _output("", "put this before every caption")
-    suffix: str = _output("", "put this after every caption")
-    trigger: str | None = _output(None, "begin captions with this word and a comma, where it is not in them")
-    visualize: Path | None = _output(
-        None, "draw the boxes and labels of answers on copies of the images in this folder"
-    )
-
-    sources: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
-    """Where each value that is no default came from: field name → "command line" or the config file."""
-
-    def check(self) -> list[str]:
-        """Return what is wrong with these options, one line each."""
-        problems = [] if self.images else ["--images is required"]
-        problems += _below(self, 1, "beams", "max_token_length", "batch_size")
-        problems += _below(self, 0, "temperature", "seed", "num_workers")
-        if not 0 < self.top_p <= 1:
-            problems.append(f"--top_p is a probability above 0, up to 1; {self.top_p} is not")
-        if self.top_p < 1 and not self.temperature:
-            problems.append("--top_p only has a meaning with --temperature")
-        if self.temperature and (self.beams or 1) > 1:
-            problems.append("--temperature samples and --beams searches: give one")
-        if self.prompt is not None and self.task is not None:
-            problems.append("--prompt and --task name the same thing twice: give one")
-        if not set(self.caption_extension).isdisjoint("/\\\0") or not self.caption_extension.strip("."):
-            problems.append(f"--caption_extension {self.caption_extension!r} is no file extension like .txt")
-        if self.output and self.output.suffix not in (".jsonl", ".csv"):
-            problems.append(f"--output {self.output} must end in .jsonl or .csv")
-        return problems
-
-
 _COUNTS = (
     *(
         "rank",
@@ -322,75 +223,3 @@ def parse_bytes(text: str) -> int | None:
         return None
     number, unit, is_binary = found.groups()
     return int(float(number) * (1024 if is_binary else 1000) ** (3 if unit in "Gg" else 2))
-
-
-def _below(options: Any, least: int, *names: str) -> list[str]:
-    return [
-        f"--{name} must be {least} or more, not {value}"
-        for name in names
-        if (value := getattr(options, name)) is not None and value < least
-    ]
-
-
-_pairs = partial(flag, group="finding pairs")
-_kohya = partial(flag, group="Kohya-ss datasets")
-_written = partial(flag, group="what is written")
-
-
-@dataclass
-class CompileOptions:
-    """What compile_captions.py is asked to do."""
-
-    dataset_dir: Path = _pairs(None, "folder of images and caption files, at any depth")
-    output_dir: Path | None = _written(
-        None, "write the dataset to this folder (default: metadata.jsonl goes into dataset_dir)"
-    )
-    caption_extension: list[str] = _pairs(
-        [".txt", ".caption"],
-        "caption files end in this; repeatable, the first one found counts",
-        repeated=True,
-        metavar="EXT",
-    )
-    encoding: str = _pairs("utf-8", "encoding of the caption files")
-    follow_symlinks: bool = _pairs(False, "follow links that lead out of dataset_dir")
-    check_images: bool = _pairs(False, "decode every image; leave out and name the bad ones")
-
-    kohya_metadata: Path | None = _kohya(
-        None, "captions and tags in this JSON go before caption files (default: found in dataset_dir)"
-    )
-    kohya_repeats: bool = _kohya(False, "write the images of a folder N_name N times")
-
-    place_images: str = _written(
-        "link",
-        "images come into an output_dir elsewhere as hard links (copies where there can be none) or copies",
-        choices=("link", "copy"),
-    )
-    validation_split: float = _written(
-        0.0, "set this fraction of the images aside, in a column `split`; identical images stay together"
-    )
-    seed: int = _written(42, "seed of the validation split")
-    overwrite: bool = _written(False, "replace a metadata.jsonl even where its captions differ")
-    dry_run: bool = _written(False, "find and check everything, write nothing")
-    list_all: bool = _written(False, "name every file in the summary, not the first 20 of a kind")
-
-    sources: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
-    """Where each value that is no default came from: field name → "command line" or the config file."""
-
-    def check(self) -> list[str]:
-        """Return what is wrong with these options, one line each."""
-        problems = [] if self.dataset_dir else ["dataset_dir is required: the folder of images and captions"]
-        problems += _below(self, 0, "seed")
-        if not 0 <= self.validation_split < 1:
-            problems.append(
-                f"--validation_split is a fraction, 0 or more and below 1, not {self.validation_split}"
-            )
-        for extension in self.caption_extension:
-            if not set(extension).isdisjoint("/\\\0") or not extension.strip("."):
-                problems.append(f"--caption_extension {extension!r} is no file extension like .txt")
-            elif with_dot(extension).lower() in IMAGE_SUFFIXES:
-                problems.append(f"--caption_extension {extension} is an image's, not a caption's")
-        try:
-            "".encode(self.encoding)
-        except (LookupError, ValueError):
-            problems.append(f"--encoding {self.encoding!r} is no text encoding Python knows, like cp1252")
-        return problems

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from caption_train.caption_file import CaptionFile
+from caption_train.caption_options import CaptionOptions
 from caption_train.captions import IMAGE_SUFFIXES, read_caption
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.files import write_atomically
-from caption_train.options import CaptionOptions
 
 
 class Outputs:

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from caption_train.captions import printable
+from caption_train.compile_options import CompileOptions
 from caption_train.metadata import METADATA_NAME
-from caption_train.options import CompileOptions
 
 if TYPE_CHECKING:
     from caption_train.compiling import Compiled

@@ -10,9 +10,9 @@ import pytest
 from fake_family import FakeFamily
 from PIL import Image
 
+from caption_train.caption_options import CaptionOptions
 from caption_train.captioning import caption_folder
 from caption_train.errors import CaptionTrainError, UsageError
-from caption_train.options import CaptionOptions
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from caption_train.errors import UsageError
-from caption_train.flags import parse_options
-from caption_train.options import flag
+from caption_train.flags import flag, parse_options
 
 
 @dataclass

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from caption_train.options import CaptionOptions, CompileOptions, TrainOptions
+from caption_train.caption_options import CaptionOptions
+from caption_train.compile_options import CompileOptions
+from caption_train.options import TrainOptions
 
 TRAIN = {"dataset_dir": Path("data"), "output_dir": Path("out"), "model_id": "base"}
 

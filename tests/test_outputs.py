@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from caption_train.caption_options import CaptionOptions
 from caption_train.errors import UsageError
-from caption_train.options import CaptionOptions
 from caption_train.outputs import Outputs, wrap_caption
 
 
