@@ -11,6 +11,7 @@ FLORA = {"optimizer_name": "Flora", "optimizer_rank": 4}
 COMPRESSED = {**FLORA, "accumulation_compression": True}
 SETUPS = {
     "AdamW": {},
+    "AdamW8bit": {"optimizer_name": "AdamW8bit"},
     "Flora": FLORA,
     "compressed": {**COMPRESSED, "accumulation_rank": 4},
     "compressed and clipped": {**COMPRESSED, "accumulation_rank": 4, "max_grad_norm": 0.05},
