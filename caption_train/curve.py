@@ -7,7 +7,6 @@ from pathlib import Path
 from caption_train.tracking import LOG_FILE
 
 CURVE_FILE = "training_curve.png"
-SMOOTHING = 0.9
 
 
 def draw_curve(output_dir: Path) -> None:
@@ -49,10 +48,11 @@ def draw_curve(output_dir: Path) -> None:
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Return the exponential running mean, corrected for its start."""
+    """Return the exponential running mean over about a twentieth of the run, corrected for its start."""
+    keep = 1 - 1 / max(len(values) / 20, 1)
     smoothed, mean, weight = [], 0.0, 0.0
     for value in values:
-        mean = SMOOTHING * mean + (1 - SMOOTHING) * value
-        weight = SMOOTHING * weight + (1 - SMOOTHING)
+        mean = keep * mean + (1 - keep) * value
+        weight = keep * weight + (1 - keep)
         smoothed.append(mean / weight)
     return smoothed

@@ -35,16 +35,17 @@ class TrainingData:
 
     def describe(self) -> dict[str, Any]:
         """Return what identifies the data wherever it lies: the order too, for batches depend on it."""
-        pairs = self.train + self.validation
-        root = os.path.commonpath([pair.image.parent for pair in pairs])
-        order = "\n".join(os.path.relpath(pair.image, root) for pair in pairs)
         described = {
             "pairs": len(self.train),
             "fingerprint": fingerprint(self.train),
-            "order": hashlib.sha256(order.encode("utf-8", "surrogateescape")).hexdigest()[:16],
+            "order": _hash_order(self.train),
         }
         if self.validation:
-            described |= {"validation": len(self.validation), "held out": fingerprint(self.validation)}
+            described |= {
+                "held-out pairs": len(self.validation),
+                "held-out fingerprint": fingerprint(self.validation),
+                "held-out order": _hash_order(self.validation),
+            }
         return described
 
 
@@ -144,3 +145,9 @@ def _find_undecodable(images: Sequence[Path], accelerator: Accelerator) -> dict[
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _hash_order(pairs: Sequence[Pair]) -> str:
+    root = os.path.commonpath([pair.image.parent for pair in pairs])
+    names = "\n".join(os.path.relpath(pair.image, root) for pair in pairs)
+    return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:16]
