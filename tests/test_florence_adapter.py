@@ -149,6 +149,23 @@ def test_dora(tmp_path, tensors, base):
     check(tmp_path, tensors, base, LegacyLora(tensors, SEED_TARGETS, dora=True))
 
 
+def test_a_task_type_of_language_models_does_not_lose_the_image(tmp_path, tensors, base):
+    check(tmp_path, tensors, base, LegacyLora(tensors, r".*fc[12]", task_type="SEQ_2_SEQ_LM"))
+
+
+def test_a_saved_embedding_is_the_decoders_alone(tmp_path, tensors, base):
+    """The encoder is given embeddings of `shared`; its own table is never read, in either layout."""
+    lora = LegacyLora(tensors, r".*q_proj", modules_to_save=["embed_tokens"])
+    for name in TIED[1:3]:
+        lora.tensors[name] = tensors[name] + 0.3
+    adapted = load_adapter(copy.deepcopy(base), lora.write(tmp_path / "lora"), FAMILY)
+    model = FAMILY.load(str(write_checkpoint(tmp_path / "merged", tensors | lora.merged)))[0]
+    decoder = model.model.language_model.decoder
+    decoder.embed_tokens = copy.deepcopy(decoder.embed_tokens)
+    decoder.embed_tokens.weight.data += 0.3
+    torch.testing.assert_close(run(adapted), run(model), atol=2e-4, rtol=0)
+
+
 def test_modules_to_save(tmp_path, tensors, base):
     lora = LegacyLora(
         tensors, r".*\.q_proj", modules_to_save=["lm_head", "image_proj_norm", "image_pos_embed"]

@@ -47,6 +47,13 @@ def test_token_ids_come_from_the_text_config():
     assert settings_of(said).items() >= said.items()
 
 
+def test_a_null_says_nothing():
+    assert settings_of({"pad_token_id": None, "num_beams": None}) == TOKENS | AUTHORS_GENERATION
+    raw = {part: {**RAW[part], "window_size": None, "pad_token_id": None} for part in RAW}
+    config = convert_config(raw, SHAPES, tied=True, image_token_id=5)
+    assert (config.vision_config.window_size, config.text_config.pad_token_id) == (12, 1)
+
+
 def test_the_default_length_is_the_originals():
     assert "max_length" not in settings_of({"max_length": 20})
     assert settings_of({"max_length": 64})["max_length"] == 64

@@ -105,7 +105,8 @@ def convert_adapter(
     if absent := sorted({*native.ranks(), *native.saved_modules()} - modules.keys()):
         raise CaptionTrainError(f"--peft_model {folder}: the base has no {shorten(absent)}")
     weights = {PREFIX + name: tensor for name, tensor in native.tensors.items()}
-    return LoraConfig.from_peft_type(**native.config), weights
+    # A task type would make PEFT wrap the model for language tasks, which know no pixels.
+    return LoraConfig.from_peft_type(**native.config | {"task_type": None}), weights
 
 
 def rename_adapter(adapter: Adapter, rename: Callable[[str], str | None]) -> Adapter:

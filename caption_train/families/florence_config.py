@@ -74,9 +74,9 @@ def convert_config(
     """
     from transformers import Florence2Config
 
-    vision = {**VISION_DEFAULTS, **raw.get("vision_config", {})}
+    vision = {**VISION_DEFAULTS, **_said(raw.get("vision_config"))}
     _check_expressible(vision)
-    text = {**TOKEN_IDS, **raw.get("text_config", {})}
+    text = {**TOKEN_IDS, **_said(raw.get("text_config"))}
     tokens = {name: text[name] for name in TOKEN_IDS}
     return Florence2Config(
         vision_config={
@@ -166,13 +166,17 @@ def make_generation_config(
         or (name in OTHER_GENERATION and value != OTHER_GENERATION[name])
     }
     said |= {name: value for name, value in (saved or {}).items() if value is not None}
-    tokens = {name: text_config.get(name, value) for name, value in TOKEN_IDS.items()}
+    tokens = {name: _said(text_config).get(name, value) for name, value in TOKEN_IDS.items()}
     return GenerationConfig(**{**tokens, **(AUTHORS_GENERATION if is_lost(said) else ending), **said})
 
 
 def is_lost(settings: Mapping[str, Any]) -> bool:
     """Say whether generation settings lack what keeps Florence-2 from repeating itself."""
     return all(settings.get(name) is None for name in ("no_repeat_ngram_size", "forced_bos_token_id"))
+
+
+def _said(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {name: value for name, value in (config or {}).items() if value is not None}
 
 
 def _check_expressible(vision: Mapping[str, Any]) -> None:
