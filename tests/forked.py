@@ -4,12 +4,14 @@ import os
 import signal
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from caption_train.cli import run
 
@@ -43,6 +45,8 @@ def start(work: Callable[[], object], log: Path, **environment: str) -> Child:
         sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
         os.environ |= environment
         torch.set_num_threads(1)
+        # Forks of one process share tqdm's own lock, and one that is killed would keep it for ever.
+        tqdm.set_lock(threading.RLock())
 
         def do() -> int:
             work()
