@@ -101,3 +101,9 @@ def test_a_checkpoint_without_position_table_is_named():
     shapes = {name: shape for name, shape in SHAPES.items() if "embed_positions" not in name}
     with pytest.raises(CaptionTrainError, match="embed_positions"):
         convert_config(RAW, shapes, tied=True, image_token_id=5)
+
+
+def test_scaled_embeddings_are_refused():
+    raw = RAW | {"text_config": {"scale_embedding": True}}
+    with pytest.raises(CaptionTrainError, match="scale_embedding"):
+        convert_config(raw, SHAPES, tied=True, image_token_id=5)

@@ -75,8 +75,8 @@ def convert_config(
     from transformers import Florence2Config
 
     vision = {**VISION_DEFAULTS, **_said(raw.get("vision_config"))}
-    _check_expressible(vision)
     text = {**TOKEN_IDS, **_said(raw.get("text_config"))}
+    _check_expressible(vision, text)
     tokens = {name: text[name] for name in TOKEN_IDS}
     return Florence2Config(
         vision_config={
@@ -179,7 +179,7 @@ def _said(config: Mapping[str, Any] | None) -> dict[str, Any]:
     return {name: value for name, value in (config or {}).items() if value is not None}
 
 
-def _check_expressible(vision: Mapping[str, Any]) -> None:
+def _check_expressible(vision: Mapping[str, Any], text: Mapping[str, Any]) -> None:
     for name, supported in EXPRESSIBLE.items():
         value: Any = vision
         for key in name.split("."):
@@ -191,6 +191,10 @@ def _check_expressible(vision: Mapping[str, Any]) -> None:
     if vision["patch_prenorm"][0]:
         raise CaptionTrainError(
             "vision_config.patch_prenorm[0] is true, which the original ignores and transformers does not"
+        )
+    if text.get("scale_embedding"):
+        raise CaptionTrainError(
+            "text_config.scale_embedding is true; the original does not scale the prompt, transformers does"
         )
 
 
