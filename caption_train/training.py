@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class Trainer:
         """Run the loop, save the LoRA to `output_dir`, and return the summary saved beside it."""
         with speak_as_one(self.run.accelerator), Interrupts(self.run.accelerator) as interrupts:
             try:
-                with explain_out_of_memory(self.run.options):
+                with explain_out_of_memory(self.run.options), self._explain_dead_worker():
                     self._loop(interrupts)
                 return self.saver.finish()
             finally:
@@ -69,7 +70,7 @@ class Trainer:
                 if progress.stopped_early:
                     break
                 started, rate = time.perf_counter(), run.lr_scheduler.get_last_lr()[0]
-                micro_batches = self._read(batches, step)
+                micro_batches = [next(batches) for _ in plan.micro_batches(step)]
                 loss, grad_norm = self.update(micro_batches)
                 progress.global_step, progress.last_loss = step + 1, loss
                 progress.seconds += time.perf_counter() - started
@@ -119,18 +120,6 @@ class Trainer:
             self.health.note_bad(loss, micro_batches, overflow=scaled and math.isfinite(loss))
         run.optimizer.zero_grad()
 
-    def _read(self, batches: Iterator[MicroBatch], step: int) -> list[MicroBatch]:
-        """Return this process's micro-batches of a step; a worker that died ends the run in one line."""
-        try:
-            return [next(batches) for _ in self.run.plan.micro_batches(step)]
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise CaptionTrainError(
-                f"--num_workers {self.run.options.num_workers}: a process that reads images died, of too "
-                f"little memory most likely; use fewer; {describe_latest(self.run.options.output_dir)}"
-            ) from error
-
     def _count(self, micro_batches: Sequence[MicroBatch]) -> float:
         """Note what this step reads on all processes; return how many label tokens, 1 if there is none."""
         accelerator, progress = self.run.accelerator, self.run.progress
@@ -142,6 +131,20 @@ class Trainer:
             counts = accelerator.reduce(torch.tensor(counts, device=accelerator.device)).tolist()
         progress.images += counts[1]
         return max(counts[0], 1)
+
+    @contextmanager
+    def _explain_dead_worker(self) -> Iterator[None]:
+        """Tell in one line that a worker died; torch raises it from wherever the loop happens to be."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            options = self.run.options
+            raise CaptionTrainError(
+                f"--num_workers {options.num_workers}: a process that reads images died, most likely of too "
+                f"little memory; use fewer; {describe_latest(options.output_dir)}"
+            ) from error
 
     def _progress_bar(self) -> tqdm:
         plan, accelerator = self.run.plan, self.run.accelerator

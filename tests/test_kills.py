@@ -20,6 +20,7 @@ HARD = {
 }
 OPTIMIZERS = {
     "AdamW with workers": {"num_workers": 2},
+    "every weight": {"train_method": "full", "learning_rate": 1e-4},
     "AdamW8bit": {"optimizer_name": "AdamW8bit", "target_modules": ["mlp.fc1", "mlp.fc2"]},
     "Flora": {"optimizer_name": "Flora", "optimizer_rank": 2},
     "FloraAccelerator": {

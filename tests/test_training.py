@@ -1,7 +1,11 @@
 """The loop against plain PyTorch, and what it does when a run goes wrong."""
 
 import math
+import multiprocessing
+import os
 import random
+import shutil
+import signal
 
 import pytest
 import torch
@@ -40,7 +44,8 @@ def bases(tmp_path_factory):
 @pytest.fixture
 def make_trainer(bases, pairs_dir, tmp_path):
     def make(family: str = "blip", **changes) -> Trainer:
-        options = make_options(family, bases[family], pairs_dir, tmp_path / "out", **changes)
+        dataset_dir = changes.pop("dataset_dir", pairs_dir)
+        options = make_options(family, bases[family], dataset_dir, tmp_path / "out", **changes)
         return prepare_training(options, get_family(family))
 
     return make
@@ -169,3 +174,30 @@ def test_too_many_bad_steps_stop_the_run_naming_files_and_checkpoint(make_traine
     message = str(error.value)
     assert "--max_bad_steps" in message and ".png" in message and "step-000004" in message
     assert "\n" not in message
+
+
+def test_a_worker_that_dies_ends_the_run_in_one_line(make_trainer, tmp_path):
+    trainer = make_trainer(num_workers=1, epochs=40)
+    update = trainer.update
+
+    def kill_worker(micro_batches):
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGKILL)
+        return update(micro_batches)
+
+    trainer.update = kill_worker
+    with pytest.raises(CaptionTrainError, match="--num_workers 1: a process that reads images died"):
+        trainer.train()
+
+
+def test_an_image_that_breaks_during_training_is_left_out_and_counted(make_trainer, pairs_dir, tmp_path):
+    own = shutil.copytree(pairs_dir, tmp_path / "own")
+    trainer = make_trainer(dataset_dir=own, epochs=2)
+    (own / "03.png").write_bytes(b"")
+    (own / "04.png").unlink()
+    summary = trainer.train()
+    assert [line.split(": ")[0].rpartition("/")[2] for line in sorted(summary["skipped_files"])] == [
+        "03.png",
+        "04.png",
+    ]
+    assert summary["images"] == 16

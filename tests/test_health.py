@@ -1,0 +1,56 @@
+"""What a run says of losses that jump."""
+
+from types import SimpleNamespace
+
+import pytest
+from accelerate import Accelerator
+
+from caption_train.dataset import MicroBatch
+from caption_train.health import WARM_UP, Health
+from caption_train.progress import Progress
+
+
+@pytest.fixture
+def health():
+    run = SimpleNamespace(
+        progress=Progress(global_step=1),
+        accelerator=Accelerator(cpu=True),
+        options=SimpleNamespace(max_bad_steps=3, output_dir=None),
+    )
+    return Health(run)
+
+
+def feed(health: Health, losses: list[float]) -> None:
+    for index, loss in enumerate(losses):
+        health.note_good(loss, [MicroBatch({}, [f"{index}.png"], 1, [])])
+        health.run.progress.global_step += 1
+
+
+ORDINARY = [2 + 0.1 * (-1) ** step - 0.01 * step for step in range(3 * WARM_UP)]
+
+
+def test_an_ordinary_run_has_no_spikes(health, capsys):
+    feed(health, ORDINARY)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_loss_that_jumps_is_said_with_its_files(health, capsys):
+    feed(health, [*ORDINARY, 9.0])
+    said = capsys.readouterr().err
+    assert "loss 9.0000 jumped" in said and f"{len(ORDINARY)}.png" in said
+
+
+def test_the_first_steps_are_not_judged(health, capsys):
+    feed(health, [2.0, 9.0, 2.0])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_skipped_step_is_said_and_an_overflow_of_fp16_is_no_bad_step(health, capsys):
+    batch = [MicroBatch({}, ["a.png"], 1, [])]
+    for _ in range(5):
+        health.note_bad(1.0, batch, overflow=True)
+    assert health.run.progress.bad_steps == 0 and capsys.readouterr().err == ""
+    health.note_bad(float("nan"), batch, overflow=False)
+    assert "step 2 skipped" in capsys.readouterr().err
+    feed(health, [1.0])
+    assert health.run.progress.bad_steps == 0 and health.run.progress.skipped_steps == 6
