@@ -74,6 +74,8 @@ def check_case(model, processor, case):
         assert [result.token_ids for result in results] == [
             [token for token in ids[1:] if token != pad] for ids in generated["ids"]
         ], name
+        texts = ["</s>" + processor.tokenizer.decode(result.token_ids) for result in results]
+        assert texts == [text.replace("<pad>", "") for text in generated["text"]]
 
 
 @pytest.mark.parametrize("case", cases("cases"))
