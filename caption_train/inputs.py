@@ -29,7 +29,8 @@ def find_inputs(patterns: Sequence[str], *, recursive: bool = False) -> Inputs:
         inputs.images += _resolve(pattern, recursive, inputs.missing)
     inputs.images = list({path.absolute(): path for path in inputs.images}.values())
     if not inputs.images and not inputs.missing:
-        hint = "" if recursive else " (--recursive looks into the folders inside too)"
+        folders = any(Path(pattern).is_dir() for pattern in patterns)
+        hint = " (--recursive looks into the folders inside too)" if folders and not recursive else ""
         raise UsageError(f"--images {printable(' '.join(patterns))}: no images there{hint}")
     return inputs
 

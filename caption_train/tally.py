@@ -64,7 +64,9 @@ class Tally:
     def lines(self) -> list[str]:
         """Return the summary as lines to print: all unreadable images by name, the first few of the rest."""
         rate = (
-            f" in {self.seconds:.1f} s ({self.written / self.seconds:.2f} images/s)" if self.written and self.seconds else ""
+            f" in {self.seconds:.1f} s ({self.written / self.seconds:.2f} images/s)"
+            if self.written and self.seconds
+            else ""
         )
         lines = [f"{_plural(self.written, 'image')} captioned{rate}"]
         if self.kept:
