@@ -17,7 +17,11 @@ EXAMPLES = Path(__file__).resolve().parent
 sys.path.insert(0, str(EXAMPLES.parent))
 
 # family: (module, name of its TinyFamily in it)
-FAMILIES = {"florence": ("tiny_florence", "FLORENCE"), "blip": ("tiny_blip", "BLIP")}
+FAMILIES = {
+    "florence": ("tiny_florence", "FLORENCE"),
+    "blip": ("tiny_blip", "BLIP"),
+    "moondream": ("pretrain_moondream", "MOONDREAM"),
+}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -38,7 +42,7 @@ def build_base(key: str, args: argparse.Namespace) -> float:
     """Pretrain one family and save it in the ordinary transformers layout; returns its exact match."""
     from transformers.utils.logging import disable_progress_bar
 
-    from examples.pretrain import measure_exact_match, pretrain
+    from examples.pretrain import measure_exact_match
 
     disable_progress_bar()
 
@@ -53,7 +57,7 @@ def build_base(key: str, args: argparse.Namespace) -> float:
     def log(line: str) -> None:
         print(line, flush=True)
 
-    model, processor = pretrain(family, args.seed, save, log)
+    model, processor = family.pretrain(args.seed, save, log)
     return measure_exact_match(family, model, processor, args.seed + 1, count=500)
 
 

@@ -66,6 +66,10 @@ class TinyFamily:
     batch_size: int
     learning_rate: float
 
+    def pretrain(self, seed: int, save: Callable, log: Callable) -> tuple[nn.Module, Any]:
+        """See `pretrain`."""
+        return pretrain(self, seed, save, log)
+
 
 def draw_photo(scene: Scene, rng: np.random.Generator, places=None) -> Image.Image:
     """A picture as the sample set has them: any side, half of them through JPEG."""

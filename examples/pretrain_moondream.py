@@ -1,17 +1,15 @@
-"""Pretraining of the tiny Moondream 2 in an hour instead of a day, without changing what is trained.
+"""Pretraining of the tiny Moondream 2. It trains what `pretrain.py` would, in a third of the time.
 
-Three savings: a scene is told in several captions behind one image, each blind to the others; the vision
-layers that let everything through are left out; and most steps read only the patches with something in them,
-as FLIP does with random ones (Li et al. 2023, arXiv:2212.00794). The last steps read every patch, as
-captioning will.
-
-Legend: B scenes, K captions of each, L tokens of the longest, N patches read of 729, D width.
+A scene is told in several captions behind one image, each blind to the others, and the vision layers that let
+everything through are left out. Legend: B scenes, K captions each, L tokens of the longest, N image tokens, D
+width.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,24 +18,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from examples import tiny_moondream
-from examples.pretrain import (
-    ATTRIBUTES,
-    EMPTY_WEIGHT,
-    TRAIN_STREAM,
-    draw_photo,
-    measure_exact_match,
-    read_cells,
-)
+from examples.pretrain import TRAIN_STREAM, CellHead, draw_photo, measure_exact_match
 from examples.scenes import place_things, sample_scene
 from examples.styles import STYLES, sample_style, write_caption
-from examples.tiny_moondream import TASK_STYLES, TRAINED_LAYERS, make_model
+from examples.tiny_moondream import TASK_STYLES, TRAINED_LAYERS, generate, make_model
 
-STEPS, BATCH_SIZE, LEARNING_RATE = 1800, 32, 2e-3
+STEPS, BATCH_SIZE, LEARNING_RATE = 1000, 24, 2e-3
 CAPTIONS = 3
-PATCHES, BUSY_PATCHES = 150, 115
-FULL_STEPS = 90
-GRID, PATCH, SPOTS = 27, 14, 3
 
 
 class SceneBatches(Dataset):
@@ -52,8 +39,7 @@ class SceneBatches(Dataset):
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng([self.seed, TRAIN_STREAM, step])
-        full = step >= STEPS - FULL_STEPS
-        scenes = [sample_scene(rng) for _ in range(BATCH_SIZE // 2 if full else BATCH_SIZE)]
+        scenes = [sample_scene(rng) for _ in range(BATCH_SIZE)]
         places = [place_things(scene, rng) for scene in scenes]
         images = [draw_photo(scene, rng, where) for scene, where in zip(scenes, places, strict=True)]
         pixels = self.processor.image_processor.preprocess(images, return_tensors="pt")["pixel_values"]
@@ -67,10 +53,10 @@ class SceneBatches(Dataset):
             labels[row, len(prompt) : end] = torch.tensor(answer)
         return {
             "pixel_values": pixels,
-            "patches": choose_patches(pixels, GRID * GRID if full else PATCHES, rng),
             "tokens": tokens.view(len(scenes), CAPTIONS, length),
             "labels": labels.view(len(scenes), CAPTIONS, length),
-            "cells": torch.tensor([read_cells(*each, SPOTS) for each in zip(scenes, places, strict=True)]),
+            "scenes": scenes,
+            "places": places,
         }
 
     def _tell(self, scene: Any, rng: np.random.Generator) -> tuple[list[int], list[int]]:
@@ -81,45 +67,10 @@ class SceneBatches(Dataset):
         return prompt, [*self.processor.text_ids(write_caption(scene, style, rng)), 0]
 
 
-def choose_patches(pixels: torch.Tensor, count: int, rng: np.random.Generator) -> torch.Tensor:
-    """Return the places of `count` patches of each image, [B, N]: the busiest, and others by chance."""
-    patches = pixels.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH)
-    busy = patches.std(dim=(1, 4, 5)).flatten(1)
-    scores = torch.from_numpy(rng.random(busy.shape))
-    rows = torch.arange(len(busy))[:, None]
-    scores[rows, busy.argsort(dim=1, descending=True)[:, :BUSY_PATCHES]] += 1
-    return scores.argsort(dim=1, descending=True)[:, :count].sort(dim=1).values
-
-
-class SpotHead(nn.Module):
-    """Linear classes of what is in each of 3 × 3 spots, from the mean of the image embeddings read there.
-
-    The caption loss alone stays at the prior of the language for long; this head is thrown away afterwards.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.linear = nn.Linear(width, sum(len(names) for names in ATTRIBUTES))
-
-    def forward(self, features: torch.Tensor, patches: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
-        """Return the sum of the attributes' cross entropies; features [B, N, D], cells [B, 9, attributes]."""
-        side = GRID // SPOTS
-        spots = F.one_hot(patches // GRID // side * SPOTS + patches % GRID // side, SPOTS * SPOTS).float()
-        means = spots.transpose(1, 2) @ self.norm(features) / spots.sum(1).clamp(min=1)[..., None]
-        logits = self.linear(means).flatten(0, 1).split([len(names) for names in ATTRIBUTES], dim=1)
-        losses = []
-        for index, part in enumerate(logits):
-            weights = torch.tensor([1.0 if name else EMPTY_WEIGHT for name in ATTRIBUTES[index]])
-            losses.append(F.cross_entropy(part, cells[..., index].flatten(), weights))
-        return torch.stack(losses).sum()
-
-
-def embed_patches(model: nn.Module, pixels: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-    """Return the image embeddings [B, N, D] of the patches alone, through the trained vision layers alone."""
+def embed_images(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """Return the image embeddings [B, N, D], through the trained vision layers alone."""
     tower = model.model.vision_tower
     hidden = tower.embeddings(pixels)
-    hidden = hidden.gather(1, patches[..., None].expand(-1, -1, hidden.shape[-1]))
     for layer in tower.encoder.layers[:TRAINED_LAYERS]:
         hidden = layer(hidden, None)
     hidden = tower.post_layernorm(hidden)
@@ -129,21 +80,20 @@ def embed_patches(model: nn.Module, pixels: torch.Tensor, patches: torch.Tensor)
 
 def caption_loss(model: nn.Module, features: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the mean cross-entropy of all captions, K of them behind each image's features [B, N, D]."""
-    tokens, patches = batch["tokens"], batch["patches"]
+    tokens = batch["tokens"]
     scenes, captions, length = tokens.shape
     embed = model.get_input_embeddings()
     start = embed(torch.zeros(scenes, 1, dtype=torch.long))
     hidden = torch.cat([start, features, embed(tokens.flatten(1))], dim=1)
-    text = (GRID * GRID + 1 + torch.arange(length)).repeat(captions).expand(scenes, -1)
-    positions = torch.cat([torch.zeros(scenes, 1, dtype=torch.long), patches + 1, text], dim=1)
-    prefix = patches.shape[1] + 1
+    prefix = features.shape[1] + 1
+    positions = torch.cat([torch.arange(prefix), (prefix + torch.arange(length)).repeat(captions)])
     owner = torch.cat([torch.full((prefix,), -1), torch.arange(captions).repeat_interleave(length)])
     causal = torch.ones(len(owner), len(owner), dtype=torch.bool).tril()
     mask = (owner == -1) | ((owner[:, None] == owner) & causal)
     outputs = model.model.language_model(
         inputs_embeds=hidden,
         attention_mask=mask.expand(scenes, 1, -1, -1),
-        position_ids=positions,
+        position_ids=positions[None],
         use_cache=False,
     ).last_hidden_state[:, prefix:]
     outputs = outputs.unflatten(1, (captions, length))[:, :, :-1]
@@ -152,12 +102,12 @@ def caption_loss(model: nn.Module, features: torch.Tensor, batch: dict[str, torc
     return F.cross_entropy(model.lm_head(outputs[due]), following[due])
 
 
-def pretrain_moondream(seed: int, save: Callable, log: Callable = print) -> tuple[nn.Module, Any]:
+def pretrain(seed: int, save: Callable, log: Callable = print) -> tuple[nn.Module, Any]:
     """Train the tiny Moondream 2 from random weights; `save(model, processor)` every 200 steps."""
     torch.manual_seed(seed)
     model, processor = make_model()
     model.model.vision_tower.encoder.layers[TRAINED_LAYERS:].requires_grad_(False)
-    head = SpotHead(model.config.hidden_size)
+    head = CellHead(model.config.hidden_size)
     parameters = [p for p in (*model.parameters(), *head.parameters()) if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-2)
     lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(
@@ -166,17 +116,20 @@ def pretrain_moondream(seed: int, save: Callable, log: Callable = print) -> tupl
     started = time.time()
     loader = DataLoader(SceneBatches(processor, seed), batch_size=None, num_workers=1, prefetch_factor=4)
     for step, batch in enumerate(loader, start=1):
-        features = embed_patches(model.train(), batch["pixel_values"], batch["patches"])
+        features = embed_images(model.train(), batch["pixel_values"])
         loss = caption_loss(model, features, batch)
-        spot_loss = head(features, batch["patches"], batch["cells"])
+        cell_loss = head(features, batch["scenes"], batch["places"])
         optimizer.zero_grad()
-        (loss + spot_loss).backward()
+        (loss + cell_loss).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         lr_scheduler.step()
         if step % 50 == 0:
-            log(f"step {step}/{STEPS} loss {loss:.3f} spots {spot_loss:.3f} {time.time() - started:.0f} s")
+            log(f"step {step}/{STEPS} loss {loss:.3f} cells {cell_loss:.3f} {time.time() - started:.0f} s")
         if step % 200 == 0 or step == STEPS:
-            log(f"exact match {measure_exact_match(tiny_moondream, model, processor, seed, count=50):.2f}")
+            log(f"exact match {measure_exact_match(MOONDREAM, model, processor, seed, count=50):.2f}")
             save(model, processor)
     return model.eval(), processor
+
+
+MOONDREAM = SimpleNamespace(name="moondream-tiny", pretrain=pretrain, generate=generate)

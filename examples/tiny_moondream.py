@@ -1,4 +1,4 @@
-"""A Moondream 2 of under a million weights: the real one's layers, crops and image tokens, narrow."""
+"""A Moondream 2 of under two million weights: the real one's crops and vision layers, but 9 large patches."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from examples.styles import STYLES, write_caption
 
 VOCABULARY = 512
 TEXT = {"dim": 128, "ff_dim": 256, "n_layers": 3, "vocab_size": VOCABULARY}
-VISION = {"enc_dim": 32, "enc_n_heads": 1, "enc_ff_dim": 64}
-TRAINED_LAYERS = 3
+VISION = {"enc_dim": 24, "enc_n_heads": 1, "enc_ff_dim": 48, "enc_patch_size": 126}
+TRAINED_LAYERS = 2
 """Vision layers that pretraining trains. The others, of 27, let their input through almost unchanged."""
 
 REGION = {
@@ -67,12 +67,17 @@ def make_templates(tokenizer: PreTrainedTokenizerFast) -> dict:
 
 
 def make_config(tokenizer: PreTrainedTokenizerFast) -> MoondreamConfig:
-    """27 vision layers, crops of 378 pixels, 729 image tokens, heads of 64: the official code's own."""
+    """27 vision layers, crops of 378 pixels and heads of 64 as the official code demands them.
+
+    Not its patches of 14 pixels: 729 image tokens made pretraining 20 times slower, and in an hour on two
+    cores no shape was told from another. A patch of 126 pixels sees a shape whole.
+    """
     return MoondreamConfig(
         text_config=make_text_config(TEXT),
         vision_config=make_vision_config(VISION),
         projector_dim=128,
         region=REGION,
+        overlap_margin=1,
         bos_token_id=0,
         answer_token_id=3,
         templates=make_templates(tokenizer),

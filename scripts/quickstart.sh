@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-usage="usage: bash scripts/quickstart.sh [--family florence|blip]
+usage="usage: bash scripts/quickstart.sh [--family florence|blip|moondream]
 
 Makes .venv, trains a LoRA on examples/shapes/train, captions examples/shapes/heldout with and without it,
 and writes what came out to quickstart/. Run it again as often as you like."
@@ -29,7 +29,11 @@ case $family in
     train=train_blip_network.py caption=inference.py base=examples/bases/blip-tiny
     recipe=(--rank 16 --learning_rate 2e-3 --batch_size 8 --epochs 8)
     ;;
-  *) echo "quickstart.sh: --family ${family:-(nothing)}: there are florence and blip" >&2 && exit 2 ;;
+  moondream)
+    train=train_moondream_lora.py caption=inference_moondream.py base=examples/bases/moondream-tiny
+    recipe=(--rank 16 --learning_rate 2e-3 --batch_size 8 --epochs 8)
+    ;;
+  *) echo "quickstart.sh: --family ${family:-(nothing)}: there are florence, blip, moondream" >&2 && exit 2 ;;
 esac
 
 bash scripts/make_venv.sh

@@ -83,7 +83,7 @@ def test_every_picture_has_one_caption_and_none_leaks():
     assert not captions["train"] & captions["heldout"]
 
 
-@pytest.mark.parametrize("name", ["florence2-tiny", "blip-tiny"])
+@pytest.mark.parametrize("name", ["florence2-tiny", "blip-tiny", "moondream-tiny"])
 def test_a_base_is_small_enough_to_live_in_the_repository(name):
     files = {path.name: path.stat().st_size for path in (BASES / name).iterdir()}
     assert sum(files.values()) <= MAX_BASE_BYTES
@@ -97,13 +97,16 @@ def load_base(name, monkeypatch):
 
     if name == "florence2-tiny":
         from examples.tiny_florence import FLORENCE as family
+    elif name == "moondream-tiny":
+        import caption_train.families.moondream_processor  # noqa: F401  (makes it known to the auto classes)
+        from examples.pretrain_moondream import MOONDREAM as family
     else:
         from examples.tiny_blip import BLIP as family
     model = AutoModelForImageTextToText.from_pretrained(BASES / name)
     return family, model, AutoProcessor.from_pretrained(BASES / name)
 
 
-@pytest.mark.parametrize("name", ["florence2-tiny", "blip-tiny"])
+@pytest.mark.parametrize("name", ["florence2-tiny", "blip-tiny", "moondream-tiny"])
 def test_a_base_captions_unseen_scenes_in_plain_words(name, monkeypatch):
     from examples.pretrain import measure_exact_match
 
@@ -119,7 +122,7 @@ def test_florence_writes_what_the_prompt_asks_for(style, monkeypatch):
     assert measure_exact_match(family, model, processor, seed=2024, style=style, count=20) >= 0.85
 
 
-@pytest.mark.parametrize("name", ["florence2-tiny", "blip-tiny"])
+@pytest.mark.parametrize("name", ["florence2-tiny", "blip-tiny", "moondream-tiny"])
 def test_no_base_speaks_the_house_style(name, monkeypatch):
     family, model, processor = load_base(name, monkeypatch)
     paths = sorted((SHAPES / "heldout").glob("*.txt"))[:20]
