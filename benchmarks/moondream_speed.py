@@ -108,9 +108,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     results = measure(args)
-    print(
-        f"| {args.size} {args.dtype} {args.device} | {args.images} × {args.side} px, {args.prompts} prompts | "
-    )
+    print(f"{args.size} {args.dtype} {args.device}, {args.images} × {args.side} px, {args.prompts} prompts:")
     print(", ".join(f"{name} {value:.3g}" for name, value in results.items()))
 
 
