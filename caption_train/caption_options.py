@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from caption_train.flags import find_below, flag
+from caption_train.flags import LARGEST_SEED, find_above, find_below, flag
 
 _model = partial(flag, group="model")
 _input = partial(flag, group="images")
@@ -59,6 +59,8 @@ class CaptionOptions:
     def check(self) -> list[str]:
         """Return what is wrong with these options, one line each."""
         problems = [] if self.images else ["--images is required"]
+        problems += ["--images is empty; is a variable not set?"] if "" in self.images else []
+        problems += find_above(self, LARGEST_SEED, "seed")
         problems += find_below(self, 1, "beams", "max_token_length", "batch_size")
         problems += find_below(self, 0, "temperature", "seed", "num_workers")
         if not 0 < self.top_p <= 1:

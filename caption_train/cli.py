@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from caption_train.caption_options import CaptionOptions
+from caption_train.command_line import parse_options
 from caption_train.compile_options import CompileOptions
 from caption_train.errors import CaptionTrainError
 from caption_train.families import FAMILIES, get_family
 from caption_train.families.base import Family
-from caption_train.flags import parse_options
 from caption_train.options import TrainOptions
 
 TRAIN = """Train a LoRA for {title} on your own captions.
@@ -86,7 +86,7 @@ def train_main(family_name: str, argv: Sequence[str] | None = None) -> int:
         trainer = prepare_training(options, family)
         summary = trainer.train()
         if trainer.run.accelerator.is_main_process:
-            print_summary(summary, options.output_dir, f"python {family.inference_script}")
+            print_summary(summary, options, family.inference_script)
         return 0
 
     return run(work)
@@ -169,9 +169,10 @@ def run(work: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if type(error).__name__ != "OutOfMemoryError":
+        if not _is_out_of_memory(error):
             raise
-        return _fail(f"out of memory: {str(error).splitlines()[0]} {_SAVERS}", 1)
+        reason = next(iter(str(error).splitlines()), "")
+        return _fail(f"out of memory: {reason} {_SAVERS}", 1)
 
 
 def _quiet_libraries() -> None:
@@ -181,6 +182,14 @@ def _quiet_libraries() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|bitsandbytes|torch")
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether a device or the machine had no memory left, in the words of CUDA or of PyTorch on a CPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    signs = ("out of memory", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 _SAVERS = (

@@ -1,15 +1,12 @@
-"""A command line from a dataclass: parser, `--config file.yaml`, checks. Only a config file needs PyYAML."""
+"""What a flag is: a dataclass field with its help, and how its text becomes a value. No torch."""
 
 import argparse
-import difflib
+import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, field, fields
+from dataclasses import MISSING, field
 from pathlib import Path
 from typing import Any
-
-from caption_train.errors import UsageError
 
 
 def flag(
@@ -42,170 +39,33 @@ def flag(
     return field(default=default, metadata=metadata)
 
 
-def parse_options(
-    options_class: type,
-    argv: Sequence[str] | None = None,
-    *,
-    prog: str,
-    description: str = "",
-    positionals: Sequence[str] = (),
-    defaults: Mapping[str, Any] | None = None,
-    omit: Sequence[str] = (),
-    choices: Mapping[str, Sequence[str]] | None = None,
-) -> Any:
-    """Return an `options_class`: the command line wins, then `--config`, then `defaults`, then the class.
-
-    positionals: fields that may also be given by position. omit: fields this script has no flag for.
-    choices: what a field's help offers here. Raises UsageError with all that is wrong, a line each.
-    """
-    flags = {f.name: f for f in fields(options_class) if "help" in f.metadata and f.name not in omit}
-    defaults = {name: _default_of(f) for name, f in flags.items()} | dict(defaults or {})
-    parser = _build_parser(options_class, flags, prog, description, positionals, defaults, choices or {})
-    given = vars(parser.parse_args(argv))
-    config_path = given.pop("config", None)
-    config = _read_config(config_path, options_class, flags) if config_path else {}
-    options = options_class(**(defaults | config | given))
-    options.sources = dict.fromkeys(config, str(config_path)) | dict.fromkeys(given, "command line")
-    problems = options.check()
-    if problems:
-        raise UsageError("\n".join(problems))
-    return options
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise UsageError(f"{message} (see {self.prog} --help)")
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34)
-
-
-def _build_parser(
-    options_class: type,
-    flags: Mapping[str, Field],
-    prog: str,
-    description: str,
-    positionals: Sequence[str],
-    defaults: Mapping[str, Any],
-    choices: Mapping[str, Sequence[str]],
-) -> argparse.ArgumentParser:
-    usage = f"%(prog)s [flags] {' '.join(positionals)}".rstrip()
-    parser = _Parser(
-        prog, usage=usage, description=description, formatter_class=_Formatter, allow_abbrev=False
-    )
-    parser.add_argument("--config", type=Path, metavar="FILE", default=argparse.SUPPRESS, help=_CONFIG_HELP)
-    hints = typing.get_type_hints(options_class)
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    for name in positionals:
-        parser.add_argument(name, nargs="?", type=_path, default=argparse.SUPPRESS, help=f"as --{name}")
-    for name, flag in flags.items():
-        group = flag.metadata["group"]
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        keywords = _argument(flag, hints[name], defaults[name], choices.get(name))
-        groups[group].add_argument(*flag.metadata["aliases"], f"--{name}", dest=name, **keywords)
-    return parser
-
-
-def _path(value: str) -> Path | str:
+def path(value: str) -> Path | str:
+    """Return the path that a flag names. Empty text is no path: it comes from a variable that is not set."""
     # argparse sends the default of an absent positional through here, and looks for this very object.
-    return value if value is argparse.SUPPRESS else Path(value)
+    if value is argparse.SUPPRESS:
+        return value
+    if not value:
+        raise argparse.ArgumentTypeError("it is empty")
+    return Path(value)
 
 
-METAVARS = {int: "N", float: "X", Path: "PATH"}
-_CONFIG_HELP = "YAML file of flags, by their names without dashes; the command line wins over it"
+def number(value: Any) -> float:
+    """Return a finite number; ValueError for anything else."""
+    if not math.isfinite(result := float(value)):
+        raise ValueError(value)
+    return result
 
 
-def _argument(flag: Field, hint: Any, default: Any, choices: Sequence[str] | None) -> dict[str, Any]:
-    """Return argparse's keywords for one field. Nothing given leaves nothing behind: defaults come later."""
-    choices = choices or flag.metadata["choices"]
-    shown = " ".join(default) if isinstance(default, list) else default
-    help = flag.metadata["help"].replace("%", "%%")
-    if shown not in (None, False, ""):
-        help += f" (default: {shown})".replace("%", "%%")
-    keywords: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help}
-    kind = _kind(hint)
-    if kind is bool:
-        return keywords | {"action": "store_true"}
-    if typing.get_origin(kind) is list:
-        many = {"action": "append"} if flag.metadata["repeated"] else {"action": "extend", "nargs": "+"}
-        return keywords | many | {"type": typing.get_args(kind)[0], "metavar": "NAME"}
-    keywords |= {"type": kind, "metavar": flag.metadata["metavar"] or METAVARS.get(kind, "NAME")}
-    if choices:
-        listed = len(choices) > 5
-        keywords |= {"choices": tuple(choices), "metavar": "NAME" if listed else None}
-        keywords["help"] += f"; one of {' '.join(choices)}" if listed else ""
-    if flag.metadata["const"]:
-        keywords |= {"nargs": "?", "const": flag.metadata["const"]}
-    return keywords
+PARSERS = {Path: path, float: number}
+LARGEST_SEED = 2**31 - 1
+"""numpy takes 32 bits, and every process adds its number to the seed."""
 
 
-def _kind(hint: Any) -> Any:
+def kind_of(hint: Any) -> Any:
     """Return the type behind `X | None`."""
     if isinstance(hint, types.UnionType):
         return next(a for a in typing.get_args(hint) if a is not type(None))
     return hint
-
-
-def _default_of(flag: Field) -> Any:
-    return flag.default if flag.default_factory is MISSING else flag.default_factory()
-
-
-def _read_config(path: Path, options_class: type, flags: Mapping[str, Field]) -> dict[str, Any]:
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"--config {path}: cannot be read as YAML: {reason}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UsageError(f"--config {path}: must be a mapping of flags to values")
-    hints = typing.get_type_hints(options_class)
-    problems, config = [], {}
-    for name, value in values.items():
-        if name not in flags:
-            close = difflib.get_close_matches(str(name), flags, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            problems.append(f"--config {path}: unknown key {name!r}{hint}")
-            continue
-        try:
-            config[name] = _convert(value, hints[name], flags[name])
-        except (TypeError, ValueError):
-            problems.append(f"--config {path}: {name}: {value!r} is not a valid value")
-    if problems:
-        raise UsageError("\n".join(problems))
-    return config
-
-
-def _convert(value: Any, hint: Any, flag: Field) -> Any:
-    """Turn a YAML value into the field's type; ValueError or TypeError where it is none."""
-    kind = _kind(hint)
-    if value is None:
-        if kind is hint and flag.default is not None:
-            raise ValueError
-        return None
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise TypeError
-        return value
-    if flag.metadata["const"] and value is True:
-        return flag.metadata["const"]
-    if flag.metadata["const"] and value is False:
-        return None
-    if typing.get_origin(kind) is list:
-        items = value if isinstance(value, list) else [value]
-        return [typing.get_args(kind)[0](item) for item in items]
-    if isinstance(value, bool | dict | list) or (kind is int and isinstance(value, float)):
-        raise TypeError
-    value = kind(value)
-    if flag.metadata["choices"] and value not in flag.metadata["choices"]:
-        raise ValueError
-    return value
 
 
 def find_below(options: Any, least: int, *names: str) -> list[str]:
@@ -214,4 +74,13 @@ def find_below(options: Any, least: int, *names: str) -> list[str]:
         f"--{name} must be {least} or more, not {value}"
         for name in names
         if (value := getattr(options, name)) is not None and value < least
+    ]
+
+
+def find_above(options: Any, most: int, *names: str) -> list[str]:
+    """Return a line for each of these options that is greater than `most`."""
+    return [
+        f"--{name} must be {most} or less, not {value}"
+        for name in names
+        if (value := getattr(options, name)) > most
     ]

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from caption_train import combinations
-from caption_train.flags import find_below, flag
+from caption_train.flags import LARGEST_SEED, find_above, find_below, flag
 from caption_train.metrics import METRICS
 
 OPTIMIZERS = ("AdamW", "AdamW8bit", "PagedAdamW", "PagedAdamW8bit", "Flora")
@@ -152,10 +152,9 @@ class TrainOptions:
         problems = [
             f"--{name} is required" for name in ("dataset_dir", "output_dir") if getattr(self, name) is None
         ]
-        problems += find_below(self, 1, *_COUNTS) + find_below(
-            self, 0, "keep_tokens", "num_workers", "warmup_steps"
-        )
-        problems += find_below(self, 0, "weight_decay", "seed")
+        problems += find_below(self, 1, *_COUNTS)
+        problems += find_below(self, 0, "keep_tokens", "num_workers", "warmup_steps", "weight_decay", "seed")
+        problems += find_above(self, LARGEST_SEED, "seed")
         problems += [
             f"--{name} must be above 0, not {getattr(self, name)}"
             for name in ("learning_rate", "alpha", "max_grad_norm", "lora_plus_ratio")

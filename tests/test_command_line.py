@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from caption_train.command_line import parse_options
 from caption_train.errors import UsageError
-from caption_train.flags import flag, parse_options
+from caption_train.flags import flag
 
 
 @dataclass
@@ -22,6 +23,7 @@ class Options:
     loud: bool = flag(False, "shout")
     kind: str | None = flag(None, "which kind", choices=("one", "two"), const="one")
     limit: int | None = flag(None, "at most", aliases=("-l",))
+    second: Path | None = flag(None, "another folder")
     sources: dict[str, str] = field(default_factory=dict, compare=False)
 
     def check(self):
@@ -53,6 +55,36 @@ def test_a_flag_given_alone_has_its_constant():
     assert parse("--kind", "--loud").kind == "one"
 
 
+def test_what_follows_a_switch_is_not_taken_for_its_value():
+    assert parse("--kind", "data") == parse("data", "--kind") == Options(Path("data"), kind="one")
+    assert parse("--kind", "two", "data") == Options(Path("data"), kind="two")
+
+
+def test_a_folder_given_twice_or_empty_is_refused():
+    assert parse("data", "--folder", "data").folder == Path("data")
+    with pytest.raises(UsageError, match="give it once"):
+        parse("data", "--folder", "other")
+    with pytest.raises(UsageError, match="empty"):
+        parse("--folder", "")
+
+
+def test_flags_may_stand_between_positions():
+    options = parse_options(
+        Options, ["a", "--count", "2", "b"], prog="prog", positionals=("folder", "second")
+    )
+    assert (options.folder, options.count, options.second) == (Path("a"), 2, Path("b"))
+
+
+def test_yaml_no_is_the_word_where_a_flag_offers_it(tmp_path):
+    choices = {"kind": ("no", "one")}
+    config = tmp_path / "flags.yaml"
+    config.write_text("kind: no\n")
+    assert parse("--config", str(config), choices=choices).kind == "no"
+    config.write_text("kind: two\n")
+    with pytest.raises(UsageError, match="kind: 'two' is not a valid value"):
+        parse("--config", str(config), choices=choices)
+
+
 def test_a_list_given_replaces_the_default():
     assert parse("--words", "x", "--words", "y", "z").words == ["x", "y", "z"]
     assert parse("--endings", ".a", "--endings", ".b").endings == [".a", ".b"]
@@ -67,7 +99,19 @@ def test_all_problems_are_said_at_once():
         parse("--count=-1", "--rate=-1")
 
 
-@pytest.mark.parametrize("argv", ["--count many", "--kind three", "--cuont 1", "a b", "--count", "--coun 1"])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--count many",
+        "--kind=three",
+        "--cuont 1",
+        "a b",
+        "--count",
+        "--coun 1",
+        "--rate nan",
+        "--kind three b",
+    ],
+)
 def test_what_cannot_be_read_is_one_line(argv):
     with pytest.raises(UsageError) as caught:
         parse(*argv.split())
