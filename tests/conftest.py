@@ -14,11 +14,11 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from caption_train.errors import UsageError
+
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
-
-from caption_train.errors import UsageError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CAPTIONS = {"red": "red", "green": "green, large", "blue": "blue, small star", "white": "white, small, large"}
