@@ -10,6 +10,7 @@ from PIL import Image
 
 from caption_train.cli import caption_main, train_main
 from caption_train.collate import IGNORE_INDEX
+from caption_train.errors import UsageError
 from caption_train.families import FAMILIES, get_family
 from caption_train.images import open_image
 from caption_train.lora import copy_lora_b, count_parameters, find_dead_modules, wrap_with_lora
@@ -79,6 +80,38 @@ def test_a_caption_that_is_too_long_is_cut_before_its_end(family, loaded, items)
     labels = collate([items[2]])["labels"][0]
     kept = labels[labels != IGNORE_INDEX]
     assert len(kept) <= 4 and kept[-1] == end_of(processor)
+
+
+def test_a_caption_beyond_the_models_positions_is_cut_to_them(family, loaded, items):
+    model, processor = loaded
+    collate = family.make_collator(processor, prompt=family.default_prompt, max_length=1000)
+    batch = collate([items[0] | {"caption": "red and green " * 300}])
+    limit = model.config.text_config.max_position_embeddings
+    assert max(batch[key].shape[1] for key in ("input_ids", "labels")) == limit
+    assert batch["labels"][0, -1] == end_of(processor)
+    with torch.no_grad():
+        assert model(**batch).loss.isfinite()
+
+
+def test_a_prompt_beyond_the_models_positions_is_one_line(family, loaded, items):
+    model, processor = loaded
+    image, caption = items[0]["image"], items[0]["caption"]
+    words = model.config.text_config.max_position_embeddings * 2
+    while words:
+        prompt = "a " * words
+        try:
+            batch = family.encode(processor, [image], [prompt])
+            break
+        except UsageError as error:
+            assert str(error).startswith("--prompt: ") and "\n" not in str(error)
+            words -= 1 if words < 300 else 50
+    assert words, "no prompt fits"
+    assert len(family.generate(model, processor, batch, max_new_tokens=64, num_beams=1)) == 1
+    train_batch = family.make_collator(processor, prompt=prompt, max_length=64)(
+        [{"image": image, "caption": caption}]
+    )
+    with torch.no_grad():
+        assert model(**train_batch).loss.isfinite()
 
 
 def test_an_empty_caption_trains_the_end_alone(loaded, collate, items):

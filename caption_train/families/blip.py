@@ -50,6 +50,7 @@ class Blip:
         from transformers import BlipForConditionalGeneration, BlipProcessor
 
         from caption_train.families.loading import load_model, load_processor
+        from caption_train.families.positions import note_positions
 
         model = load_model(
             BlipForConditionalGeneration,
@@ -60,14 +61,18 @@ class Blip:
         )
         processor = load_processor(BlipProcessor.from_pretrained, model_id, revision=revision)
         _name_start_token(model, processor)
+        note_positions(model, processor)
         return model, processor
 
     def encode(
         self, processor: BlipProcessor, images: Sequence[Image.Image], prompts: Sequence[str]
     ) -> Batch:
         """Return `pixel_values` [B, 3, H, W], and `[DEC] prompt [SEP]` as `input_ids`, with a mask [B, T]."""
-        pixel_values = processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
+        from caption_train.families.positions import check_prompt_length
+
         rows = [_text_ids(processor, prompt, "") for prompt in prompts]
+        check_prompt_length(max(map(len, rows)) + 1, processor)  # there must be room for a word
+        pixel_values = processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
         return {"pixel_values": pixel_values, **_pad_text(processor, rows)}
 
     def make_collator(
@@ -80,7 +85,7 @@ class Blip:
         self, model: BlipForConditionalGeneration, processor: BlipProcessor, batch: Batch, **settings: Any
     ) -> list[Generated]:
         """Caption a batch; see `Family.generate`. Rows with prompts of one length go through together."""
-        from caption_train.families.generation import limit_new_tokens
+        from caption_train.families.positions import limit_new_tokens
 
         lengths = batch["attention_mask"].sum(dim=1)
         results: list[Generated | None] = [None] * len(lengths)
@@ -130,12 +135,16 @@ class BlipCollator:
 def _text_ids(
     processor: BlipProcessor, prompt: str, caption: str, max_length: int | None = None
 ) -> list[int]:
-    """Return `[DEC] prompt caption [SEP]`; caption and `[SEP]` take at most `max_length` tokens."""
+    """Return `[DEC] prompt caption [SEP]`, which fits the model's positions if the prompt does.
+
+    Caption and `[SEP]` take at most `max_length` tokens.
+    """
     tokenizer = processor.tokenizer
-    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    caption_ids = tokenizer(caption, add_special_tokens=False)["input_ids"]
+    prompt_ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    caption_ids = tokenizer(caption, add_special_tokens=False, verbose=False)["input_ids"]
     if max_length is not None:
-        caption_ids = caption_ids[: max_length - 1]
+        room = tokenizer.model_max_length - 1 - len(prompt_ids)
+        caption_ids = caption_ids[: min(max_length, room) - 1]
     return [tokenizer.bos_token_id, *prompt_ids, *caption_ids, tokenizer.sep_token_id]
 
 

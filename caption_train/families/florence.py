@@ -58,6 +58,7 @@ class Florence:
 
         from caption_train.families.florence_files import find_checkpoint
         from caption_train.families.florence_legacy import load_legacy, load_native
+        from caption_train.families.positions import note_positions
 
         check_transformers()
         checkpoint = find_checkpoint(model_id, revision)
@@ -66,12 +67,18 @@ class Florence:
 
             checkpoint = use_native_copy(checkpoint)
         load = load_legacy if checkpoint.is_legacy else load_native
-        return load(checkpoint, dtype=dtype or torch.float32, quantization_config=quantization_config)
+        model, processor = load(
+            checkpoint, dtype=dtype or torch.float32, quantization_config=quantization_config
+        )
+        note_positions(model, processor)
+        return model, processor
 
     def encode(
         self, processor: Florence2Processor, images: Sequence[Image.Image], prompts: Sequence[str]
     ) -> Batch:
         """Return `pixel_values` [B, 3, H, W]; `input_ids`, `attention_mask` [B, T] of image and prompt."""
+        from caption_train.families.positions import check_prompt_length
+
         texts = [expand_prompt(prompt) for prompt in prompts]
         for text in texts:
             if processor.image_token in text:
@@ -79,8 +86,14 @@ class Florence:
                     f"--prompt: {processor.image_token} stands for the image and cannot be in a text"
                 )
         batch = processor(
-            text=texts, images=list(images), padding=True, padding_side="right", return_tensors="pt"
+            text=texts,
+            images=list(images),
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+            verbose=False,
         )
+        check_prompt_length(batch["input_ids"].shape[1], processor)
         return {name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask")}
 
     def make_collator(
@@ -101,7 +114,7 @@ class Florence:
         The checkpoint's `forced_eos_token_id` ends a caption at the token limit too, so there the end token
         says nothing: such a caption counts as cut.
         """
-        from caption_train.families.generation import limit_new_tokens
+        from caption_train.families.positions import limit_new_tokens
 
         defaults = model.generation_config
         settings = limit_new_tokens(settings, model.config.text_config, used=1)
@@ -185,7 +198,7 @@ class FlorenceCollator:
     def _label_ids(self, caption: str) -> list[int]:
         tokenizer = self.processor.tokenizer
         room = min(self.max_length, tokenizer.model_max_length) - 2
-        ids = tokenizer(caption, add_special_tokens=False)["input_ids"][: max(room, 0)]
+        ids = tokenizer(caption, add_special_tokens=False, verbose=False)["input_ids"][: max(room, 0)]
         return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
 
 

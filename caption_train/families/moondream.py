@@ -54,6 +54,7 @@ class Moondream:
         from caption_train.families.moondream_model import MoondreamForConditionalGeneration
         from caption_train.families.moondream_official import read_tokenizer
         from caption_train.families.moondream_processor import MoondreamProcessor
+        from caption_train.families.positions import note_positions
 
         revision = self._release(model_id, revision)
         model = load_model(
@@ -64,16 +65,23 @@ class Moondream:
             quantization_config=quantization_config,
         )
         if (Path(model_id) / "processor_config.json").is_file():
-            return model, MoondreamProcessor.from_pretrained(model_id)
-        with explained(model_id):
-            tokenizer = read_tokenizer(model_id, revision, model.config.bos_token_id)
-        return model, MoondreamProcessor.from_config(model.config, tokenizer)
+            processor = MoondreamProcessor.from_pretrained(model_id)
+        else:
+            with explained(model_id):
+                tokenizer = read_tokenizer(model_id, revision, model.config.bos_token_id)
+            processor = MoondreamProcessor.from_config(model.config, tokenizer)
+        note_positions(model, processor)
+        return model, processor
 
     def encode(
         self, processor: MoondreamProcessor, images: Sequence[Image.Image], prompts: Sequence[str]
     ) -> Batch:
         """Return the batch of `MoondreamProcessor`: one flat list of crops, and how each image is tiled."""
-        return dict(processor(list(images), list(prompts)))
+        from caption_train.families.positions import check_prompt_length
+
+        batch = dict(processor(list(images), list(prompts)))
+        check_prompt_length(batch["input_ids"].shape[1] + 2, processor)  # there must be room for a word
+        return batch
 
     def make_collator(
         self, processor: MoondreamProcessor, *, prompt: str, max_length: int
@@ -89,6 +97,9 @@ class Moondream:
         **settings: Any,
     ) -> list[Generated]:
         """Caption a batch; see `Family.generate`."""
+        from caption_train.families.positions import limit_new_tokens
+
+        settings = limit_new_tokens(settings, model.config.text_config, used=batch["input_ids"].shape[1])
         sequences = model.generate(**batch, **settings)
         answers = sequences[:, batch["input_ids"].shape[1] :].tolist()
         return [_to_generated(processor, ids) for ids in answers]
@@ -128,7 +139,9 @@ class MoondreamCollator:
         from caption_train.collate import IGNORE_INDEX
 
         prompts = [item.get("prompt") or self.prompt for item in items]
-        answers = [self._answer_ids(item["caption"]) for item in items]
+        answers = [
+            self._answer_ids(prompt, item["caption"]) for prompt, item in zip(prompts, items, strict=True)
+        ]
         batch = dict(self.processor([item["image"] for item in items], prompts, answers))
         labels = torch.full_like(batch["input_ids"], IGNORE_INDEX)
         lengths = batch["attention_mask"].sum(dim=1).tolist()
@@ -137,9 +150,14 @@ class MoondreamCollator:
         first = self.processor.image_seq_length
         return batch | {"labels": labels, "logits_to_keep": torch.arange(first, labels.shape[1])}
 
-    def _answer_ids(self, caption: str) -> list[int]:
-        ids = self.processor.text_ids(caption)[: self.max_length - 1]
-        return [*ids, self.processor.tokenizer.eos_token_id]
+    def _answer_ids(self, prompt: str, caption: str) -> list[int]:
+        from caption_train.families.positions import check_prompt_length
+
+        tokenizer = self.processor.tokenizer
+        used = 1 + self.processor.image_seq_length + len(self.processor.prompt_ids(prompt))
+        check_prompt_length(used + 2, self.processor)
+        most = min(self.max_length, tokenizer.model_max_length - used)
+        return [*self.processor.text_ids(caption)[: most - 1], tokenizer.eos_token_id]
 
 
 def _to_generated(processor: MoondreamProcessor, ids: list[int]) -> Generated:

@@ -86,7 +86,7 @@ class MoondreamProcessor(ProcessorMixin):
 
     def text_ids(self, text: str) -> list[int]:
         """Return the ids of plain text, with no token added."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def __call__(
         self,
