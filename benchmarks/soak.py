@@ -124,7 +124,8 @@ def main(argv: list[str] | None = None) -> int:
                 options = make_options(work, work / "killed", arguments.setup, resume="auto")
                 process_id = start(options, work / "log")
                 if killed < arguments.kills:
-                    time.sleep(rng.uniform(0.0, seconds))
+                    # Half a run at most, so that most of the kills strike.
+                    time.sleep(rng.uniform(0.0, seconds / 2))
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(process_id, signal.SIGKILL)
                 code = wait(process_id)

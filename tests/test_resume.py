@@ -95,8 +95,9 @@ def test_other_versions_are_said_not_refused(resume, monkeypatch, capsys):
 
 
 def test_a_finished_run_has_nothing_left_to_do(resume, finished):
-    summary = resume().train()
-    assert summary == json.loads((finished / "summary.json").read_text())
+    again, before = resume().train(), json.loads((finished / "summary.json").read_text())
+    # What this process has held at most is all that may have changed.
+    assert again | {"peak_memory_bytes": 0} == before | {"peak_memory_bytes": 0}
 
 
 def test_more_epochs_go_on_along_the_longer_schedule(resume, capsys):
