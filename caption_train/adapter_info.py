@@ -1,4 +1,4 @@
-"""What an adapter folder says of itself, known before any model is loaded. Standard library only."""
+"""What an adapter's or a trained model's folder says of itself, before anything is loaded. No torch."""
 
 import json
 from collections.abc import Iterable
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.families import FAMILIES, get_family
 from caption_train.model_card import TRAINING_FILE
 
 
@@ -27,6 +28,8 @@ def read_adapter(folder: Path | str) -> AdapterInfo:
     if not folder.is_dir():
         raise UsageError(f"--peft_model {folder}: there is no such folder")
     config = _read_json(folder / "adapter_config.json")
+    if config is None and (folder / "config.json").is_file():
+        raise UsageError(f"--peft_model {folder}: a full model: use --base_model {folder}")
     if config is None:
         raise UsageError(f"--peft_model {folder}: holds no adapter_config.json, so it is no PEFT adapter")
     training = _read_json(folder / TRAINING_FILE) or {}
@@ -39,13 +42,26 @@ def read_adapter(folder: Path | str) -> AdapterInfo:
     )
 
 
+def read_base_prompt(base_model: str, family: str) -> str | None:
+    """Return the prompt that a model in a local folder was trained with, None where nothing is said.
+
+    Raises UsageError when it is of another family.
+    """
+    training = _read_json(Path(base_model) / TRAINING_FILE) or {}
+    _check_family(f"--base_model {base_model}", training.get("family"), family)
+    return training.get("prompt")
+
+
 def check_base(adapter: AdapterInfo, family: str, base_model: str, base_models: Iterable[str]) -> None:
     """Raise UsageError when the adapter was trained on another base than `base_model`, before anything loads.
 
     A base that is a folder may have been moved, so only two ids of the hub are known to differ.
     """
-    if adapter.family not in (None, family):
-        raise UsageError(f"--peft_model {adapter.folder}: trained on {adapter.family}, not on {family}")
+    _check_family(f"--peft_model {adapter.folder}", adapter.family, family)
+    if base_model == adapter.base_model and Path(base_model).is_absolute() and not Path(base_model).is_dir():
+        raise UsageError(
+            f"--peft_model {adapter.folder}: trained on {base_model}, which is gone; give --base_model"
+        )
     known = set(base_models)
     if adapter.base_model in known and base_model in known and adapter.base_model != base_model:
         raise UsageError(
@@ -53,10 +69,16 @@ def check_base(adapter: AdapterInfo, family: str, base_model: str, base_models: 
         )
 
 
+def _check_family(what: str, trained: str | None, family: str) -> None:
+    if trained not in (None, family):
+        script = f"; caption with {get_family(trained).inference_script}" if trained in FAMILIES else ""
+        raise UsageError(f"{what}: trained on {trained}, not on {family}{script}")
+
+
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise CaptionTrainError(f"{path}: cannot be read: {error}") from error

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caption_train.adapter_info import check_base, read_adapter
+from caption_train.adapter_info import check_base, read_adapter, read_base_prompt
 from caption_train.caption_options import CaptionOptions
 from caption_train.captions import printable
 from caption_train.drawings import Drawings
@@ -132,7 +132,10 @@ class CaptionJob:
                 revision = revision or adapter.revision
         if model_id == family.model_id:
             revision = revision or family.revision
-        prompt = family.default_prompt if prompt is None else prompt
+        base_prompt = read_base_prompt(model_id, family.name)
+        prompt = next(p for p in (prompt, base_prompt, family.default_prompt) if p is not None)
+        if check_prompt := getattr(family, "check_prompt", None):
+            check_prompt(prompt)
         pending = self.outputs.find_pending(inputs.images)
         return Plan(inputs.images, pending, inputs.missing, model_id, revision, prompt)
 

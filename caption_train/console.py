@@ -1,8 +1,8 @@
 """What a training run prints: its resolved settings at the start, what became of them at the end."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from caption_train.dataset import BatchPlan
-from caption_train.model_card import TrainingRecord
+from caption_train.model_card import TrainingRecord, name_flag
 from caption_train.options import TrainOptions
 
 GIB = 1024**3
@@ -46,7 +46,7 @@ def print_settings(
     )
 
 
-def print_summary(summary: Mapping[str, Any], output_dir: Path, script: str) -> None:
+def print_summary(summary: Mapping[str, Any], options: TrainOptions, script: str) -> None:
     """Print how the run ended and the command that uses what it made."""
     console = Console(stderr=True, markup=False, highlight=False)
     console.print(
@@ -58,6 +58,8 @@ def print_summary(summary: Mapping[str, Any], output_dir: Path, script: str) -> 
         console.print(f"{summary['skipped_steps']} steps were skipped: loss or gradient was not finite")
     for reason in summary["skipped_files"]:
         console.print(f"skipped {reason}")
-    console.print(
-        f"saved to {output_dir}; caption with:\n  {script} --peft_model {output_dir} --images FOLDER"
+    folder = options.output_dir
+    command = shlex.join(
+        ["python", script, name_flag(options.train_method), str(folder), "--images", "FOLDER"]
     )
+    console.print(f"saved to {folder}; caption with:\n  {command}")

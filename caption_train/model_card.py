@@ -1,4 +1,4 @@
-"""What a saved adapter says of itself: training.json for programs, README.md for people. No torch."""
+"""What a saved LoRA or model says of itself: training.json for programs, README.md for people. No torch."""
 
 import json
 import platform
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from caption_train import __version__
+from caption_train.families import get_family
 from caption_train.files import write_atomically
 from caption_train.options import TrainOptions
 
@@ -18,7 +19,7 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "flor
 
 @dataclass
 class TrainingRecord:
-    """Where a LoRA comes from: enough to load it, to resume it, and to refuse the wrong base."""
+    """Where a LoRA or a model comes from: enough to load it, to resume it, and to refuse the wrong base."""
 
     family: str
     base_model: str
@@ -59,41 +60,38 @@ def write_card(folder: Path, record: TrainingRecord, extra: Mapping[str, Any]) -
     write_atomically(folder / "README.md", _card(record, extra))
 
 
+def name_flag(train_method: str) -> str:
+    """Return the flag of the inference scripts that takes what this method makes."""
+    return "--peft_model" if train_method == "lora" else "--base_model"
+
+
 def _card(record: TrainingRecord, extra: Mapping[str, Any]) -> str:
     options = record.options
+    is_lora = options["train_method"] == "lora"
     is_hub_id = not Path(record.base_model).is_absolute()
-    front = [
-        "---",
-        "library_name: peft" if options["train_method"] == "lora" else "library_name: transformers",
-    ]
+    front = ["---", f"library_name: {'peft' if is_lora else 'transformers'}"]
     front += [f"base_model: {record.base_model}"] if is_hub_id else []
     front += ["pipeline_tag: image-to-text", "tags:", "- image-captioning", f"- {record.family}"]
-    front += ["- lora"] if options["train_method"] == "lora" else []
-    shown = (
-        "rank",
-        "alpha",
-        "dropout",
-        "learning_rate",
-        "batch_size",
-        "gradient_accumulation_steps",
-        "epochs",
-    )
+    front += ["- lora"] if is_lora else []
+    shown = ["rank", "alpha", "dropout"] if is_lora else []
+    shown += ["learning_rate", "batch_size", "gradient_accumulation_steps", "epochs"]
     rows = [f"| {name} | {options[name]} |" for name in shown]
     rows += [f"| {name} | {value} |" for name, value in extra.items() if value is not None]
-    script = {"blip": "inference.py"}.get(record.family, f"inference_{record.family}.py")
+    script = get_family(record.family).inference_script
+    base = f"--base_model {record.base_model} " if is_lora else ""
     return "\n".join(
         [
             *front,
             "---",
             "",
-            f"# {options['name'] or 'Captioning LoRA'}",
+            f"# {options['name'] or ('Captioning LoRA' if is_lora else 'Captioning model')}",
             "",
             f"Captions images in the style of {record.dataset['pairs']} image/caption pairs. "
             f"Base: `{record.base_model}`. Prompt: `{record.prompt or 'none'}`. "
             f"{record.trainable_parameters:,} of {record.total_parameters:,} parameters were trained.",
             "",
             "```bash",
-            f"python {script} --base_model {record.base_model} --peft_model . --images path/to/images",
+            f"python {script} {base}{name_flag(options['train_method'])} . --images path/to/images",
             "```",
             "",
             "| | |",

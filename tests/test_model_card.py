@@ -1,0 +1,42 @@
+"""What a trained folder tells a person to do with it."""
+
+import pytest
+
+from caption_train.console import print_summary
+from caption_train.model_card import TrainingRecord, write_card
+from caption_train.options import TrainOptions
+
+OPTIONS = {"name": None, "rank": 4, "alpha": 8, "dropout": 0.0, "learning_rate": 1e-4, "batch_size": 1}
+OPTIONS |= {"gradient_accumulation_steps": 1, "epochs": 2}
+
+
+def read_card(folder, train_method: str) -> str:
+    options = OPTIONS | {"train_method": train_method}
+    record = TrainingRecord(
+        "florence", "base", None, "<CAPTION>", options, {"pairs": 3}, {"caption-train": "1"}, 5, 10
+    )
+    write_card(folder, record, {"loss": 0.5})
+    return (folder / "README.md").read_text()
+
+
+def test_the_card_of_a_lora_names_its_base_and_the_lora(tmp_path):
+    card = read_card(tmp_path, "lora")
+    assert "python inference_florence.py --base_model base --peft_model . --images" in card
+    assert "# Captioning LoRA" in card and "| rank | 4 |" in card
+
+
+def test_the_card_of_a_full_model_speaks_of_no_lora(tmp_path):
+    card = read_card(tmp_path, "full")
+    assert "python inference_florence.py --base_model . --images" in card
+    assert "library_name: transformers" in card
+    assert all(word not in card for word in ("LoRA", "lora", "rank", "peft", "alpha"))
+
+
+@pytest.mark.parametrize(("method", "flag"), [("lora", "--peft_model"), ("full", "--base_model")])
+def test_the_last_line_of_a_run_can_be_run(tmp_path, capsys, method, flag):
+    options = TrainOptions(dataset_dir=tmp_path, output_dir=tmp_path / "a b", train_method=method)
+    summary = {"global_step": 1, "train_seconds": 1.0, "images_per_second": 1.0, "loss": 0.5}
+    summary |= {"peak_memory_bytes": 1, "skipped_steps": 0, "skipped_files": []}
+    print_summary(summary, options, "inference.py")
+    shown = "".join(capsys.readouterr().err.split())
+    assert f"pythoninference.py{flag}'{tmp_path}/ab'--imagesFOLDER" in shown
