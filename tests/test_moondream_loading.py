@@ -183,6 +183,8 @@ def test_revision_says_what_a_folder_does_not(tmp_path, release):
     assert found.prefix_attention == (found.crops == "overlap") == (release != "2024-08-26")
     with pytest.raises(UsageError, match="CodeGen"):
         FAMILY.load(str(folder), revision=release)
+    with pytest.raises(UsageError, match=r"--revision 2025: the releases .* are 2024-08-26, 2025-01-09"):
+        FAMILY.load(str(folder), revision="2025")
 
 
 @needs_fixtures

@@ -25,6 +25,7 @@ STARMIE = ("moondream/starmie-v1", "35192e10a54e36eabe0a7cc57a2c1aab371cafc5")
 _NOT_WEIGHTS = re.compile(r"kv_cache|attn_mask|freqs_cis|inv_freq")
 """Buffers that the official training script saves among the weights."""
 
+_RELEASES = ", ".join(name for name in REVISIONS if len(name) == len("2025-06-21"))
 _DIMENSIONS = {
     "text": {
         "dim": ("text.wte", 1),
@@ -65,6 +66,8 @@ def read_official(
         names = _new_names(list(raw))
         if names is None:
             return None
+        if Path(model_id).is_dir() and revision not in (None, *REVISIONS):
+            raise UsageError(f"--revision {revision}: the releases of Moondream 2 are {_RELEASES}")
         shapes = {new: raw[name].get_slice(name).get_shape() for new, name in names.items()}
         config = _describe(folder, shapes, "text_model.lm_head.ln.weight" in raw, revision)
         tensors = {new: raw[name].get_tensor(name) for new, name in names.items()}
@@ -152,7 +155,7 @@ def read_tokenizer(model_id: str | Path, revision: str | None, bos_token_id: int
         raise UsageError(
             f"--model_id {model_id}: its tokenizer.json is {_tokenizer_name(found)}, but its weights were "
             f"trained with {_tokenizer_name(bos_token_id)}: put that tokenizer.json there, or name the "
-            f"release of the weights with --revision ({', '.join(r for r in REVISIONS if len(r) == 10)})"
+            f"release of the weights with --revision ({_RELEASES})"
         )
     return tokenizer
 
