@@ -1,7 +1,7 @@
 """Which images `--images` means: files, folders, globs and list files. Standard library only."""
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +25,7 @@ class Inputs:
 def find_inputs(patterns: Sequence[str], *, recursive: bool = False) -> Inputs:
     """Resolve the values of `--images`. Raises UsageError where one names nothing, or no image is found."""
     inputs = Inputs()
-    for pattern in patterns:
+    for pattern in _without_sidecars(patterns):
         inputs.images += _resolve(pattern, recursive, inputs.missing)
     inputs.images = list({path.absolute(): path for path in inputs.images}.values())
     if not inputs.images and not inputs.missing:
@@ -33,6 +33,23 @@ def find_inputs(patterns: Sequence[str], *, recursive: bool = False) -> Inputs:
         hint = " (--recursive looks into the folders inside too)" if folders and not recursive else ""
         raise UsageError(f"--images {printable(' '.join(patterns))}: no images there{hint}")
     return inputs
+
+
+def _without_sidecars(patterns: Sequence[str]) -> list[str]:
+    """Return the values without what a shell's `photos/*` adds to images: their captions, metadata.jsonl."""
+    if len(patterns) == 1:
+        return list(patterns)
+    images = [path for path in map(Path, patterns) if path.suffix.lower() in IMAGE_SUFFIXES]
+    # a.txt and a.png.txt are both captions of a.png.
+    captions = {path.with_suffix("") for path in images} | set(images)
+    return [p for p in patterns if not (Path(p).name == "metadata.jsonl" or _is_sidecar(Path(p), captions))]
+
+
+def _is_sidecar(path: Path, captions: Collection[Path]) -> bool:
+    if path.suffix.lower() not in LIST_SUFFIXES:
+        return False
+    beside = (path.with_suffix(suffix) for suffix in IMAGE_SUFFIXES)
+    return path.with_suffix("") in captions or any(image.is_file() for image in beside)
 
 
 def _resolve(pattern: str, recursive: bool, missing: list[str]) -> list[Path]:

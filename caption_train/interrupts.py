@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from caption_train.errors import CaptionTrainError
+from caption_train.launcher import name_launch, read_command
 
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
@@ -59,7 +60,8 @@ class Interrupts:
     def leave(self, checkpoint: Path) -> None:
         """Raise Interrupted, naming the command that goes on from here."""
         name = signal.Signals(self.number).name
-        command = shlex.join([sys.argv[0], *_without_resume(sys.argv[1:]), "--resume", "auto"])
+        start = name_launch(sys.argv[0], read_command(os.getppid()))
+        command = shlex.join([*start, sys.argv[0], *_without_resume(sys.argv[1:]), "--resume", "auto"])
         raise Interrupted(f"{name}: saved to {checkpoint}; go on with: {command}", self.number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -29,6 +29,17 @@ def read_command(process_id: int) -> list[str]:
     return [part.decode(errors="replace") for part in command.split(b"\0") if part]
 
 
+def name_launch(script: str, command: list[str]) -> list[str]:
+    """Return what stands before `script` to start it as the parent, whose command line this is, did."""
+    if script not in command or not (_is_accelerate(command) or _is_torchrun(command)):
+        return ["python"]
+    before = command[: command.index(script)]
+    if Path(before[0]).name.startswith("python"):
+        is_program = len(before) > 1 and not before[1].startswith("-")
+        before = before[1:] if is_program else ["python", *before[1:]]
+    return [Path(before[0]).name, *before[1:]]
+
+
 def describe_missing_processes(command: list[str], num_processes: int) -> str | None:
     """Return a line when `accelerate launch` was asked for more processes than run, None if all is well.
 
@@ -47,6 +58,10 @@ def _end_with_parent() -> None:
     """Have the system send SIGTERM when the parent dies, which forwards none and would leave an orphan."""
     # A call of Linux; elsewhere there is no /proc to know the parent from either.
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _is_torchrun(command: list[str]) -> bool:
+    return any(Path(part).name in ("torchrun", "torch.distributed.run") for part in command[:4])
 
 
 def _is_accelerate(command: list[str]) -> bool:

@@ -79,3 +79,13 @@ def test_what_names_no_image_is_refused(folder, pattern, message):
     (folder / "binary.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match=message):
         find_inputs([str(folder / pattern)])
+
+
+def test_what_a_shell_adds_to_images_is_no_list(folder):
+    for name in ("img10.txt", "img2.JPG.txt", "list.txt", "metadata.jsonl"):
+        (folder / name).write_text("sub/deep/c.webp\n")
+    every = ("img10.png", "img10.txt", "img2.JPG", "img2.JPG.txt", "metadata.jsonl")
+    assert names(folder, *every) == ["img10.png", "img2.JPG"]
+    assert names(folder, *every, "list.txt") == ["img10.png", "img2.JPG", "sub/deep/c.webp"]
+    assert names(folder, "img2.JPG", "img10.txt") == ["img2.JPG"]
+    assert names(folder, "img10.txt") == ["sub/deep/c.webp"]

@@ -2,7 +2,7 @@
 
 import os
 
-from caption_train.launcher import describe_missing_processes, notice_launcher, read_command
+from caption_train.launcher import describe_missing_processes, name_launch, notice_launcher, read_command
 
 ACCELERATE = [
     "/venv/bin/python",
@@ -39,3 +39,16 @@ def test_the_command_of_a_process_is_read_and_one_that_is_gone_has_none():
 def test_a_run_that_nothing_launched_is_left_alone(capsys):
     notice_launcher(1)
     assert capsys.readouterr().err == ""
+
+
+def test_the_command_that_launched_a_run_is_told_as_it_would_be_typed():
+    script = "train.py"
+    assert name_launch(script, ["bash"]) == ["python"]
+    assert name_launch(script, ["bash", script]) == ["python"]
+    assert name_launch(script, [*ACCELERATE, "--epochs", "2"]) == [
+        *("accelerate", "launch", "--cpu", "--num_processes", "2")
+    ]
+    torchrun = ["/venv/bin/python3.11", "/venv/bin/torchrun", "--nproc_per_node", "2", script]
+    assert name_launch(script, torchrun) == ["torchrun", "--nproc_per_node", "2"]
+    module = ["/venv/bin/python", "-m", "torch.distributed.run", "--standalone", script]
+    assert name_launch(script, module) == ["python", "-m", "torch.distributed.run", "--standalone"]
