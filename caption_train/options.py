@@ -152,7 +152,7 @@ class TrainOptions:
         problems = [
             f"--{name} is required" for name in ("dataset_dir", "output_dir") if getattr(self, name) is None
         ]
-        problems += find_below(self, 1, *_COUNTS)
+        problems += find_below(self, 1, *_COUNTS) + find_below(self, 2, "max_length")
         problems += find_below(self, 0, "keep_tokens", "num_workers", "warmup_steps", "weight_decay", "seed")
         problems += find_above(self, LARGEST_SEED, "seed")
         problems += [
@@ -207,7 +207,6 @@ _COUNTS = (
         "batch_size",
         "gradient_accumulation_steps",
         "epochs",
-        "max_length",
     ),
     *("optimizer_rank", "accumulation_rank"),
     *("save_every_n_epochs", "save_every_n_steps", "sample_every_n_epochs", "sample_every_n_steps"),

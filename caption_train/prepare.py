@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -58,6 +59,8 @@ def prepare_training(options: TrainOptions, family: Family) -> Trainer:
     check_agreement(accelerator, {"dataset": record.dataset, **record.options})
     set_seed(options.seed)
     model, processor = load_trainable(options, family, accelerator, checkpoint)
+    # A prompt too long for this model is better refused here than in a process that reads images.
+    family.encode(processor, [Image.new("RGB", (32, 32))], [record.prompt])
     record.trainable_parameters, record.total_parameters = count_parameters(model)
     plan = _make_plan(options, len(data.train), accelerator)
     optimizer = make_optimizer(options, model)
@@ -171,12 +174,18 @@ def load_trainable(
 
 
 def make_record(options: TrainOptions, family: Family, data: TrainingData) -> TrainingRecord:
-    """Return what the saved LoRA will say of where it comes from; parameters are counted later."""
+    """Return what the saved LoRA will say of where it comes from; parameters are counted later.
+
+    Raises UsageError for a prompt that the family cannot read.
+    """
+    prompt = next(p for p in (options.prompt, options.task, family.default_prompt) if p is not None)
+    if check_prompt := getattr(family, "check_prompt", None):
+        check_prompt(prompt)
     return TrainingRecord(
         family=family.name,
         base_model=_base_name(options),
         revision=options.revision,
-        prompt=next(p for p in (options.prompt, options.task, family.default_prompt) if p is not None),
+        prompt=prompt,
         options=describe_options(options),
         dataset=data.describe(),
         versions=find_versions(),

@@ -8,8 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from caption_train.cli import caption_main, train_main
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import get_family
+from caption_train.families.florence import Florence
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +137,26 @@ def test_a_prompt_that_cannot_work_is_refused(family, loaded, items, prompt):
     _, processor = loaded
     with pytest.raises(UsageError, match=r"prompt|after it"):
         family.encode(processor, [items[0]["image"]], [prompt])
+
+
+@pytest.mark.parametrize("prompt", ["<OD> cat", "<image>", "<REGION_TO_OCR>"])
+def test_a_prompt_that_cannot_work_is_refused_before_anything_loads(
+    prompt, monkeypatch, pairs_folder, tmp_path
+):
+    def load(*args, **keywords):
+        raise AssertionError("it loads")
+
+    monkeypatch.setattr(Florence, "load", load)
+    flags = ["--prompt", prompt]
+    output = ["--output_dir", str(tmp_path / "out")]
+    assert train_main("florence", ["--dataset_dir", str(pairs_folder), *output, *flags]) == 2
+    assert caption_main("florence", ["--images", str(pairs_folder), *flags]) == 2
+
+
+@pytest.mark.parametrize("max_length", [1, 2])
+def test_a_caption_must_have_room_for_a_word(family, loaded, max_length):
+    with pytest.raises(UsageError, match="--max_length must be 3 or more"):
+        family.make_collator(loaded[1], prompt="<CAPTION>", max_length=max_length)
 
 
 def test_a_transformers_that_shifts_labels_twice_is_refused(family, folder, monkeypatch):

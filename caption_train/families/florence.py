@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from caption_train.errors import UsageError
 from caption_train.families.base import Batch, Generated
 from caption_train.families.florence_answers import Answer, parse_answer
-from caption_train.families.florence_tasks import TASKS, expand_prompt, find_task
+from caption_train.families.florence_tasks import TASKS, check_prompt, expand_prompt, find_task, refuse_token
 from caption_train.families.loading import check_transformers
 
 if TYPE_CHECKING:
@@ -81,10 +81,7 @@ class Florence:
 
         texts = [expand_prompt(prompt) for prompt in prompts]
         for text in texts:
-            if processor.image_token in text:
-                raise UsageError(
-                    f"--prompt: {processor.image_token} stands for the image and cannot be in a text"
-                )
+            refuse_token(processor.image_token, text)
         batch = processor(
             text=texts,
             images=list(images),
@@ -100,6 +97,8 @@ class Florence:
         self, processor: Florence2Processor, *, prompt: str, max_length: int
     ) -> Callable[[Sequence[dict]], Batch]:
         """Return the training collator; see `Family.make_collator`."""
+        if max_length < 3:
+            raise UsageError(f"--max_length must be 3 or more, <s>, a word and </s>, not {max_length}")
         return FlorenceCollator(processor, prompt, max_length)
 
     def generate(
@@ -124,6 +123,10 @@ class Florence:
         forced = settings.get("forced_eos_token_id", defaults.forced_eos_token_id) is not None
         limit = settings.get("max_new_tokens") if forced else None
         return [_to_generated(processor, sequence[1:], limit) for sequence in sequences.tolist()]
+
+    def check_prompt(self, prompt: str) -> None:
+        """Refuse a prompt that no Florence-2 can read, before one is loaded."""
+        check_prompt(prompt)
 
     def parse_answer(self, text: str, prompt: str, image_size: tuple[int, int]) -> Answer | None:
         """Return the boxes or polygons of a generated text, in pixels of an image (width, height) large.

@@ -37,7 +37,18 @@ def expand_prompt(prompt: str) -> str:
         return prompt
     rest = prompt.replace(token, "")
     if "{input}" not in TASKS[token] and rest:
-        raise UsageError(f"{token} takes no further text, but the prompt is {prompt!r}")
+        raise UsageError(f"--prompt: {token} takes no further text, but the prompt is {prompt!r}")
     if "{input}" in TASKS[token] and not rest.strip():
         raise UsageError(f"{token} needs a text or a region after it: --prompt '{token}a green car', say")
     return TASKS[token].replace("{input}", rest)
+
+
+def check_prompt(prompt: str) -> None:
+    """Refuse a prompt with the image's token, or whose task lacks its text or can take none."""
+    refuse_token("<image>", expand_prompt(prompt))
+
+
+def refuse_token(token: str, text: str) -> None:
+    """Refuse a text with the token that stands for the image."""
+    if token in text:
+        raise UsageError(f"--prompt: {token} stands for the image and cannot be in a text")
