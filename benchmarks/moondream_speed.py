@@ -78,7 +78,12 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     def answer(tokens: int, embeds: torch.Tensor = embeds, index: torch.Tensor | None = index) -> object:
         # A random model must not end early: its answers are cut, not finished.
         return model.generate(
-            ids, image_embeds=embeds, image_index=index, min_new_tokens=tokens, max_new_tokens=tokens
+            ids,
+            attention_mask=torch.ones_like(ids),
+            image_embeds=embeds,
+            image_index=index,
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
         )
 
     vision = run(lambda: model.get_image_features(pixels, tilings))
