@@ -10,7 +10,7 @@ from PIL import Image
 
 from caption_train.cli import caption_main, train_main
 from caption_train.collate import IGNORE_INDEX
-from caption_train.errors import UsageError
+from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import FAMILIES, get_family
 from caption_train.images import open_image
 from caption_train.lora import copy_lora_b, count_parameters, find_dead_modules, wrap_with_lora
@@ -112,6 +112,21 @@ def test_a_prompt_beyond_the_models_positions_is_one_line(family, loaded, items)
     )
     with torch.no_grad():
         assert model(**train_batch).loss.isfinite()
+
+
+def test_a_model_that_is_not_cached_is_one_line_without_the_network(family, monkeypatch, tmp_path):
+    def connect(*args, **keywords):
+        raise ConnectionError("Name or service not known")
+
+    asked = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", asked.append)
+    monkeypatch.setattr("socket.getaddrinfo", connect)
+    with pytest.raises(CaptionTrainError, match="the hub cannot be reached") as caught:
+        family.load("nobody/nothing")
+    assert "\n" not in str(caught.value)
+    assert not asked, "it waited to ask the hub again"
 
 
 def test_an_empty_caption_trains_the_end_alone(loaded, collate, items):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from caption_train.errors import CaptionTrainError
 from caption_train.families.florence_names import LEGACY_STARTS
-from caption_train.families.loading import explained, shorten
+from caption_train.families.loading import explained, find_side_files, shorten
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +23,6 @@ WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-SIDE_FILES = ["*.json", "*.txt"]
-"""Configs, tokenizer and image settings, next to the weights on the hub."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +63,12 @@ class Checkpoint:
 
 def find_checkpoint(model_id: str, revision: str | None = None) -> Checkpoint:
     """Find the files of a folder or hub id, downloading what is missing."""
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     with explained(model_id):
         local = Path(model_id).is_dir()
-        folder = Path(
-            model_id if local else snapshot_download(model_id, revision=revision, allow_patterns=SIDE_FILES)
-        )
+        folder = find_side_files(model_id, revision)
 
         def find(name: str) -> Path | None:
             if local or (folder / name).is_file():

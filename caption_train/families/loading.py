@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 MINIMUM_TRANSFORMERS = (5, 13)
 """Older native Florence-2 classes shift the labels twice, so their loss is wrong."""
 
+SIDE_FILES = ["*.json", "*.txt"]
+"""Configs, tokenizer and image settings, next to the weights on the hub."""
+
 
 def load_model(model_class: type, model_id: str, **keywords: Any) -> PreTrainedModel:
     """Load weights into `model_class`, in eval mode. A tensor the checkpoint lacks is an error, by name."""
@@ -39,6 +42,18 @@ def load_processor(load: Callable[..., ProcessorMixin], model_id: str, **keyword
     """Load a processor whose images are resized by PIL; torchvision's resampling gives other pixels."""
     with explained(model_id):
         return load(model_id, backend="pil", **keywords)
+
+
+def find_side_files(model_id: str, revision: str | None = None) -> Path:
+    """Return the folder with a model's SIDE_FILES; what is missing of a hub id is downloaded.
+
+    It asks the hub once and then looks into the cache, where transformers would ask for half a minute.
+    """
+    if Path(model_id).is_dir():
+        return Path(model_id)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model_id, revision=revision, allow_patterns=SIDE_FILES))
 
 
 @contextmanager
@@ -75,7 +90,7 @@ def shorten(names: list[str], most: int = 6) -> str:
 
 def _check_kind(model_class: type, model_id: str, revision: str | None) -> None:
     """Refuse another family's checkpoint by its config, before its weights are downloaded."""
-    config, _ = model_class.config_class.get_config_dict(model_id, revision=revision)
+    config, _ = model_class.config_class.get_config_dict(find_side_files(model_id, revision))
     wanted, found = model_class.config_class.model_type, config.get("model_type")
     if found not in (None, wanted):
         raise UsageError(f"--model_id {model_id}: this is a {found} model, not {wanted}")
