@@ -13,10 +13,16 @@ from safetensors import SafetensorError
 
 from caption_train.errors import CaptionTrainError
 from caption_train.files import hash_file, write_atomically
+from caption_train.model_card import TRAINING_FILE
 
 MANIFEST = "manifest.json"
 STATE = "state"
 PARTIAL = ".partial-"
+METHOD_FILES = {
+    "lora": ("adapter_config.json", "adapter_model.safetensors"),
+    "full": ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
+}
+"""What `--train_method` makes that the other one does not."""
 
 
 def write_checkpoint(output_dir: Path, name: str, write: Callable[[Path], None], *pointers: str) -> Path:
@@ -47,13 +53,35 @@ def write_checkpoint(output_dir: Path, name: str, write: Callable[[Path], None],
 
 
 def publish(checkpoint: Path, output_dir: Path) -> None:
-    """Copy a checkpoint's files (not its training state) to `output_dir`, each one atomically."""
+    """Copy a checkpoint's files (not its training state) to `output_dir`, each one atomically.
+
+    What an earlier run of the other `--train_method` published goes: transformers would load its LoRA onto
+    this model. training.json is last, so that a copy cut short is finished by the next.
+    """
+    files = [file for file in checkpoint.iterdir() if file.is_file() and file.name != MANIFEST]
     try:
-        for file in sorted(checkpoint.iterdir()):
-            if file.is_file() and file.name != MANIFEST:
-                write_atomically(output_dir / file.name, file.read_bytes())
+        for file in sorted(files, key=lambda file: (file.name == TRAINING_FILE, file.name)):
+            if file.name == TRAINING_FILE:
+                _delete_other_method(file, output_dir)
+            write_atomically(output_dir / file.name, file.read_bytes())
     except OSError as error:
         raise CaptionTrainError(_explain(output_dir, "the finished LoRA", error)) from error
+
+
+def _delete_other_method(training_file: Path, output_dir: Path) -> None:
+    was, now = (_read_train_method(path) for path in (output_dir / TRAINING_FILE, training_file))
+    if was != now:
+        kept = {file.name for file in training_file.parent.iterdir()}
+        for path in (p for pattern in METHOD_FILES.get(was, ()) for p in output_dir.glob(pattern)):
+            if path.name not in kept:
+                path.unlink()
+
+
+def _read_train_method(training_file: Path) -> str | None:
+    try:
+        return json.loads(training_file.read_text(encoding="utf-8"))["options"]["train_method"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def point(output_dir: Path, pointer: str, checkpoint: Path) -> None:

@@ -178,3 +178,45 @@ def test_the_manifest_names_every_file(tmp_path):
     saved = write(tmp_path, "step-1", 1)
     manifest = json.loads((saved / "manifest.json").read_text())
     assert set(manifest) == {"adapter_model.safetensors", "state/optimizer.pt", "state/progress.json"}
+
+
+FULL = {"config.json", "generation_config.json", "model-00001-of-00002.safetensors"}
+LORA = {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def publish_method(folder: Path, method: str, names: set[str]) -> None:
+    """Publish a checkpoint of a training method, empty files but for its training.json."""
+    saved = folder / method
+    saved.mkdir(exist_ok=True)
+    for name in names:
+        (saved / name).touch()
+    (saved / "training.json").write_text(json.dumps({"options": {"train_method": method}}))
+    publish(saved, folder)
+
+
+def test_publishing_takes_away_what_the_other_method_published_and_nothing_else(tmp_path):
+    notes = {"notes.txt", "model.txt", "training.json"}
+    for name in notes:
+        (tmp_path / name).touch()
+    for method, names in (("lora", LORA), ("full", FULL), ("lora", LORA), ("lora", LORA)):
+        publish_method(tmp_path, method, names)
+        assert {path.name for path in tmp_path.iterdir() if path.is_file()} == names | notes
+
+
+def test_publishing_spares_a_model_that_no_run_put_there(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"mine")
+    publish_method(tmp_path, "lora", LORA)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"mine"
+
+
+def test_publishing_cut_short_is_cleaned_by_the_next(tmp_path, monkeypatch):
+    publish_method(tmp_path, "lora", LORA)
+
+    def fail(training_file, output_dir):
+        raise OSError(errno.EIO, "gone")
+
+    with monkeypatch.context() as patched, pytest.raises(CaptionTrainError):
+        patched.setattr(checkpoint, "_delete_other_method", fail)
+        publish_method(tmp_path, "full", FULL)
+    publish_method(tmp_path, "full", FULL)
+    assert not LORA & {path.name for path in tmp_path.iterdir()}
