@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 from caption_train.errors import CaptionTrainError
@@ -26,12 +27,15 @@ class OutputLock:
     def __init__(self, output_dir: Path) -> None:
         self.path = output_dir / LOCK_FILE
         self.file = None
+        self.made_folder = False
 
     def acquire(self) -> str | None:
-        """Take the lock; return a line about a stale one taken over, or None.
+        """Make the folder, take the lock; return a line about a stale one taken over, or None.
 
         Raises CaptionTrainError naming the run that holds it.
         """
+        self.made_folder = not self.path.parent.exists()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         if fcntl is None:
             return None
         while self.file is None:
@@ -56,6 +60,13 @@ class OutputLock:
             self.path.unlink(missing_ok=True)
             self.file.close()
             self.file = None
+
+    def abandon(self) -> None:
+        """Leave nothing behind of a run that did not start: no lock, and no empty folder that it made."""
+        self.release()
+        if self.made_folder:
+            with suppress(OSError):
+                self.path.parent.rmdir()
 
     def _refusal(self, holder: dict) -> str:
         who = f"process {holder.get('pid', 'unknown')} on {holder.get('host', 'an unknown host')}"

@@ -35,7 +35,7 @@ from caption_train.resume import adopt_batch_size, check_same_run, check_same_si
 from caption_train.run import Run
 from caption_train.saving import Saver
 from caption_train.state import read_state
-from caption_train.tracking import RunLog, start_trackers
+from caption_train.tracking import RunLog, check_trackers, start_trackers
 from caption_train.training import Trainer
 from caption_train.training_data import TrainingData, read_training_data
 
@@ -48,8 +48,18 @@ def prepare_training(options: TrainOptions, family: Family) -> Trainer:
     notice_launcher(accelerator.num_processes)
     with fail_together(accelerator):
         lock = _open_output_dir(options, accelerator)
+    try:
+        return _prepare(options, family, accelerator, lock)
+    except BaseException:
+        lock.abandon()
+        raise
+
+
+def _prepare(options: TrainOptions, family: Family, accelerator: Accelerator, lock: OutputLock) -> Trainer:
     data = read_training_data(options, accelerator)
     with fail_together(accelerator):
+        if accelerator.is_main_process:
+            check_trackers(options.log_with)
         checkpoint = find_resume_point(options, accelerator)
         if options.auto_batch_size and checkpoint is not None:
             adopt_batch_size(options, checkpoint)
@@ -93,9 +103,12 @@ def prepare_training(options: TrainOptions, family: Family) -> Trainer:
 def _open_output_dir(options: TrainOptions, accelerator: Accelerator) -> OutputLock:
     """Make the output folder and keep other runs out of it; the main process does it for all."""
     lock = OutputLock(options.output_dir)
+    if Path(options.model_id).is_dir() and options.output_dir.resolve() == Path(options.model_id).resolve():
+        raise UsageError(
+            f"--output_dir {options.output_dir}: holds the base, --model_id; choose another folder"
+        )
     if accelerator.is_main_process:
         try:
-            options.output_dir.mkdir(parents=True, exist_ok=True)
             if line := lock.acquire():
                 say(accelerator, line)
         except OSError as error:

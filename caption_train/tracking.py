@@ -2,14 +2,17 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from accelerate import Accelerator
 
-from caption_train.errors import CaptionTrainError
+from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.files import write_atomically
 from caption_train.progress import Progress
 
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from caption_train.previews import Sample
 
 LOG_FILE = "log.jsonl"
+_LOGIN = "run `wandb login`, or set WANDB_MODE=offline"
 
 
 class RunLog:
@@ -61,6 +65,37 @@ class RunLog:
         self.accelerator.end_training()
 
 
+def check_trackers(log_with: str | None) -> None:
+    """Raise UsageError when the tracker of `--log_with` is not installed or not logged in to."""
+    packages = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}.get(log_with, ())
+    if packages and not any(map(find_spec, packages)):
+        raise UsageError(f"--log_with {log_with}: not installed; pip install {packages[0]}")
+    if log_with in ("wandb", "all") and find_spec("wandb"):
+        with _explain_login():
+            _check_login()
+
+
+def _check_login() -> None:
+    import wandb
+
+    offline = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
+    if not offline and not wandb.login(prompt=False):
+        raise UsageError(f"--log_with wandb: no login; {_LOGIN}")
+
+
+@contextmanager
+def _explain_login() -> Iterator[None]:
+    """Turn what wandb raises into one line."""
+    try:
+        yield
+    except Exception as error:
+        # wandb's own, which must not be imported to be caught: it may be absent.
+        if type(error).__module__.partition(".")[0] != "wandb":
+            raise
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"--log_with wandb: {reason}; {_LOGIN}") from error
+
+
 def start_trackers(
     accelerator: Accelerator, name: str, config: Mapping[str, Any], progress: Progress
 ) -> None:
@@ -71,7 +106,8 @@ def start_trackers(
         "wandb": {"name": name, "id": progress.run_id, "resume": "allow"},
         "tensorboard": {"purge_step": progress.global_step + 1},
     }
-    accelerator.init_trackers("caption-train", simple, settings)
+    with _explain_login():
+        accelerator.init_trackers("caption-train", simple, settings)
 
 
 def _lines_before(path: Path, first_step: int) -> list[str]:

@@ -7,8 +7,11 @@ import time
 
 import pytest
 
-from caption_train.errors import CaptionTrainError
+from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.families import get_family
 from caption_train.lock import LOCK_FILE, OutputLock
+from caption_train.options import TrainOptions
+from caption_train.prepare import prepare_training
 
 
 def hold_elsewhere(folder) -> int:
@@ -82,3 +85,30 @@ def test_workers_do_not_keep_the_lock_of_a_run_that_died(tmp_path):
 def test_a_lock_file_that_says_nothing_stops_no_one(tmp_path, content):
     (tmp_path / LOCK_FILE).write_text(content)
     OutputLock(tmp_path).acquire()
+
+
+def test_a_run_that_does_not_start_leaves_no_folder_but_spares_one_that_was_there(tmp_path):
+    for folder in (tmp_path / "new", tmp_path / "old"):
+        (tmp_path / "old").mkdir(exist_ok=True)
+        lock = OutputLock(folder)
+        lock.acquire()
+        lock.abandon()
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert list((tmp_path / "old").iterdir()) == []
+
+
+def test_a_start_refused_for_its_data_leaves_no_folder(tmp_path):
+    (tmp_path / "empty").mkdir()
+    options = TrainOptions(dataset_dir=tmp_path / "empty", output_dir=tmp_path / "out", device="cpu")
+    options.model_id = "no/model"
+    for _ in range(2):
+        with pytest.raises(CaptionTrainError, match="empty"):
+            prepare_training(options, get_family("blip"))
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_base_is_never_trained_over(tmp_path):
+    options = TrainOptions(dataset_dir=tmp_path, output_dir=tmp_path, device="cpu", model_id=str(tmp_path))
+    with pytest.raises(UsageError, match="holds the base"):
+        prepare_training(options, get_family("blip"))
+    assert list(tmp_path.iterdir()) == []

@@ -2,14 +2,17 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator
 from PIL import Image
 
+from caption_train import tracking
 from caption_train.curve import CURVE_FILE, draw_curve
-from caption_train.errors import CaptionTrainError
-from caption_train.tracking import LOG_FILE, RunLog
+from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.progress import Progress
+from caption_train.tracking import LOG_FILE, RunLog, check_trackers, start_trackers
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +66,30 @@ def test_the_curve_is_drawn_from_a_log_with_gaps(accelerator, tmp_path):
     with Image.open(tmp_path / CURVE_FILE) as image:
         assert image.format == "PNG" and image.width > 500
         assert len(image.convert("RGB").getcolors(10**6)) > 50, "nothing was drawn"
+
+
+def test_wandb_without_a_login_is_refused_before_a_run_starts(monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(wandb, "login", lambda **settings: False)
+    with pytest.raises(UsageError, match=r"--log_with wandb: .*`wandb login`.*WANDB_MODE=offline"):
+        check_trackers("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_trackers("wandb")
+
+
+def test_what_wandb_raises_when_it_starts_is_one_line(tmp_path):
+    wandb = pytest.importorskip("wandb")
+
+    def fail(*arguments):
+        raise wandb.errors.CommError("no route\nto host")
+
+    with pytest.raises(UsageError, match=r"--log_with wandb: no route; run `wandb login`"):
+        start_trackers(SimpleNamespace(init_trackers=fail), "name", {}, Progress())
+
+
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="pip install tensorboard"):
+        check_trackers("tensorboard")
+    check_trackers(None)
