@@ -106,7 +106,7 @@ def fingerprint(pairs: Sequence[Pair]) -> str:
     """Return a hash of names, file sizes and captions: the same wherever the dataset lies, in any order."""
     if not pairs:
         return hashlib.sha256().hexdigest()
-    root = os.path.commonpath([pair.image.parent for pair in pairs])
+    root = os.path.commonpath([pair.image.parent.absolute() for pair in pairs])
     rows = sorted(
         (os.path.relpath(pair.image, root), _size(pair.image), pair.caption, pair.split) for pair in pairs
     )

@@ -148,6 +148,6 @@ def _find_undecodable(images: Sequence[Path], accelerator: Accelerator) -> dict[
 
 
 def _hash_order(pairs: Sequence[Pair]) -> str:
-    root = os.path.commonpath([pair.image.parent for pair in pairs])
+    root = os.path.commonpath([pair.image.parent.absolute() for pair in pairs])
     names = "\n".join(os.path.relpath(pair.image, root) for pair in pairs)
     return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:16]

@@ -1,6 +1,7 @@
 """What a run reads, what it refuses, and what it leaves out."""
 
 import json
+from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
@@ -10,7 +11,7 @@ from PIL import Image
 
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.options import TrainOptions
-from caption_train.training_data import read_training_data
+from caption_train.training_data import TrainingData, read_training_data
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,17 @@ def test_identical_images_are_never_split_between_training_and_validation(folder
     data = read(folder, accelerator, validation_split=0.34)
     train, validation = ({p.image.read_bytes() for p in pairs} for pairs in (data.train, data.validation))
     assert len(data.validation) == 4 and train.isdisjoint(validation)
+
+
+def test_a_relative_dataset_goes_with_an_absolute_validation_folder(folder, accelerator, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    (folder / "held").mkdir()
+    for suffix in ("png", "txt"):
+        (folder / f"5.{suffix}").rename(folder / f"held/5.{suffix}")
+    data = read(Path(folder.name), accelerator, validation_dir=folder / "held")
+    mixed = TrainingData([*data.train, *data.validation])
+    assert mixed.describe()["pairs"] == len(data.train) + 1
+    assert data.describe()["held-out pairs"] == 1
 
 
 def test_rows_that_the_metadata_holds_out_are_validated_on(folder, accelerator):
