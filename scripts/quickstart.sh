@@ -43,19 +43,20 @@ export HF_HUB_OFFLINE=1
 # Models this small gain next to nothing from threads, and lose much by them on a busy machine.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-step() { printf '\n\033[1m%s\033[0m\n' "$1"; }
+bold= && plain= && [[ -t 1 ]] && bold=$'\033[1m' && plain=$'\033[0m'
+step() { printf '\n%s%s%s\n' "$bold" "$1" "$plain"; }
 say() { printf '$' && printf ' %q' "$@" && printf '\n' && "$@"; }
 
 out=quickstart/$family
 rm -rf "$out" && mkdir -p "$out"
 
 step "1. Compile: pictures with captions beside them become a dataset"
-say python compile_captions.py examples/shapes/train quickstart/dataset
+say python compile_captions.py examples/shapes/train "$out/dataset"
 
 step "2. Train a LoRA on it"
 # Given in full, so that accelerate neither warns of what it assumes nor takes what another project configured.
 launch=(accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no)
-say "${launch[@]}" "$train" --dataset_dir quickstart/dataset --output_dir "$out/lora" --model_id "$base" "${recipe[@]}"
+say "${launch[@]}" "$train" --dataset_dir "$out/dataset" --output_dir "$out/lora" --model_id "$base" "${recipe[@]}"
 
 step "3. Caption pictures it has never seen: the base alone, then with the LoRA"
 held_out=(--images examples/shapes/heldout --batch_size 20)
