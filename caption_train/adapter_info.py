@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from caption_train.errors import CaptionTrainError, UsageError
-from caption_train.families import FAMILIES, get_family
-from caption_train.model_card import TRAINING_FILE
+from caption_train.model_card import TRAINING_FILE, name_script
 
 
 @dataclass(frozen=True)
@@ -71,8 +70,9 @@ def check_base(adapter: AdapterInfo, family: str, base_model: str, base_models: 
 
 def _check_family(what: str, trained: str | None, family: str) -> None:
     if trained not in (None, family):
-        script = f"; caption with {get_family(trained).inference_script}" if trained in FAMILIES else ""
-        raise UsageError(f"{what}: trained on {trained}, not on {family}{script}")
+        raise UsageError(
+            f"{what}: trained on {trained}, not on {family}; caption with {name_script(trained)}"
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from caption_train import __version__
-from caption_train.families import get_family
 from caption_train.files import write_atomically
 from caption_train.options import TrainOptions
 
@@ -65,6 +64,11 @@ def name_flag(train_method: str) -> str:
     return "--peft_model" if train_method == "lora" else "--base_model"
 
 
+def name_script(family: str) -> str:
+    """Return the inference script of a family, by its name alone."""
+    return "inference.py" if family == "blip" else f"inference_{family}.py"
+
+
 def _card(record: TrainingRecord, extra: Mapping[str, Any]) -> str:
     options = record.options
     is_lora = options["train_method"] == "lora"
@@ -77,7 +81,7 @@ def _card(record: TrainingRecord, extra: Mapping[str, Any]) -> str:
     shown += ["learning_rate", "batch_size", "gradient_accumulation_steps", "epochs"]
     rows = [f"| {name} | {options[name]} |" for name in shown]
     rows += [f"| {name} | {value} |" for name, value in extra.items() if value is not None]
-    script = get_family(record.family).inference_script
+    script = name_script(record.family)
     base = f"--base_model {record.base_model} " if is_lora else ""
     return "\n".join(
         [

@@ -3,7 +3,8 @@
 import pytest
 
 from caption_train.console import print_summary
-from caption_train.model_card import TrainingRecord, write_card
+from caption_train.families import FAMILIES, get_family
+from caption_train.model_card import TrainingRecord, name_script, write_card
 from caption_train.options import TrainOptions
 
 OPTIONS = {"name": None, "rank": 4, "alpha": 8, "dropout": 0.0, "learning_rate": 1e-4, "batch_size": 1}
@@ -40,3 +41,8 @@ def test_the_last_line_of_a_run_can_be_run(tmp_path, capsys, method, flag):
     print_summary(summary, options, "inference.py")
     shown = "".join(capsys.readouterr().err.split())
     assert f"pythoninference.py{flag}'{tmp_path}/ab'--imagesFOLDER" in shown
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_script_named_is_the_familys(name):
+    assert name_script(name) == get_family(name).inference_script
