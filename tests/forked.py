@@ -1,8 +1,8 @@
 """Training scripts in forked processes, which may be killed: forking spares every one of them the imports."""
 
+import itertools
 import os
 import signal
-import socket
 import sys
 import threading
 import traceback
@@ -14,6 +14,8 @@ import torch
 from tqdm import tqdm
 
 from caption_train.cli import run
+
+_groups = itertools.count()
 
 
 @dataclass
@@ -65,9 +67,8 @@ def start(work: Callable[[], object], log: Path, **environment: str) -> Child:
 
 def start_ranks(count: int, work: Callable[[], object], log: Path) -> list[Child]:
     """Start `work` on every rank of a gloo group, as torchrun would, rank 0 first."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # Below the ports that the system gives out, and another one in every process and for every group.
+    port = 20_000 + (16 * os.getpid() + next(_groups)) % 12_000
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
     return [
         start(work, log, **group, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(count))
