@@ -227,8 +227,11 @@ def test_auto_classes_load_the_official_layout():
     assert same_state(model, FAMILY.load(str(CHECKPOINT))[0])
 
 
-def test_region_heads_are_carried_but_never_trained():
-    model, _ = make_small_model()
+def test_region_heads_are_carried_but_never_trained(tmp_path):
+    made, processor = make_small_model()
+    write_official(tmp_path, made.config, made.state_dict(), processor.tokenizer)
+    model, _ = FAMILY.load(str(tmp_path))
+    assert model.name_or_path == model.config.name_or_path == str(tmp_path)
     region = dict(model.model.region.named_parameters())
     assert len(region) == 14 and not any(p.requires_grad for p in region.values())
     linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]

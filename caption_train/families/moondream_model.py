@@ -120,7 +120,11 @@ class MoondreamModel(MoondreamPreTrainedModel):
             )
             if self.config.prefix_attention:
                 attention_mask = self._prefix_mask(
-                    is_image, inputs_embeds, attention_mask, past_key_values, position_ids
+                    is_image,
+                    inputs_embeds=inputs_embeds,
+                    attention_mask=attention_mask,
+                    past_key_values=past_key_values,
+                    position_ids=position_ids,
                 )
         return self.language_model(
             inputs_embeds=inputs_embeds,
@@ -130,14 +134,7 @@ class MoondreamModel(MoondreamPreTrainedModel):
             **kwargs,
         )
 
-    def _prefix_mask(
-        self,
-        is_image: torch.Tensor,
-        inputs_embeds: torch.Tensor,
-        attention_mask: Any,
-        cache: Any,
-        positions: Any,
-    ) -> Any:
+    def _prefix_mask(self, is_image: torch.Tensor, **inputs: Any) -> Any:
         """Return a causal mask in which BOS and image, all up to the last image token, see each other."""
         places = torch.arange(is_image.shape[1], device=is_image.device)
         ends = torch.where(is_image, places, -1).amax(dim=1)
@@ -145,14 +142,7 @@ class MoondreamModel(MoondreamPreTrainedModel):
         def in_prefix(batch: Any, head: Any, query: Any, key: Any) -> Any:
             return (query <= ends[batch]) & (key <= ends[batch])
 
-        return create_causal_mask(
-            config=self.config.text_config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            position_ids=positions,
-            or_mask_function=in_prefix,
-        )
+        return create_causal_mask(config=self.config.text_config, or_mask_function=in_prefix, **inputs)
 
 
 class MoondreamForConditionalGeneration(MoondreamPreTrainedModel, MoondreamGenerationMixin):
@@ -171,13 +161,18 @@ class MoondreamForConditionalGeneration(MoondreamPreTrainedModel, MoondreamGener
 
         official = None if kwargs.get("state_dict") is not None else read_official(name, **kwargs)
         if official is None:
-            return super().from_pretrained(name, *args, **kwargs)
-        config, state_dict = official
-        for used in ("config", "revision", "cache_dir", "token", "local_files_only", "force_download"):
-            kwargs.pop(used, None)
-        loaded = super().from_pretrained(None, *args, config=config, state_dict=state_dict, **kwargs)
+            loaded = super().from_pretrained(name, *args, **kwargs)
+        else:
+            config, state_dict = official
+            for used in ("config", "revision", "cache_dir", "token", "local_files_only", "force_download"):
+                kwargs.pop(used, None)
+            loaded = super().from_pretrained(None, *args, config=config, state_dict=state_dict, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.generation_config = make_generation_config(config)
+        if official is not None:
+            model.generation_config = make_generation_config(config)
+            model.name_or_path = model.config.name_or_path = str(name)
+        if model.config.region is not None:
+            model.model.region.requires_grad_(False)
         return loaded
 
     def get_input_embeddings(self) -> nn.Embedding:

@@ -74,7 +74,6 @@ def read_official(
     for head in ("region.coord_features", "region.size_features"):
         if head in names and names[head].startswith("region_model."):
             tensors[head] = tensors[head].T.contiguous()
-    config.name_or_path = str(model_id)
     return config, to_native(tensors, config)
 
 
