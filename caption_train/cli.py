@@ -69,12 +69,14 @@ def train_main(family_name: str, argv: Sequence[str] | None = None) -> int:
             positionals=("dataset_dir", "output_dir"),
             defaults={
                 "model_id": family.model_id,
-                "revision": family.revision,
                 "target_modules": list(family.lora_target_modules),
                 **family.train_defaults,
             },
             **_family_flags(family),
         )
+        if options.model_id == family.model_id and options.revision is None:
+            # The pinned release is the default model's; another id or folder has releases of its own.
+            options.revision = family.revision
         family.cache_converted = options.cache_converted
         if options.plan:
             from caption_train.plan_training import plan_training
