@@ -51,6 +51,8 @@ def caption_folder(options: CaptionOptions, family: Family) -> int:
     except BaseException:
         job.keep_finished()
         raise
+    finally:
+        job.processes.leave()
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,14 @@ class Processes:
             raise CaptionTrainError(f"process {self.rank} lost another process: {error}") from error
         return values
 
+    def leave(self) -> None:
+        """Leave the group. A process that ends inside it can be aborted by its threads at exit."""
+        if self.count > 1:
+            from torch import distributed
+
+            if distributed.is_initialized():
+                distributed.destroy_process_group()
+
 
 def join_processes() -> Processes:
     """Join the group that the environment names (RANK, WORLD_SIZE, …), or be the only process.
