@@ -10,5 +10,4 @@ export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-# Two processes: most of the time goes into importing, which one core does at a time.
-.venv/bin/python -m pytest --numprocesses 2 --dist loadfile "$@"
+.venv/bin/python -m pytest "$@"

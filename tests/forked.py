@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from caption_train.cli import run
 
 _groups = itertools.count()
+PATIENCE = 240
 
 
 @dataclass
@@ -26,7 +28,16 @@ class Child:
     log: Path
 
     def wait(self) -> int:
-        """Return the exit code, negative for the signal that killed it, as subprocess does."""
+        """Return the exit code, negative for the signal that killed it, as subprocess does.
+
+        A process that hangs is killed after PATIENCE seconds: a failed test says more than one that waits.
+        """
+        for _ in range(10 * PATIENCE):
+            process_id, status = os.waitpid(self.process_id, os.WNOHANG)
+            if process_id:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.1)
+        self.kill()
         return os.waitstatus_to_exitcode(os.waitpid(self.process_id, 0)[1])
 
     def kill(self, number: int = signal.SIGKILL) -> None:

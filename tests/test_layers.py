@@ -155,7 +155,7 @@ def test_a_script_only_names_its_family_and_hands_over():
 
 
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "flora-opt": "flora_opt"}
-RUN_AS_PROGRAMS = {"pytest", "pytest-xdist", "ruff", "tensorboard"}
+RUN_AS_PROGRAMS = {"pytest", "ruff", "tensorboard"}
 BROUGHT_ALONG = {"huggingface_hub", "packaging"}
 """By transformers, which pins what it can work with."""
 

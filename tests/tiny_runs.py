@@ -56,9 +56,15 @@ def make_options(family: str, base: Path, dataset_dir: Path, output_dir: Path, *
     return TrainOptions(**settings)
 
 
+_kept = []
+"""This process's trainers: a rank must not take its group apart while the other still holds on to it."""
+
+
 def train(family: str, options: TrainOptions) -> dict:
     """Train as the script does; return the summary."""
-    return prepare_training(options, get_family(family)).train()
+    trainer = prepare_training(options, get_family(family))
+    _kept.append(trainer)
+    return trainer.train()
 
 
 def read_log(output_dir: Path) -> list[dict]:

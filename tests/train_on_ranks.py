@@ -48,6 +48,9 @@ def main(folder: str) -> None:
             "bytes": bytes_sent[0] / len(updates),
         }
     torch.save(results, Path(folder) / f"{rank}.pt")
+    # A process that ends inside the group can be aborted by its threads.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
