@@ -29,7 +29,7 @@ def print_settings(
         shown = " ".join(value) if isinstance(value, list) else str(value)
         if f.name in options.sources:
             table.add_row(f.name, shown, options.sources[f.name])
-        elif value not in (None, False):
+        elif value not in (None, False, [], ""):
             defaults.append(f"{f.name} {shown}")
     console = Console(stderr=True, markup=False, highlight=False)
     console.print(table)

@@ -141,7 +141,7 @@ class TrainOptions:
     sample_every_n_epochs: int | None = _save(None, "caption sample images every N epochs")
     sample_every_n_steps: int | None = _save(None, "caption sample images every N optimizer steps")
     log_with: str | None = _save(None, "log to this tracker", choices=("all", "wandb", "tensorboard"))
-    name: str | None = _save(None, "name of the run, in logs and saves (default: the output folder's)")
+    name: str | None = _save(None, "name of the run, in logs and at the start of checkpoint names")
     seed: int = _save(42, "seed of all random numbers")
 
     sources: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
@@ -172,6 +172,8 @@ class TrainOptions:
             if part not in PARTS
         ]
         problems += self._check_validation()
+        if self.name is not None and (not self.name.strip(". ") or set(self.name) & set("/\\\0")):
+            problems.append(f"--name {self.name!r} cannot begin a folder's name: leave out slashes")
         if self.keep_tokens and not self.shuffle_captions:
             problems.append("--keep_tokens only has a meaning with --shuffle_captions")
         if self.prompt is not None and self.task is not None:

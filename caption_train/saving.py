@@ -43,8 +43,12 @@ class Saver:
             self.save(f"step-{done:06d}-loss-{progress.last_loss:.4f}", is_best)
 
     def save(self, name: str, is_best: bool = False) -> None:
-        """Write the checkpoint `output_dir/name`, which loads as an adapter and resumes as a run."""
+        """Write the checkpoint `output_dir/name`, which loads as an adapter and resumes as a run.
+
+        `--name` goes before it, so that checkpoints of several runs can be told apart when they are moved.
+        """
         run = self.run
+        name = f"{run.options.name}-{name}" if run.options.name else name
         random_states = capture_random_state(run.accelerator)
         with fail_together(run.accelerator):
             if run.accelerator.is_main_process:

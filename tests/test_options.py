@@ -43,6 +43,8 @@ def test_defaults_are_fine_and_what_is_required_is_named(options_class, needed):
         ({"quantize_parts": ["vision"]}, "--quantize_parts"),
         ({"accumulation_compression": True}, "--accumulation_compression"),
         ({"seed": -1}, "--seed"),
+        ({"seed": 2**32}, "--seed"),
+        ({"name": "a/b"}, "--name"),
         ({"weight_decay": -1.0}, "--weight_decay"),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_runs import make_options, read_log, save_base, write_pairs
 
+from caption_train.checkpoint import list_checkpoints
 from caption_train.errors import CaptionTrainError
 from caption_train.families import get_family
 from caption_train.images import open_image
@@ -201,3 +202,11 @@ def test_an_image_that_breaks_during_training_is_left_out_and_counted(make_train
         "04.png",
     ]
     assert summary["images"] == 16
+
+
+def test_a_name_begins_the_names_of_checkpoints(make_trainer):
+    trainer = make_trainer(name="cats", epochs=1)
+    trainer.train()
+    output_dir = trainer.run.options.output_dir
+    assert [p.name[:15] for p in list_checkpoints(output_dir)] == ["cats-epoch-0001"]
+    assert (output_dir / "last").resolve().name.startswith("cats-")
