@@ -15,7 +15,7 @@ from typing import Any
 from caption_train.caption_options import CaptionOptions
 from caption_train.command_line import parse_options
 from caption_train.compile_options import CompileOptions
-from caption_train.errors import CaptionTrainError
+from caption_train.errors import CaptionTrainError, is_out_of_memory
 from caption_train.families import FAMILIES, get_family
 from caption_train.families.base import Family
 from caption_train.options import TrainOptions
@@ -171,7 +171,7 @@ def run(work: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         reason = next(iter(str(error).splitlines()), "")
         return _fail(f"out of memory: {reason} {_SAVERS}", 1)
@@ -184,14 +184,6 @@ def _quiet_libraries() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|bitsandbytes|torch")
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether a device or the machine had no memory left, in the words of CUDA or of PyTorch on a CPU."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    signs = ("out of memory", "can't allocate memory")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 _SAVERS = (

@@ -11,3 +11,11 @@ class UsageError(CaptionTrainError):
     """The command was asked for something it cannot do: a flag, a path or a combination (exit code 2)."""
 
     exit_code = 2
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell a want of memory from other errors; torch's CPU allocator has no exception type of its own."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    words = ("can't allocate memory", "out of memory", "not enough memory")
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)

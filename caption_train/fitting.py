@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from caption_train.agreement import say
 from caption_train.captions import Pair
 from caption_train.collate import find_dtype, move_batch
-from caption_train.errors import CaptionTrainError
+from caption_train.errors import CaptionTrainError, is_out_of_memory
 from caption_train.families.base import Batch
 from caption_train.images import ImageError, open_image
 from caption_train.options import TrainOptions
@@ -23,14 +23,6 @@ SAVERS = {
     "mixed_precision": "--mixed_precision bf16",
     "quantize": "--quantize",
 }
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell a want of memory from other errors; torch's CPU allocator has no exception type of its own."""
-    words = ("can't allocate memory", "out of memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
-    )
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from caption_train.caption_options import CaptionOptions
-from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.errors import CaptionTrainError, UsageError, is_out_of_memory
 from caption_train.families.base import Family, Generated
 from caption_train.images import ImageError, open_image
 from caption_train.sampling import make_sampler
@@ -199,8 +199,7 @@ def out_of_memory_explained(device: torch.device, batch_size: int) -> Iterator[N
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        signs = ("out of memory", "can't allocate memory")
-        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in signs):
+        if not is_out_of_memory(error):
             raise
         raise CaptionTrainError(
             f"out of memory on {device} with --batch_size {batch_size}: lower it, or --beams or "
