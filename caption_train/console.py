@@ -48,7 +48,8 @@ def print_settings(
 
 def print_summary(summary: Mapping[str, Any], options: TrainOptions, script: str) -> None:
     """Print how the run ended and the command that uses what it made."""
-    console = Console(stderr=True, markup=False, highlight=False)
+    # A command that is wrapped cannot be pasted.
+    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"{summary['global_step']:,} steps in {summary['train_seconds']:,.1f} s, "
         f"{summary['images_per_second']:.1f} images/s, last loss {summary['loss']:.4f}, "

@@ -39,8 +39,7 @@ def test_the_last_line_of_a_run_can_be_run(tmp_path, capsys, method, flag):
     summary = {"global_step": 1, "train_seconds": 1.0, "images_per_second": 1.0, "loss": 0.5}
     summary |= {"peak_memory_bytes": 1, "skipped_steps": 0, "skipped_files": []}
     print_summary(summary, options, "inference.py")
-    shown = "".join(capsys.readouterr().err.split())
-    assert f"pythoninference.py{flag}'{tmp_path}/ab'--imagesFOLDER" in shown
+    assert f"  python inference.py {flag} '{tmp_path}/a b' --images FOLDER\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", FAMILIES)
