@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PhiConfig, PreTrainedConfig, SiglipVisionConfig
-from transformers.configuration_utils import SubConfigSpec
+from transformers import PhiConfig, PreTrainedConfig, SiglipVisionConfig
 
 from caption_train.families.moondream_revisions import CODEGEN_ID, DEFAULT_REVISION, REVISIONS, STARMIE_ID
 
@@ -34,11 +33,8 @@ class MoondreamConfig(PreTrainedConfig):
 
     # The hub's own name, so that AutoConfig reads the official config.json with this class.
     model_type = "moondream1"
-    sub_configs_defaults = {
-        "text_config": SubConfigSpec(AutoConfig, "phi", {}),
-        "vision_config": SubConfigSpec(AutoConfig, "siglip_vision_model", {}),
-    }
-    keys_to_ignore_at_inference = ["past_key_values"]
+    sub_configs = {"text_config": PhiConfig, "vision_config": SiglipVisionConfig}
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
@@ -62,6 +58,9 @@ class MoondreamConfig(PreTrainedConfig):
             self.text_config = make_text_config({})
         if self.vision_config is None:
             self.vision_config = make_vision_config({})
+        for name, config_class in self.sub_configs.items():
+            if isinstance(given := getattr(self, name), dict):
+                setattr(self, name, config_class(**given))
         super().__post_init__(**kwargs)
         if self.templates is None:
             self.templates = REVISIONS[DEFAULT_REVISION]["templates"]

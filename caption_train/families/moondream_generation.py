@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PhiModel,
+)
 
 from caption_train.families.moondream_config import MoondreamConfig
 from caption_train.families.moondream_layers import find_image_tokens
 
 MAX_NEW_TOKENS = 768
 """Longest answer of the official code."""
+CACHE = "cache" if "cache" in inspect.signature(PhiModel.forward).parameters else "past_key_values"
+"""What transformers calls the key-value cache; renamed in 5.24."""
 
 
 class SuppressAfterFirst(LogitsProcessor):
@@ -66,7 +76,7 @@ class MoondreamGenerationMixin(GenerationMixin):
                     for name in ("num_beams", "num_return_sequences")
                 )
                 rows = image_index.repeat_interleave(expand)
-                kwargs["past_key_values"] = self.encode_prefix(input_ids, image_embeds, image_index, rows)
+                kwargs[CACHE] = self.encode_prefix(input_ids, image_embeds, image_index, rows)
             else:
                 kwargs["image_embeds"] = image_embeds[image_index]
         return super().generate(input_ids, generation_config, logits_processor=processors, **kwargs)
@@ -88,7 +98,7 @@ class MoondreamGenerationMixin(GenerationMixin):
         self.model(
             input_ids=input_ids[first_row, :length],
             image_embeds=image_embeds,
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
         if not torch.equal(rows, torch.arange(len(image_embeds), device=rows.device)):
@@ -109,7 +119,8 @@ class MoondreamGenerationMixin(GenerationMixin):
         self, input_ids: torch.Tensor, chosen: GenerationConfig, kwargs: dict[str, Any]
     ) -> bool:
         """Whether every row is BOS, image and more, and the cache is of the default kind."""
-        if kwargs.get("past_key_values") is not None or kwargs.get("assistant_model") is not None:
+        given = ("past_key_values", "cache", "assistant_model")
+        if any(kwargs.get(name) is not None for name in given):
             return False
         if kwargs.get("cache_implementation", chosen.cache_implementation) is not None:
             return False

@@ -23,7 +23,11 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from caption_train.families.moondream_config import MoondreamConfig
-from caption_train.families.moondream_generation import MoondreamGenerationMixin, make_generation_config
+from caption_train.families.moondream_generation import (
+    CACHE,
+    MoondreamGenerationMixin,
+    make_generation_config,
+)
 from caption_train.families.moondream_layers import (
     MoondreamProjector,
     MoondreamRegion,
@@ -40,7 +44,7 @@ class MoondreamPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["PhiDecoderLayer", "SiglipEncoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_attention_backend = True
 
@@ -98,7 +102,7 @@ class MoondreamModel(MoondreamPreTrainedModel):
         image_index: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -123,14 +127,14 @@ class MoondreamModel(MoondreamPreTrainedModel):
                     is_image,
                     inputs_embeds=inputs_embeds,
                     attention_mask=attention_mask,
-                    past_key_values=past_key_values,
                     position_ids=position_ids,
+                    **{CACHE: cache},
                 )
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             **kwargs,
         )
 
@@ -198,6 +202,7 @@ class MoondreamForConditionalGeneration(MoondreamPreTrainedModel, MoondreamGener
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -207,8 +212,9 @@ class MoondreamForConditionalGeneration(MoondreamPreTrainedModel, MoondreamGener
 
         input_ids [B, T]: BOS, N image tokens, text; padding may stand anywhere outside BOS and image.
         pixel_values [C, 3, S, S] and tilings [I, 2], or image_embeds [I, N, D]. image_index [B]: each row's
-        image (row i has image i if not given). logits_to_keep: positions to compute logits of, as a number of
-        last ones or as indices; all if 0. The loss needs those before the labelled positions only.
+        image (row i has image i if not given). past_key_values: the older name of cache. logits_to_keep:
+        positions to compute logits of, as a number of last ones or as indices; all if 0. The loss needs those
+        before the labelled positions only.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -218,7 +224,7 @@ class MoondreamForConditionalGeneration(MoondreamPreTrainedModel, MoondreamGener
             image_index=image_index,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
@@ -233,7 +239,7 @@ class MoondreamForConditionalGeneration(MoondreamPreTrainedModel, MoondreamGener
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
