@@ -8,16 +8,19 @@ import re
 import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from caption_train.errors import CaptionTrainError
 from caption_train.files import hash_file, write_atomically
 from caption_train.model_card import TRAINING_FILE
+from caption_train.pointers import TEMPORARY as PARTIAL
+from caption_train.pointers import point
+from caption_train.progress import PROGRESS_FILE
 
 MANIFEST = "manifest.json"
 STATE = "state"
-PARTIAL = ".partial-"
 METHOD_FILES = {
     "lora": ("adapter_config.json", "adapter_model.safetensors"),
     "full": ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
@@ -84,14 +87,6 @@ def _read_train_method(training_file: Path) -> str | None:
         return None
 
 
-def point(output_dir: Path, pointer: str, checkpoint: Path) -> None:
-    """Make `output_dir/pointer` ("last", "best") a link to a checkpoint beside it."""
-    temporary = output_dir / f"{PARTIAL}{pointer}"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(checkpoint.name, target_is_directory=True)
-    temporary.replace(output_dir / pointer)
-
-
 def clear_partial(output_dir: Path) -> None:
     """Delete what saves that were cut short have left; call it only while no other run writes here."""
     for path in output_dir.glob(f"{PARTIAL}*"):
@@ -102,12 +97,19 @@ def clear_partial(output_dir: Path) -> None:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Return the checkpoints in `output_dir`, whole or damaged: the newest run's first, its latest first."""
+    """Return the checkpoints in `output_dir`, whole or damaged: the newest run's, its last saved, first."""
     if not output_dir.is_dir():
         return []
     found = [p for p in output_dir.iterdir() if not p.is_symlink() and not p.name.startswith(PARTIAL)]
-    found = [p for p in found if (p / STATE).is_dir()]
-    return sorted(found, key=lambda p: (*_run_and_steps(p), p.name), reverse=True)
+    return sorted(filter(is_checkpoint, found), key=lambda p: (*_place(p), p.name), reverse=True)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Tell whether a folder is a checkpoint, damaged perhaps: state or manifest may be lost, not both."""
+    try:
+        return (folder / STATE).is_dir() or (folder / MANIFEST).is_file()
+    except PermissionError:
+        return folder.is_dir()
 
 
 def find_damage(checkpoint: Path) -> str | None:
@@ -116,13 +118,15 @@ def find_damage(checkpoint: Path) -> str | None:
         sums = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return f"{MANIFEST} cannot be read"
+    if not isinstance(sums, dict) or f"{STATE}/{PROGRESS_FILE}" not in sums:
+        return f"{MANIFEST} is not as it was written"
     for name, wanted in sums.items():
         try:
             if hash_file(checkpoint / name) != wanted:
                 return f"{name} is not as it was written"
-        except OSError:
+        except (OSError, ValueError):
             return f"{name} is missing or cannot be read"
     return None
 
@@ -146,10 +150,20 @@ def describe_latest(output_dir: Path) -> str:
 
 def prune(output_dir: Path, run_id: str, keep: int, protected: Collection[Path] = ()) -> None:
     """Delete all but the `keep` newest checkpoints of a run; never one in `protected` nor another run's."""
-    mine = [path for path in list_checkpoints(output_dir) if _run_and_steps(path)[0] == run_id]
-    for old in mine[keep:]:
+    for old in _list_of_run(output_dir, run_id)[keep:]:
         if old not in protected:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def find_step(output_dir: Path, run_id: str, step: int) -> Path | None:
+    """Return the whole checkpoint that a run saved last at a step, or None."""
+    found = [p for p in _list_of_run(output_dir, run_id) if _read_progress(p).get("global_step") == step]
+    return next((path for path in found if find_damage(path) is None), None)
+
+
+def count_saves(output_dir: Path, run_id: str) -> int:
+    """Return how many checkpoints a run has saved by those that are there, damaged or abandoned ones too."""
+    return max((_place(path)[1] for path in _list_of_run(output_dir, run_id)), default=0)
 
 
 def sync_folder(folder: Path) -> None:
@@ -162,6 +176,10 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync a folder, and need not.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
     finally:
         os.close(descriptor)
 
@@ -178,13 +196,26 @@ def _find_free_name(path: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def _run_and_steps(checkpoint: Path) -> tuple[str, int]:
+def _list_of_run(output_dir: Path, run_id: str) -> list[Path]:
+    return [path for path in list_checkpoints(output_dir) if _place(path)[0] == run_id]
+
+
+def _place(checkpoint: Path) -> tuple[str, int]:
+    """Return the run that saved a checkpoint and how many it had saved by then."""
+    progress = _read_progress(checkpoint)
     try:
-        progress = json.loads((checkpoint / STATE / "progress.json").read_text())
-        return str(progress["run_id"]), int(progress["global_step"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(progress["run_id"]), int(progress["saves"])
+    except (ValueError, KeyError, TypeError):
         # First in any list, so that it is looked at, found damaged, and named.
         return "\uffff", -1
+
+
+def _read_progress(checkpoint: Path) -> dict[str, Any]:
+    try:
+        progress = json.loads((checkpoint / STATE / PROGRESS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return progress if isinstance(progress, dict) else {}
 
 
 def _find_os_error(error: BaseException) -> OSError | None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from caption_train.accelerator import make_accelerator, make_lr_scheduler, make_optimizer
 from caption_train.agreement import check_agreement, fail_together, say
 from caption_train.captions import Pair
-from caption_train.checkpoint import STATE, clear_partial
+from caption_train.checkpoint import clear_partial
 from caption_train.checkpointing import enable_checkpointing
 from caption_train.console import print_settings
 from caption_train.dataset import BatchPlan, CaptionDataset, make_train_dataloader
@@ -29,12 +29,10 @@ from caption_train.model_card import TrainingRecord, describe_options, find_vers
 from caption_train.options import TrainOptions
 from caption_train.parts import freeze_outside
 from caption_train.previews import Sampler
-from caption_train.progress import Progress
 from caption_train.quantization import make_quantization_config, prepare_quantized
-from caption_train.resume import adopt_batch_size, check_same_run, check_same_size, find_resume_point
+from caption_train.resume import adopt_batch_size, check_same_run, find_resume_point, resume_run
 from caption_train.run import Run
 from caption_train.saving import Saver
-from caption_train.state import read_state
 from caption_train.tracking import RunLog, check_trackers, start_trackers
 from caption_train.training import Trainer
 from caption_train.training_data import TrainingData, read_training_data
@@ -86,15 +84,7 @@ def _prepare(options: TrainOptions, family: Family, accelerator: Accelerator, lo
     loader = _make_loader(options, data.train, plan, collate_fn, accelerator.device)
     run = Run(options, record, accelerator, model, processor, optimizer, lr_scheduler, plan, loader)
     if checkpoint is not None:
-        check_same_size(checkpoint, record, accelerator, options.resume_anyway)
-        run.progress = Progress.read(checkpoint / STATE)
-        plan.first_step = run.progress.global_step
-        if plan.total_steps < plan.first_step:
-            raise UsageError(
-                f"--epochs {options.epochs} ends at step {plan.total_steps}, {checkpoint} is at step "
-                f"{plan.first_step}"
-            )
-        run.random_states = read_state(checkpoint, accelerator, optimizer, lr_scheduler)
+        resume_run(run, checkpoint)
     else:
         run.progress.note_errors(data.skipped)
     return _make_trainer(run, family, data, collate_fn, lock)

@@ -22,13 +22,16 @@ def make_run_id() -> str:
 class Progress:
     """Everything a run has counted and found so far.
 
-    run_id: stays the same over resumes. global_step: optimizer steps. bad_steps: steps in a row not taken for
+    run_id: stays the same over resumes. saves: checkpoints so far. total_steps: of the plan when it was last
+    saved. global_step: optimizer steps. bad_steps: steps in a row not taken for
     a loss or gradient that was not finite, skipped_steps: all of them. images, seconds: over all processes
     and resumes. skipped_files: path → why. loss_mean, loss_variance: running, which spikes are judged by.
     best_value, best_step: of the validation metric. evaluations_since_best: what early stopping counts.
     """
 
     run_id: str = field(default_factory=make_run_id)
+    saves: int = 0
+    total_steps: int = 0
     global_step: int = 0
     bad_steps: int = 0
     skipped_steps: int = 0

@@ -1,19 +1,39 @@
-"""Which checkpoint a run goes on from, and whether it is still the same run."""
+"""Which checkpoint a run goes on from, whether it is still the same run, and putting it where it stood."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
-from caption_train.agreement import say
-from caption_train.checkpoint import STATE, find_damage, find_latest
+from caption_train.agreement import fail_together, say
+from caption_train.checkpoint import (
+    MANIFEST,
+    STATE,
+    count_saves,
+    find_damage,
+    find_latest,
+    find_step,
+    is_checkpoint,
+    list_checkpoints,
+    write_checkpoint,
+)
 from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.files import write_atomically
 from caption_train.model_card import TRAINING_FILE, TrainingRecord
 from caption_train.options import TrainOptions
+from caption_train.pointers import BEST, LAST, follow, point
+from caption_train.progress import Progress
+from caption_train.run import Run
+from caption_train.state import read_state
+from caption_train.tracking import LOG_FILE
 
 MAY_CHANGE = {
-    *("dataset_dir", "validation_dir", "output_dir", "epochs", "num_workers", "device", "name", "log_with"),
+    *("model_id", "prompt", "task"),  # what they come to is in FACTS
+    *("dataset_dir", "caption_extension", "follow_symlinks", "validation_dir", "output_dir", "metrics"),
+    *("epochs", "num_workers", "device", "name", "log_with", "cache_converted", "plan", "memory_budget"),
     *("resume", "resume_anyway", "keep_last", "max_bad_steps", "on_bad_data", "auto_batch_size"),
     *("save_every_n_epochs", "save_every_n_steps", "sample_every_n_epochs", "sample_every_n_steps"),
     *("eval_every_n_epochs", "eval_every_n_steps", "early_stopping_patience", "load_best_at_end"),
@@ -33,12 +53,92 @@ def find_resume_point(options: TrainOptions, accelerator: Accelerator) -> Path |
             say(accelerator, f"--resume auto: {line}")
         say(accelerator, f"--resume auto: {checkpoint or 'no checkpoint yet; starting anew'}")
         return checkpoint
-    checkpoint = Path(options.resume).resolve()
-    if not (checkpoint / STATE).is_dir():
-        raise UsageError(f"--resume {options.resume}: no checkpoint to resume from")
+    checkpoint = follow(Path(options.resume))
+    if not checkpoint.is_dir():
+        raise UsageError(f"--resume {options.resume}: there is no folder {checkpoint}")
+    if not is_checkpoint(checkpoint):
+        within = ", ".join(path.name for path in list_checkpoints(checkpoint))
+        hint = f"; the checkpoints in it are {within}" if within else " to go on from"
+        raise UsageError(f"--resume {options.resume}: has no training state{hint}")
     if damage := find_damage(checkpoint):
         raise CaptionTrainError(f"--resume {options.resume}: {damage}; try --resume auto")
     return checkpoint
+
+
+def resume_run(run: Run, checkpoint: Path) -> None:
+    """Put a prepared run where its checkpoint stood. Random numbers come last, when the loop starts."""
+    options, accelerator, plan = run.options, run.accelerator, run.plan
+    check_same_size(checkpoint, run.record, accelerator, options.resume_anyway)
+    run.progress = progress = Progress.read(checkpoint / STATE)
+    plan.first_step = progress.global_step
+    if plan.total_steps < plan.first_step:
+        raise UsageError(
+            f"--epochs {options.epochs} ends at step {plan.total_steps}, {checkpoint} is at step "
+            f"{plan.first_step}"
+        )
+    saved = read_record(checkpoint)["options"]
+    changed = [name for name in SCHEDULE if saved.get(name) != getattr(options, name)]
+    if progress.total_steps != plan.total_steps and "epochs" not in changed:
+        changed.append("dataset_dir")
+    run.random_states, was = read_state(
+        checkpoint, accelerator, run.optimizer, run.lr_scheduler, anew=bool(changed)
+    )
+    if changed:
+        names = ", ".join(f"--{name} {saved.get(name)} → {getattr(options, name)}" for name in changed)
+        say(
+            accelerator,
+            f"--resume: {names}: training goes on from step {plan.first_step} to {plan.total_steps} (it was "
+            f"{progress.total_steps}), the learning rate along the new schedule: "
+            f"{run.lr_scheduler.get_last_lr()[0]:.3g} where the old one stood at {was:.3g}",
+        )
+    patience = options.early_stopping_patience
+    progress.stopped_early = patience is not None and progress.evaluations_since_best >= patience
+    if progress.stopped_early:
+        say(
+            accelerator,
+            f"--early_stopping_patience {patience}: the run had stopped at step {plan.first_step}",
+        )
+    _settle(run, checkpoint)
+
+
+SCHEDULE = ("epochs", "learning_rate", "scheduler", "warmup_steps", "weight_decay", "lora_plus_ratio")
+"""What the optimizer's rates follow from, beside the number of steps."""
+
+
+def _settle(run: Run, checkpoint: Path) -> None:
+    """Have `last` and `best` point at what they did at this checkpoint, brought along from another folder."""
+    accelerator, progress, output_dir = run.accelerator, run.progress, run.options.output_dir
+    best = None
+    with fail_together(accelerator):
+        if accelerator.is_main_process:
+            here = _bring(checkpoint, output_dir)
+            log = checkpoint.parent / LOG_FILE
+            if here.parent.resolve() != checkpoint.parent and log.is_file():
+                write_atomically(output_dir / LOG_FILE, log.read_bytes())
+            point(output_dir, LAST, here)
+            if progress.best_step is not None:
+                found = find_step(checkpoint.parent, progress.run_id, progress.best_step)
+                best = here if progress.best_step == progress.global_step else found
+            if best is not None:
+                best = _bring(best, output_dir)
+                point(output_dir, BEST, best)
+            progress.saves = count_saves(output_dir, progress.run_id)
+    if progress.best_step is not None and gather_object([best])[0] is None:
+        say(
+            accelerator, f"--resume: the best checkpoint, of step {progress.best_step}, is gone; seeking anew"
+        )
+        progress.best_step = progress.best_value = None
+
+
+def _bring(checkpoint: Path, output_dir: Path) -> Path:
+    """Return a checkpoint that lies in `output_dir`: this one, or a copy of it."""
+    if checkpoint.parent.resolve() == output_dir.resolve():
+        return output_dir / checkpoint.name
+
+    def copy(folder: Path) -> None:
+        shutil.copytree(checkpoint, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
+
+    return write_checkpoint(output_dir, checkpoint.name, copy)
 
 
 def read_record(checkpoint: Path) -> dict[str, Any]:

@@ -12,11 +12,11 @@ from caption_train.checkpoint import prune, publish, write_checkpoint
 from caption_train.curve import draw_curve
 from caption_train.files import write_atomically
 from caption_train.model_card import write_card
+from caption_train.pointers import BEST, LAST, follow
 from caption_train.run import Run
 from caption_train.state import capture_random_state, write_state
 
 SUMMARY_FILE = "summary.json"
-LAST, BEST = "last", "best"
 
 
 class Saver:
@@ -49,6 +49,8 @@ class Saver:
         """
         run = self.run
         name = f"{run.options.name}-{name}" if run.options.name else name
+        run.progress.saves += 1
+        run.progress.total_steps = run.plan.total_steps
         random_states = capture_random_state(run.accelerator)
         with fail_together(run.accelerator):
             if run.accelerator.is_main_process:
@@ -85,7 +87,7 @@ class Saver:
         with fail_together(run.accelerator):
             if run.accelerator.is_main_process:
                 chosen = BEST if run.options.load_best_at_end and progress.best_step else LAST
-                publish((self.output_dir / chosen).resolve(), self.output_dir)
+                publish(follow(self.output_dir / chosen), self.output_dir)
                 write_atomically(self.output_dir / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
                 draw_curve(self.output_dir)
         return summary
@@ -95,7 +97,7 @@ class Saver:
         asked = options.save_every_n_steps or options.save_every_n_epochs
         keep = options.keep_last or (None if asked else 1)
         if keep is not None:
-            protected = [(self.output_dir / pointer).resolve() for pointer in (LAST, BEST)]
+            protected = [self.output_dir / follow(self.output_dir / name).name for name in (LAST, BEST)]
             prune(self.output_dir, self.run.progress.run_id, keep, protected)
 
     def _write(self, folder: Path, random_states: list[dict[str, Any]]) -> None:

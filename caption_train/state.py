@@ -1,7 +1,6 @@
 """The state of a run beside its weights, so that a resumed run is the uninterrupted one to the bit."""
 
 import random
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -64,11 +63,12 @@ def write_state(
 
 
 def read_state(
-    checkpoint: Path, accelerator: Accelerator, optimizer: Optimizer, lr_scheduler: LRScheduler
-) -> list[dict[str, Any]]:
-    """Restore optimizer, schedule and scaler from `checkpoint/state`; return the random numbers to restore.
+    checkpoint: Path, accelerator: Accelerator, optimizer: Optimizer, lr_scheduler: LRScheduler, *, anew: bool
+) -> tuple[list[dict[str, Any]], float]:
+    """Restore optimizer, schedule and scaler from `checkpoint/state`.
 
-    Those come last, after everything that may draw some.
+    anew: keep this run's rates and schedule, and only put it where the saved one stood. Returns the random
+    numbers to restore, after everything that may draw some, and the learning rate that was saved.
     """
 
     def load(name: str) -> Any:
@@ -80,27 +80,28 @@ def read_state(
             f"--resume {checkpoint}: saved by {len(random_states)} processes, this run has "
             f"{accelerator.num_processes}; launch as many as before"
         )
+    fresh = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(load("optimizer"))
     except (ValueError, KeyError) as error:
         raise CaptionTrainError(
             f"--resume {checkpoint}: its optimizer does not fit this run: {error}"
         ) from error
-    _restore_schedule(lr_scheduler, load("lr_scheduler"))
+    schedule = load("lr_scheduler")
+    if anew:
+        for group, settings in zip(optimizer.param_groups, fresh, strict=True):
+            group.update(settings)
+        _catch_up(lr_scheduler, schedule["last_epoch"])
+    else:
+        lr_scheduler.load_state_dict(schedule)
     if accelerator.scaler is not None and (checkpoint / STATE / "scaler.pt").exists():
         accelerator.scaler.load_state_dict(load("scaler"))
-    return random_states
+    return random_states, schedule["_last_lr"][0]
 
 
-def _restore_schedule(lr_scheduler: LRScheduler, saved: dict[str, Any]) -> None:
-    """Put the schedule where it stood. A run made longer follows the new, longer schedule from there."""
-    # Of torch's and transformers' schedules only OneCycle's keeps its length in its state.
-    if saved.get("total_steps") == getattr(lr_scheduler, "total_steps", None):
-        lr_scheduler.load_state_dict(saved)
-        return
+def _catch_up(lr_scheduler: LRScheduler, steps: int) -> None:
     with warnings.catch_warnings():
         # Stepping without the optimizer is what is meant here.
         warnings.simplefilter("ignore")
-        for _ in range(saved["last_epoch"]):
+        for _ in range(steps):
             lr_scheduler.step()
-    print("--resume: the learning rate follows the new schedule from this step on", file=sys.stderr)

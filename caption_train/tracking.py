@@ -1,5 +1,7 @@
 """Where a run's numbers go: `log.jsonl` in the output folder, and the trackers the user asked for."""
 
+import errno
+import io
 import json
 import math
 import os
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from accelerate import Accelerator
 
+from caption_train.checkpoint import describe_latest
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.files import write_atomically
 from caption_train.progress import Progress
@@ -28,20 +31,22 @@ class RunLog:
 
     def __init__(self, accelerator: Accelerator, output_dir: Path, first_step: int = 0) -> None:
         self.accelerator = accelerator
-        self.file = None
+        self.path = output_dir / LOG_FILE
+        self.file: io.FileIO | None = None
         if accelerator.is_main_process:
-            path = output_dir / LOG_FILE
-            write_atomically(path, "".join(_lines_before(path, first_step)))
-            self.file = path.open("a", encoding="utf-8", buffering=1)
+            with self._explained():
+                write_atomically(self.path, "".join(_lines_before(self.path, first_step)))
+                # Unbuffered: what could not be written now would fail once more when it is closed.
+                self.file = self.path.open("ab", buffering=0)
 
     def write(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
         """Log the values of an optimizer step (counted from 1)."""
         if self.file is not None:
             finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-            try:
-                self.file.write(json.dumps({"step": step, "epoch": epoch, **finite}) + "\n")
-            except OSError as error:
-                raise CaptionTrainError(f"{self.file.name}: {error.strerror}") from error
+            line = (json.dumps({"step": step, "epoch": epoch, **finite}) + "\n").encode()
+            with self._explained():
+                if self.file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.accelerator.log({**values, "epoch": epoch}, step=step)
 
     def write_samples(self, step: int, samples: Sequence["Sample"]) -> None:
@@ -57,6 +62,14 @@ class RunLog:
                     import wandb
 
                     tracker.log({label: wandb.Image(sample.image, caption=text)}, step=step)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            words = f"{self.path}: cannot be written: {error.strerror}; {describe_latest(self.path.parent)}"
+            raise CaptionTrainError(words) from error
 
     def close(self) -> None:
         """End the log and the trackers' runs."""
@@ -114,5 +127,13 @@ def _lines_before(path: Path, first_step: int) -> list[str]:
     """Return the log's lines up to the step that a resumed run starts after."""
     if not path.exists() or first_step == 0:
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n") and 0 < _step_of(line) <= first_step]
+
+
+def _step_of(line: str) -> int:
+    """Return a line's step; 0 for what is none of ours, as a power cut leaves it."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 0

@@ -102,7 +102,8 @@ def test_a_finished_run_has_nothing_left_to_do(resume, finished):
 
 def test_more_epochs_go_on_along_the_longer_schedule(resume, capsys):
     trainer = resume(epochs=3)
-    assert "the learning rate follows the new schedule" in capsys.readouterr().err
+    words = capsys.readouterr().err
+    assert "--epochs 1 → 3: training goes on from step 3 to 9 (it was 3)" in words
     schedule = make_lr_scheduler(
         trainer.run.options, make_optimizer(trainer.run.options, trainer.run.model), 9
     )
