@@ -20,7 +20,12 @@ SHAPES = {
     "image_pos_embed.row_embeddings.weight": (40, 8),
 }
 RAW = {
-    "vision_config": {"dim_embed": [8, 16, 16, 16], "num_heads": [1] * 4, "num_groups": [1] * 4},
+    "vision_config": {
+        "dim_embed": [8, 16, 16, 16],
+        "num_heads": [1] * 4,
+        "num_groups": [1] * 4,
+        "projection_dim": 16,
+    },
     "text_config": {"d_model": 16, "encoder_layers": 1, "dropout": 0.3, "num_beams": 2, "vocab_size": 7},
 }
 
@@ -104,6 +109,6 @@ def test_a_checkpoint_without_position_table_is_named():
 
 
 def test_scaled_embeddings_are_refused():
-    raw = RAW | {"text_config": {"scale_embedding": True}}
+    raw = RAW | {"text_config": RAW["text_config"] | {"scale_embedding": True}}
     with pytest.raises(CaptionTrainError, match="scale_embedding"):
         convert_config(raw, SHAPES, tied=True, image_token_id=5)

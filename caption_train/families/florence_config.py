@@ -61,6 +61,9 @@ OTHER_GENERATION = {
 }
 """Further settings that a legacy text_config may hold, with the value that says nothing."""
 
+DEFAULT_WIDTH = 1024
+"""`d_model` where a text_config says nothing."""
+
 TOKEN_IDS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
 
 
@@ -188,6 +191,11 @@ def _check_expressible(vision: Mapping[str, Any], text: Mapping[str, Any]) -> No
             raise CaptionTrainError(
                 f"vision_config.{name} is {value!r}; transformers' Florence-2 has only {supported!r}"
             )
+    if vision["projection_dim"] != text.get("d_model", DEFAULT_WIDTH):
+        raise CaptionTrainError(
+            f"vision_config.projection_dim is {vision['projection_dim']}, text_config.d_model "
+            f"{text.get('d_model', DEFAULT_WIDTH)}: the text model could not read the image"
+        )
     if vision["patch_prenorm"][0]:
         raise CaptionTrainError(
             "vision_config.patch_prenorm[0] is true, which the original ignores and transformers does not"

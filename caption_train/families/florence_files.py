@@ -36,10 +36,7 @@ class Checkpoint:
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json as it is."""
-        try:
-            return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CaptionTrainError(f"{self.folder / 'config.json'} is not JSON: {error}") from error
+        return read_object(self.folder / "config.json")
 
     @cached_property
     def tensors(self) -> dict[str, Any]:
@@ -54,8 +51,11 @@ class Checkpoint:
 
     @property
     def is_legacy(self) -> bool:
-        """Whether this is Microsoft's layout, by its config or else by its tensors' names."""
-        if self.config.get("model_type") != "florence2":
+        """Whether this is Microsoft's layout, by its config or else by its tensors' names.
+
+        The legacy code is found by `auto_map`, so a `model_type` may be missing.
+        """
+        if self.config.get("model_type") not in (None, "", "florence2"):
             return False
         vision = self.config.get("vision_config") or {}
         return "dim_embed" in vision or any(name.startswith(LEGACY_STARTS) for name in self.tensors)
@@ -64,34 +64,55 @@ class Checkpoint:
 def find_checkpoint(model_id: str, revision: str | None = None) -> Checkpoint:
     """Find the files of a folder or hub id, downloading what is missing."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     with explained(model_id):
         local = Path(model_id).is_dir()
         folder = find_side_files(model_id, revision)
+        unreachable = ""
 
         def find(name: str) -> Path | None:
+            nonlocal unreachable
             if local or (folder / name).is_file():
                 return folder / name if (folder / name).is_file() else None
             try:
                 return Path(hf_hub_download(model_id, name, revision=folder.name))
+            except LocalEntryNotFoundError:
+                unreachable = " in the local cache, and the hub cannot be reached"
             except EntryNotFoundError:
-                return None
+                pass
+            return None
 
         if find("config.json") is None:
             raise CaptionTrainError(f"--model_id {model_id}: there is no config.json, so this is no model")
         found = next((path for name in WEIGHTS if (path := find(name))), None)
         if found is None:
             raise CaptionTrainError(
-                f"--model_id {model_id}: there are no weights: none of {', '.join(WEIGHTS)}"
+                f"--model_id {model_id}: there are no weights{unreachable}: none of {', '.join(WEIGHTS)}"
             )
         names = [found.name]
         if found.name.endswith(".index.json"):
-            names = list(dict.fromkeys(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()))
+            weight_map = read_object(found).get("weight_map")
+            if not weight_map or not isinstance(weight_map, dict):
+                raise CaptionTrainError(f"{found} has no weight_map: copy it anew")
+            names = list(dict.fromkeys(weight_map.values()))
         weights = {name: find(name) for name in names}
     if absent := [name for name, path in weights.items() if path is None]:
-        raise CaptionTrainError(f"--model_id {model_id}: {found.name} names {shorten(absent)}, not there")
+        raise CaptionTrainError(
+            f"--model_id {model_id}: {found.name} names {shorten(absent)}, not there{unreachable}"
+        )
     return Checkpoint(model_id, folder, tuple(weights.values()))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; CaptionTrainError if it holds anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise CaptionTrainError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CaptionTrainError(f"{path} holds no JSON object")
+    return content
 
 
 def shape_of(tensor: Any) -> list[int]:
@@ -109,10 +130,16 @@ def _open_weights(path: Path) -> dict[str, Any]:
     import torch
     from safetensors import SafetensorError, safe_open
 
+    damaged = f"{path} is damaged, or holds other things than tensors"
     try:
-        if path.suffix == ".bin":
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        file = safe_open(path, framework="pt")
-        return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        if path.suffix != ".bin":
+            file = safe_open(path, framework="pt")
+            return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
-        raise CaptionTrainError(f"{path} is damaged, or holds other things than tensors") from error
+        raise CaptionTrainError(damaged) from error
+    if not isinstance(tensors, dict):
+        raise CaptionTrainError(damaged)
+    if other := [str(name) for name, value in tensors.items() if not isinstance(value, torch.Tensor)]:
+        raise CaptionTrainError(f"{path} holds other things than tensors: {shorten(other)}")
+    return tensors

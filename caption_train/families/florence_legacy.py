@@ -43,7 +43,7 @@ def load_legacy(
         quantization_config=quantization_config,
         output_loading_info=True,
     )
-    if left := sorted({*info["missing_keys"], *info["unexpected_keys"]} - {RECOMPUTABLE}):
+    if left := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
         raise CaptionTrainError(f"--model_id {checkpoint.model_id}: not loaded: {shorten(left)}")
     model.generation_config = make_generation_config(checkpoint.config.get("text_config") or {})
     return _name(model.eval(), checkpoint), processor
@@ -53,17 +53,32 @@ def convert_checkpoint(
     checkpoint: Checkpoint,
 ) -> tuple[Florence2Config, Florence2Processor, dict[str, Any]]:
     """Return config, processor and tensors as the native class has them; safetensors are not read yet."""
+    from huggingface_hub.errors import StrictDataclassError
+
     shapes = {name: tuple(shape_of(tensor)) for name, tensor in checkpoint.tensors.items()}
     rows = next((shapes[name][0] for name in TIED.values() if name in shapes), 0)
     try:
         state, tied = convert_tensors(checkpoint.tensors)
         config = convert_config(checkpoint.config, shapes, tied=tied, image_token_id=0)
+        state.setdefault(RECOMPUTABLE, compute_temporal_embedding(config))
         processor = convert_processor(checkpoint.folder, config.vision_config.to_dict(), rows)
         config.image_token_id = processor.image_token_id
         check_complete(config, state)
     except CaptionTrainError as error:
         raise CaptionTrainError(f"--model_id {checkpoint.model_id}: {error}") from error
+    except (TypeError, ValueError, LookupError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise CaptionTrainError(
+            f"--model_id {checkpoint.model_id}: config.json describes no Florence-2: {reason}"
+        ) from error
     return config, processor, state
+
+
+def compute_temporal_embedding(config: Florence2Config) -> torch.Tensor:
+    """Return the table [frames, C] that is the same in all checkpoints, and therefore not in all of them."""
+    from transformers.models.florence2.modeling_florence2 import Florence2VisionPositionalEmbeddingCosine1D
+
+    return Florence2VisionPositionalEmbeddingCosine1D(config).pos_idx_to_embed
 
 
 def load_native(
@@ -126,9 +141,8 @@ def check_complete(config: Florence2Config, state: Mapping[str, Any]) -> None:
     with torch.device("meta"):
         expected = Florence2ForConditionalGeneration(config).state_dict()
     embeddings = {native_name(name) for name in TIED.values()}
-    derived = {RECOMPUTABLE, *(name for name in embeddings if name not in state)}
     problems = []
-    if missing := sorted(_say(name) for name in expected.keys() - state.keys() - derived):
+    if missing := sorted(_say(name) for name in expected.keys() - state.keys() - embeddings):
         problems.append(f"{len(missing)} tensors are missing: {shorten(missing)}")
     if extra := sorted(_say(name) for name in state.keys() - expected.keys()):
         problems.append(f"{len(extra)} tensors are left over: {shorten(extra)}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caption_train.errors import CaptionTrainError
+from caption_train.families.florence_files import read_object
 
 if TYPE_CHECKING:
     from transformers import Florence2Processor, PreTrainedTokenizerBase
@@ -30,7 +30,9 @@ UNREACHABLE = "madeupword"
 PREPROCESSOR_DEFAULTS = {
     "size": {"height": 768, "width": 768},
     "resample": 3,
+    "do_rescale": True,
     "rescale_factor": 1 / 255,
+    "do_normalize": True,
     "image_mean": [0.485, 0.456, 0.406],
     "image_std": [0.229, 0.224, 0.225],
 }
@@ -48,39 +50,69 @@ def convert_processor(folder: Path, vision: Mapping[str, Any], rows: int) -> Flo
     """Return the native processor of a legacy folder.
 
     vision: the vision_config, which tells how many tokens an image becomes. rows: entries of the embedding.
-    Raises CaptionTrainError where the folder has no tokenizer, or one that does not fit the embedding.
+    Raises CaptionTrainError where the folder has no tokenizer, or one that does not fit the embedding, and
+    for image settings that mean nothing here.
     """
     from transformers import CLIPImageProcessorPil, Florence2Processor
 
     tokenizer = _load_tokenizer(folder, rows)
-    path = folder / "preprocessor_config.json"
-    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    settings = {name: saved.get(name, value) for name, value in PREPROCESSOR_DEFAULTS.items()}
+    settings = _read_image_settings(folder / "preprocessor_config.json")
     image_processor = CLIPImageProcessorPil(**settings, do_center_crop=False, do_convert_rgb=True)
-    image_processor.image_seq_length = count_image_tokens(settings["size"], vision)
+    height, width = find_grid(settings["size"], vision)
+    if (limit := vision["max_position_embeddings"]) < max(height, width):
+        raise CaptionTrainError(
+            f"images of {settings['size']} pixels become {height} × {width} places, but there are only "
+            f"{limit} × {limit} embeddings for them"
+        )
+    image_processor.image_seq_length = 1 + height * width  # their average comes first
     return Florence2Processor(image_processor, tokenizer, post_processor_config=POST_PROCESSOR_CONFIG)
 
 
-def count_image_tokens(size: Mapping[str, int], vision: Mapping[str, Any]) -> int:
-    """Return how many tokens an image of `size` pixels becomes: the last stage's grid, and its average."""
+def find_grid(size: Mapping[str, int], vision: Mapping[str, Any]) -> tuple[int, int]:
+    """Return height and width of the last stage's grid for images of `size` pixels."""
     sides = [size["height"], size["width"]]
     for kernel, stride, padding in zip(
         vision["patch_size"], vision["patch_stride"], vision["patch_padding"], strict=True
     ):
         sides = [(side + 2 * padding - kernel) // stride + 1 for side in sides]
-    return 1 + sides[0] * sides[1]
+    return sides[0], sides[1]
+
+
+def _read_image_settings(path: Path) -> dict[str, Any]:
+    """Return preprocessor_config.json as keyword arguments of the image processor, without crop."""
+    saved = (
+        {name: value for name, value in read_object(path).items() if value is not None}
+        if path.is_file()
+        else {}
+    )
+    settings = {name: saved.get(name, value) for name, value in PREPROCESSOR_DEFAULTS.items()}
+    if isinstance(settings["size"], int):
+        settings["size"] = {"height": settings["size"], "width": settings["size"]}
+    size = settings["size"]
+    if not isinstance(size, dict) or set(size) != {"height", "width"}:
+        raise CaptionTrainError(f"{path}: size is {size!r}; Florence-2 needs a height and a width")
+    crop = saved.get("crop_size", size) if saved.get("do_center_crop") else size
+    if not saved.get("do_resize", True) or crop not in (size, size["height"]):
+        raise CaptionTrainError(
+            f"{path}: images are not resized to one size, or cropped; Florence-2 needs whole ones"
+        )
+    return settings
 
 
 def _load_tokenizer(folder: Path, rows: int) -> PreTrainedTokenizerBase:
     from tokenizers import AddedToken
     from transformers import BartTokenizer
 
-    tokenizer = BartTokenizer.from_pretrained(
-        folder,
-        extra_special_tokens=list(ADDED_TOKENS),
-        image_token=_choose_image_token(_read_vocabulary(folder)),
-        mask_token=AddedToken("<mask>", lstrip=True, special=True),
-    )
+    image_token = _choose_image_token(_read_vocabulary(folder))
+    try:
+        tokenizer = BartTokenizer.from_pretrained(
+            folder,
+            extra_special_tokens=list(ADDED_TOKENS),
+            image_token=image_token,
+            mask_token=AddedToken("<mask>", lstrip=True, special=True),
+        )
+    except Exception as error:  # what tokenizers raises has no narrower type
+        raise CaptionTrainError(f"the tokenizer of {folder} cannot be read: {error}") from error
     if len(tokenizer) > rows:
         raise CaptionTrainError(
             f"the tokenizer of {folder} has {len(tokenizer)} entries, but the embedding only {rows} rows"
@@ -100,14 +132,17 @@ def _choose_image_token(vocabulary: Mapping[str, int]) -> str:
 
 
 def _read_vocabulary(folder: Path) -> dict[str, int]:
+    names = {path.name for path in folder.iterdir()}
+    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+        raise CaptionTrainError(
+            f"{folder} has no tokenizer.json, nor vocab.json and merges.txt: copy them from the model it was "
+            "made from"
+        )
     vocabulary = {}
-    for name in ("vocab.json", "added_tokens.json", "tokenizer.json"):
-        if (folder / name).is_file():
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
-            if name == "tokenizer.json":
-                added = {token["content"]: token["id"] for token in content["added_tokens"]}
-                content = {**content["model"]["vocab"], **added}
-            vocabulary |= content
-    if not vocabulary:
-        raise CaptionTrainError(f"{folder} has no tokenizer.json: copy it from the model it was made from")
+    for name in sorted(names & {"added_tokens.json", "vocab.json"}):
+        vocabulary |= read_object(folder / name)
+    if "tokenizer.json" in names:
+        content = read_object(folder / "tokenizer.json")
+        vocabulary |= content.get("model", {}).get("vocab", {})
+        vocabulary |= {token["content"]: token["id"] for token in content.get("added_tokens", [])}
     return vocabulary
