@@ -132,7 +132,7 @@ def measure(name: str, folder: Path, flags: dict) -> dict:
     parameters = [p for p in model.parameters() if p.requires_grad]
     model.train()
     memory = Memory(accelerator.device)
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     accelerator.backward(model(**batch).loss)
     backward_peak = memory.peak()
     gradients = count_bytes(getattr(accelerator, "packs", {}).values()) + count_bytes(
@@ -141,7 +141,7 @@ def measure(name: str, folder: Path, flags: dict) -> dict:
     accelerator.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     state = [value for values in optimizer.state.values() for value in values.values()]
     return {
         "weights": sum(count_weight(p) for p in model.parameters()),
@@ -152,6 +152,7 @@ def measure(name: str, folder: Path, flags: dict) -> dict:
         "activation_peak": backward_peak - memory.before - gradients,
         "peak": memory.peak(),
         "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
     }
 
 

@@ -5,6 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+PRINCIPAL = ("pissa", "pissa_niter_16", "olora")
+"""Values of `--init_lora_weights` that take a part out of the base's weights."""
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -18,6 +21,7 @@ class Setup:
     train_method: str
     dora: bool
     lora_plus_ratio: float | None
+    init_lora_weights: str | None
     quantize_parts: tuple[str, ...]
     dtype: str
     device: str | None
@@ -69,6 +73,16 @@ REFUSALS = (
         "--lora_plus_ratio cannot be combined with --train_method full, which has no LoRA: drop one of them",
     ),
     Refusal(
+        lambda s: s.init_lora_weights is not None and s.train_method == "full",
+        "--init_lora_weights {init_lora_weights} cannot be combined with --train_method full, which has no "
+        "LoRA: drop one of them",
+    ),
+    Refusal(
+        lambda s: s.init_lora_weights in PRINCIPAL and s.quantize is not None,
+        "--init_lora_weights {init_lora_weights} cannot be combined with --quantize {quantize}: it changes "
+        "the base's weights, which are rounded already; use --init_lora_weights eva, or drop --quantize",
+    ),
+    Refusal(
         lambda s: bool(s.quantize_parts) and s.quantize is None,
         "--quantize_parts says what --quantize is to quantize: add --quantize, or drop it",
     ),
@@ -115,6 +129,7 @@ def check(
         train_method=options.train_method,
         dora=options.dora,
         lora_plus_ratio=options.lora_plus_ratio,
+        init_lora_weights=options.init_lora_weights,
         quantize_parts=tuple(options.quantize_parts),
         dtype=options.dtype,
         device=device or (options.device or "").split(":")[0] or None,
@@ -133,6 +148,7 @@ _PLAIN = Setup(
     train_method="lora",
     dora=False,
     lora_plus_ratio=None,
+    init_lora_weights=None,
     quantize_parts=(),
     dtype="auto",
     device="cuda",
@@ -156,6 +172,8 @@ _CHOICES: dict[str, tuple[dict, dict]] = {
     "train_method full": ({}, {"train_method": "full"}),
     "dora": ({}, {"dora": True}),
     "lora_plus_ratio": ({}, {"lora_plus_ratio": 16.0}),
+    "init_lora_weights pissa, olora": ({}, {"init_lora_weights": "pissa"}),
+    "init_lora_weights eva, gaussian": ({}, {"init_lora_weights": "eva"}),
     "device cpu": ({}, {"device": "cpu"}),
     "several processes": ({}, {"distributed": "MULTI_GPU"}),
 }

@@ -7,10 +7,12 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families.base import Family
+from caption_train.lora_init import join_start
 from caption_train.parts import choose_targets, outside
 
 TRAINABLE_KINDS = (nn.Linear, nn.Conv2d)
@@ -26,10 +28,12 @@ def wrap_with_lora(
     rslora: bool = False,
     dora: bool = False,
     parts: Sequence[str] = (),
+    init: str | None = None,
 ) -> PeftModel:
     """Freeze `model` and put LoRA on each Linear and Conv2d whose name is, or ends in, a target's.
 
     `parts` are regular expressions of module names; if there are any, only what one matches is trained.
+    `init` is `--init_lora_weights`; those that look at weights or data come later, see lora_init.
     Raises UsageError when a target matches nothing; PEFT itself says nothing as long as another one matches.
     """
     check_targets(model, target_modules)
@@ -41,6 +45,7 @@ def wrap_with_lora(
         exclude_modules=outside(parts),
         use_rslora=rslora,
         use_dora=dora,
+        init_lora_weights="gaussian" if init == "gaussian" else True,
     )
     return get_peft_model(model, config)
 
@@ -120,6 +125,24 @@ def fill_adapter(model: PeftModel, weights: dict[str, torch.Tensor], folder: Pat
         )
     set_peft_model_state_dict(model, weights)
     return model
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write an adapter that fits the base as it was before training, whatever the LoRA started from."""
+    if getattr(model, "lora_start", None) is None:
+        # Without this PEFT asks the hub whether the vocabulary grew.
+        model.save_pretrained(folder, save_embedding_layers=False)
+        return
+    from peft import get_peft_model_state_dict
+
+    weights, config = join_start(model, get_peft_model_state_dict(model, save_embedding_layers=False))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: tensor.cpu() for name, tensor in weights.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config.save_pretrained(str(folder))
 
 
 def _changed(copies: dict[str, torch.Tensor], base: dict[str, torch.Tensor]) -> list[str]:

@@ -15,6 +15,7 @@ from caption_train.metrics import METRICS
 
 OPTIMIZERS = ("AdamW", "AdamW8bit", "PagedAdamW", "PagedAdamW8bit", "Flora")
 PARTS = ("vision", "projector", "language")
+INITS = ("gaussian", "pissa", "pissa_niter_16", "olora", "eva")
 
 _data = partial(flag, group="data")
 _valid = partial(flag, group="validation")
@@ -83,6 +84,12 @@ class TrainOptions:
     target_modules: list[str] = _lora([], "names, or ends of names, of the modules to train")
     rslora: bool = _lora(False, "scale by alpha / sqrt(rank) (rank-stabilized LoRA)")
     dora: bool = _lora(False, "learn each weight's magnitude beside its direction (DoRA); slower")
+    init_lora_weights: str | None = _lora(
+        None,
+        "what the LoRA starts from: the base's main directions (pissa, olora), the data's (eva), or random "
+        "(if not given)",
+        choices=INITS,
+    )
     lora_plus_ratio: float | None = _lora(
         None, "learning rate of every lora_B in units of lora_A's; LoRA+ suggests 16 (1 if not given)"
     )

@@ -24,7 +24,7 @@ from caption_train.families.base import Batch, Family
 from caption_train.fitting import fit_batch_size
 from caption_train.launcher import notice_launcher
 from caption_train.lock import OutputLock
-from caption_train.lora import count_parameters, fill_adapter, wrap_with_lora
+from caption_train.lora import count_parameters, wrap_with_lora
 from caption_train.model_card import TrainingRecord, describe_options, find_versions
 from caption_train.options import TrainOptions
 from caption_train.parts import freeze_outside
@@ -33,6 +33,7 @@ from caption_train.quantization import make_quantization_config, prepare_quantiz
 from caption_train.resume import adopt_batch_size, check_same_run, find_resume_point, resume_run
 from caption_train.run import Run
 from caption_train.saving import Saver
+from caption_train.starting import look_at_data, start_lora
 from caption_train.tracking import RunLog, check_trackers, start_trackers
 from caption_train.training import Trainer
 from caption_train.training_data import TrainingData, read_training_data
@@ -77,6 +78,8 @@ def _prepare(options: TrainOptions, family: Family, accelerator: Accelerator, lo
     # The LoRA starts the same on every process; dropout must not.
     set_seed(options.seed + accelerator.process_index)
     collate_fn = family.make_collator(processor, prompt=record.prompt, max_length=options.max_length)
+    if checkpoint is None and options.init_lora_weights == "eva":
+        look_at_data(model, accelerator, data.train, collate_fn)
     if checkpoint is None and (options.auto_batch_size or accelerator.device.type == "cuda"):
         fit_batch_size(options, accelerator, model, optimizer, collate_fn, data.train)
         plan = _make_plan(options, len(data.train), accelerator)
@@ -163,12 +166,10 @@ def load_trainable(
             rslora=options.rslora,
             dora=options.dora,
             parts=parts,
+            init=options.init_lora_weights,
         )
         _name_base(model, options)
-        if checkpoint is not None:
-            from peft import load_peft_weights
-
-            fill_adapter(model, load_peft_weights(str(checkpoint), device="cpu"), checkpoint)
+        start_lora(model, options, accelerator.device, checkpoint)
     else:
         freeze_outside(model, parts)
     if options.gradient_checkpointing or options.activation_checkpointing:

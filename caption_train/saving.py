@@ -11,6 +11,7 @@ from caption_train.agreement import fail_together
 from caption_train.checkpoint import prune, publish, write_checkpoint
 from caption_train.curve import draw_curve
 from caption_train.files import write_atomically
+from caption_train.lora import save_adapter
 from caption_train.model_card import write_card
 from caption_train.pointers import BEST, LAST, follow
 from caption_train.run import Run
@@ -104,8 +105,7 @@ class Saver:
         run, progress = self.run, self.run.progress
         model = run.accelerator.unwrap_model(run.model)
         if run.options.train_method == "lora":
-            # Without this PEFT asks the hub whether the vocabulary grew.
-            model.save_pretrained(folder, save_embedding_layers=False)
+            save_adapter(model, folder)
         else:
             model.save_pretrained(folder)
         run.processor.save_pretrained(folder)

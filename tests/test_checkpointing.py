@@ -6,23 +6,20 @@ import importlib
 import pytest
 import torch
 from PIL import Image
+from tiny_runs import MODELS, save_base
 
 from caption_train.checkpointing import enable_checkpointing, find_unreached_blocks
 from caption_train.families import get_family
 from caption_train.lora import wrap_with_lora
 
-FAMILIES = ("blip", "florence")
 
-
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=MODELS)
 def trained(request, tmp_path_factory):
     """A LoRA on random weights in train mode, with all its dropout, and a batch."""
     family = get_family(request.param)
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp(family.name)
-    for part in importlib.import_module(f"examples.tiny_{family.name}").make_model():
-        part.save_pretrained(folder)
+    folder = save_base(family.name, tmp_path_factory.mktemp(family.name))
     model, processor = family.load(str(folder))
+    torch.manual_seed(0)
     model = wrap_with_lora(model, family.lora_target_modules, rank=4, alpha=8, dropout=0.1)
     for name, p in model.named_parameters():
         if "lora_B" in name:

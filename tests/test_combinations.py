@@ -1,6 +1,5 @@
 """The table of combinations: what is not refused trains, what is refused says why."""
 
-import importlib
 import itertools
 import math
 import os
@@ -10,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tiny_runs import MODELS, save_base
 
 from caption_train.accelerator import accumulate, make_accelerator, make_lr_scheduler, make_optimizer
 from caption_train.combinations import REFUSALS, check, make_table
 from caption_train.families import get_family
+from caption_train.lora_init import start_from_inputs
 from caption_train.options import OPTIMIZERS, TrainOptions
 from caption_train.prepare import load_trainable
 
@@ -21,10 +22,13 @@ AXES = {
     "optimizer_name": OPTIMIZERS,
     "accumulation_compression": (False, True),
     "gradient_checkpointing": (False, True),
+    "activation_checkpointing": (False, True),
     "quantize": (None, "4bit", "8bit"),
     "mixed_precision": ("no", "bf16", "fp16"),
     "train_method": ("lora", "full"),
     "dora": (False, True),
+    "lora_plus_ratio": (None, 4.0),
+    "init_lora_weights": (None, "gaussian", "pissa", "eva"),
 }
 SETUPS = [dict(zip(AXES, values, strict=True)) for values in itertools.product(*AXES.values())]
 
@@ -60,11 +64,8 @@ def describe(setup: dict) -> str:
 def bases(tmp_path_factory) -> list[tuple]:
     """Family, folder and a batch for each."""
     found = []
-    for name in ("blip", "florence"):
-        family, folder = get_family(name), tmp_path_factory.mktemp(name)
-        torch.manual_seed(0)
-        for part in importlib.import_module(f"examples.tiny_{name}").make_model():
-            part.save_pretrained(folder)
+    for name in MODELS:
+        family, folder = get_family(name), save_base(name, tmp_path_factory.mktemp(name))
         _, processor = family.load(str(folder))
         item = {"image": Image.effect_noise((96, 96), 90).convert("RGB"), "caption": "a red circle"}
         collate_fn = family.make_collator(processor, prompt=family.default_prompt, max_length=32)
@@ -81,6 +82,8 @@ def test_every_supported_combination_trains(bases, index):
     torch.manual_seed(0)
     accelerator = make_accelerator(options)
     model, _ = load_trainable(options, family, accelerator, None)
+    if options.init_lora_weights == "eva":
+        start_from_inputs(model, [batch])
     optimizer = make_optimizer(options, model)
     lr_scheduler = make_lr_scheduler(options, optimizer, 2)
     model, optimizer = accelerator.prepare(model, optimizer)

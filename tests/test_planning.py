@@ -1,11 +1,11 @@
 """Plans against what is really held."""
 
-import importlib
 import math
 
 import pytest
 import torch
 from PIL import Image
+from tiny_runs import MODELS, save_base
 
 from benchmarks.memory import count
 from caption_train.accelerator import accumulate, make_accelerator, make_optimizer
@@ -19,12 +19,10 @@ from caption_train.prepare import load_trainable
 FLORA = {"optimizer_name": "Flora", "optimizer_rank": 4, "accumulation_rank": 4}
 
 
-@pytest.fixture(scope="module", params=["blip", "florence"])
+@pytest.fixture(scope="module", params=MODELS)
 def base(request, tmp_path_factory):
     """A family, the folder of a model with random weights, and a batch of one image."""
-    family, folder = get_family(request.param), tmp_path_factory.mktemp(request.param)
-    for part in importlib.import_module(f"examples.tiny_{family.name}").make_model():
-        part.save_pretrained(folder)
+    family, folder = get_family(request.param), save_base(request.param, tmp_path_factory.mktemp("base"))
     _, processor = family.load(str(folder))
     item = {"image": Image.effect_noise((96, 96), 90).convert("RGB"), "caption": "a red circle"}
     return (

@@ -7,20 +7,21 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_bases import make_moondream
 
 from caption_train.families import get_family
 from caption_train.options import TrainOptions
 from caption_train.prepare import prepare_training
 from examples import tiny_blip, tiny_florence
 
-MODELS = {"blip": tiny_blip, "florence": tiny_florence}
+MODELS = {"blip": tiny_blip.make_model, "florence": tiny_florence.make_model, "moondream": make_moondream}
 WORDS = ("small", "large", "red", "blue", "circle", "square", "left", "right")
 
 
 def save_base(family: str, folder: Path) -> Path:
     """Save a family's tiny model with random weights; without dropout, so that two runs can be compared."""
     torch.manual_seed(0)
-    model, processor = MODELS[family].make_model()
+    model, processor = MODELS[family]()
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
