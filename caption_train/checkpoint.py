@@ -6,7 +6,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,12 @@ def publish(checkpoint: Path, output_dir: Path) -> None:
     What an earlier run of the other `--train_method` published goes: transformers would load its LoRA onto
     this model. training.json is last, so that a copy cut short is finished by the next.
     """
-    files = [file for file in checkpoint.iterdir() if file.is_file() and file.name != MANIFEST]
-    try:
+    with explain_failure(output_dir, "the finished LoRA"):
+        files = [file for file in checkpoint.iterdir() if file.is_file() and file.name != MANIFEST]
         for file in sorted(files, key=lambda file: (file.name == TRAINING_FILE, file.name)):
             if file.name == TRAINING_FILE:
                 _delete_other_method(file, output_dir)
             write_atomically(output_dir / file.name, file.read_bytes())
-    except OSError as error:
-        raise CaptionTrainError(_explain(output_dir, "the finished LoRA", error)) from error
 
 
 def _delete_other_method(training_file: Path, output_dir: Path) -> None:
@@ -225,6 +224,15 @@ def _find_os_error(error: BaseException) -> OSError | None:
     if number := re.search(r"os error (\d+)", str(error)):
         return OSError(int(number[1]), os.strerror(int(number[1])))
     return _find_os_error(error.__context__) if error.__context__ else None
+
+
+@contextmanager
+def explain_failure(output_dir: Path, name: str) -> Iterator[None]:
+    """Turn what keeps a file from being written into one line that names the last good checkpoint."""
+    try:
+        yield
+    except OSError as error:
+        raise CaptionTrainError(_explain(output_dir, name, error)) from error
 
 
 def _explain(output_dir: Path, name: str, error: OSError) -> str:

@@ -3,6 +3,7 @@
 Nothing heavy is imported before the flags are read, so `--help` answers at once.
 """
 
+import errno
 import io
 import logging
 import os
@@ -170,11 +171,19 @@ def run(work: Callable[[], int]) -> int:
         # The reader of our output went away; what is left to say has nobody to hear it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        return _fail(f"{error.filename or 'a file'}: cannot be written: {error.strerror}", 1)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         reason = next(iter(str(error).splitlines()), "")
         return _fail(f"out of memory: {reason} {_SAVERS}", 1)
+
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+"""What a disk answers to a write that no room of ours explains, such as a tracker's."""
 
 
 def _quiet_libraries() -> None:

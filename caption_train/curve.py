@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+from caption_train.files import open_atomically
 from caption_train.tracking import LOG_FILE
 
 CURVE_FILE = "training_curve.png"
@@ -44,7 +45,8 @@ def draw_curve(output_dir: Path) -> None:
     )
     rates.set_ylabel("learning rate")
     figure.legend(loc="upper right", bbox_to_anchor=(1, 1), bbox_transform=losses.transAxes, fontsize="small")
-    figure.savefig(output_dir / CURVE_FILE, dpi=120)
+    with open_atomically(output_dir / CURVE_FILE, "wb") as file:
+        figure.savefig(file, dpi=120, format="png")
 
 
 def _smooth(values: list[float]) -> list[float]:

@@ -13,13 +13,13 @@ import torch
 from accelerate import Accelerator
 
 from caption_train.errors import CaptionTrainError
-from caption_train.launcher import name_launch, read_command
+from caption_train.launcher import is_torchrun, name_launch, read_command
 
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
 )
 ECHO_SECONDS = 1.0
-"""Launchers pass on what the terminal or Slurm sent to everyone: signals this close together are one."""
+"""torchrun and mpirun pass on what the terminal sent to everyone: under them signals this close are one."""
 
 
 class Interrupted(CaptionTrainError):
@@ -37,6 +37,9 @@ class Interrupts:
         self.accelerator = accelerator
         self.number = 0
         self.noted = 0.0
+        self.parent = os.getppid()
+        self.launch = read_command(self.parent)
+        self.has_echo = accelerator.num_processes > 1 or is_torchrun(self.launch)
 
     def __enter__(self) -> Self:
         self.previous = {}
@@ -60,20 +63,28 @@ class Interrupts:
     def leave(self, checkpoint: Path) -> None:
         """Raise Interrupted, naming the command that goes on from here."""
         name = signal.Signals(self.number).name
-        start = name_launch(sys.argv[0], read_command(os.getppid()))
+        own = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv)] or ["python"]
+        start = name_launch(sys.argv[0], self.launch, own)
         command = shlex.join([*start, sys.argv[0], *_without_resume(sys.argv[1:]), "--resume", "auto"])
         raise Interrupted(f"{name}: saved to {checkpoint}; go on with: {command}", self.number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
         if self.number:
-            if now - self.noted > ECHO_SECONDS:
+            if not self._is_echo(number):
                 os._exit(128 + number)
             return
-        self.number, self.noted = number, now
+        self.number, self.noted, self.parent = number, time.monotonic(), os.getppid()
         # Not print(), whose lock this may have interrupted.
         words = f"\n{signal.Signals(number).name}: finishing this step, then saving; once more to leave now\n"
         os.write(2, words.encode())
+
+    def _is_echo(self, number: int) -> bool:
+        """Tell what a launcher passes on, or is told by its death, from a second signal of the user's."""
+        if os.getppid() != self.parent:
+            # The same Ctrl-C ended `accelerate launch`, and the system says so with a SIGTERM, once.
+            self.parent = os.getppid()
+            return number == signal.SIGTERM
+        return self.has_echo and time.monotonic() - self.noted <= ECHO_SECONDS
 
 
 def ignore_in_worker(worker_id: int) -> None:

@@ -3,8 +3,10 @@
 import ctypes
 import os
 import re
+import shutil
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
@@ -29,15 +31,24 @@ def read_command(process_id: int) -> list[str]:
     return [part.decode(errors="replace") for part in command.split(b"\0") if part]
 
 
-def name_launch(script: str, command: list[str]) -> list[str]:
-    """Return what stands before `script` to start it as the parent, whose command line this is, did."""
-    if script not in command or not (_is_accelerate(command) or _is_torchrun(command)):
-        return ["python"]
+def name_launch(script: str, command: list[str], own: Sequence[str] = ("python",)) -> list[str]:
+    """Return what stands before `script` to start it as it was: by the parent, whose command line this is.
+
+    own: what stood before it on this process's command line, for one that nothing launched.
+    """
+    if script not in command or not (_is_accelerate(command) or is_torchrun(command)):
+        return [_as_typed(own[0]), *own[1:]]
     before = command[: command.index(script)]
     if Path(before[0]).name.startswith("python"):
         is_program = len(before) > 1 and not before[1].startswith("-")
-        before = before[1:] if is_program else ["python", *before[1:]]
-    return [Path(before[0]).name, *before[1:]]
+        before = before[1:] if is_program else before
+    return [_as_typed(before[0]), *before[1:]]
+
+
+def _as_typed(program: str) -> str:
+    """Return a program's bare name where the shell finds this very one by it, else the path."""
+    found = shutil.which(Path(program).name)
+    return Path(program).name if found and Path(found).absolute() == Path(program).absolute() else program
 
 
 def describe_missing_processes(command: list[str], num_processes: int) -> str | None:
@@ -60,7 +71,8 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _is_torchrun(command: list[str]) -> bool:
+def is_torchrun(command: list[str]) -> bool:
+    """Tell whether a command line is torchrun's, which passes on the signals that it gets."""
     return any(Path(part).name in ("torchrun", "torch.distributed.run") for part in command[:4])
 
 

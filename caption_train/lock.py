@@ -3,8 +3,11 @@
 import json
 import os
 import socket
+import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
+from threading import Event, Thread
 
 from caption_train.errors import CaptionTrainError
 
@@ -16,18 +19,24 @@ except ImportError:  # Windows has no such locks, and goes without
 LOCK_FILE = ".lock"
 
 
+BEAT_SECONDS = 20.0
+SILENCE_SECONDS = 120.0
+"""A holder on another host touches its file every BEAT_SECONDS; one this long silent is taken for dead."""
+
+
 class OutputLock:
     """A lock file with the holder's process id and host, held through the system's record lock.
 
     The system drops the record lock with its process, however that ends, and forked workers do not inherit
-    it: a file that nobody holds is stale, unless it was written on another host, which may share the folder
-    but not its locks.
+    it: a file that nobody holds is stale. A host that shares the folder but not its locks, as one that a
+    preempted job comes back on may, goes by the file's age.
     """
 
     def __init__(self, output_dir: Path) -> None:
         self.path = output_dir / LOCK_FILE
         self.file = None
         self.made_folder = False
+        self.released = Event()
 
     def acquire(self) -> str | None:
         """Make the folder, take the lock; return a line about a stale one taken over, or None.
@@ -39,27 +48,55 @@ class OutputLock:
         if fcntl is None:
             return None
         while self.file is None:
-            file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8")
-            if not _lock(file):
-                raise CaptionTrainError(self._refusal(_read(file)))
+            file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
+            locked = _lock(file)
+            if locked is False:
+                raise CaptionTrainError(self._refusal(_read_soon(file)))
             # Its last holder may have deleted it between the opening and the locking.
             if self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
                 self.file = file
-        holder, host = _read(self.file), socket.gethostname()
-        if holder.get("host", host) != host:
+        holder = _read(self.file)
+        if self._is_alive(holder, locked):
+            self.file.close()
+            self.file = None
             raise CaptionTrainError(self._refusal(holder))
-        self.file.seek(0)
-        self.file.truncate()
-        json.dump({"pid": os.getpid(), "host": host}, self.file)
-        self.file.flush()
-        return f"{self.path}: left behind by process {holder['pid']}; taken over" if holder else None
+        self._sign()
+        return f"{self.path}: left behind by {_name(holder)}; taken over" if holder else None
 
     def release(self) -> None:
         """Let the next run in."""
         if self.file is not None:
+            self.released.set()
             self.path.unlink(missing_ok=True)
             self.file.close()
             self.file = None
+
+    def _is_alive(self, holder: dict, locked: bool | None) -> bool:
+        if holder.get("host", socket.gethostname()) != socket.gethostname():
+            return self._silence() < SILENCE_SECONDS
+        # Where there are no record locks, the process itself is asked.
+        return bool(holder) and locked is None and _is_running(holder["pid"])
+
+    def _silence(self) -> float:
+        """Return for how many seconds nobody touched the file, by the clock of the disk it lies on."""
+        with tempfile.NamedTemporaryFile(dir=self.path.parent, prefix=LOCK_FILE) as now:
+            return os.fstat(now.fileno()).st_mtime - os.fstat(self.file.fileno()).st_mtime
+
+    def _sign(self) -> None:
+        words = json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
+        try:
+            self.file.truncate(0)
+            self.file.seek(0)
+            self.file.write(words)
+        except OSError:
+            self.release()
+            raise
+        Thread(target=self._beat, args=(self.file.fileno(),), daemon=True).start()
+
+    def _beat(self, descriptor: int) -> None:
+        while not self.released.wait(BEAT_SECONDS):
+            with suppress(OSError):
+                os.utime(descriptor)
 
     def abandon(self) -> None:
         """Leave nothing behind of a run that did not start: no lock, and no empty folder that it made."""
@@ -69,28 +106,50 @@ class OutputLock:
                 self.path.parent.rmdir()
 
     def _refusal(self, holder: dict) -> str:
-        who = f"process {holder.get('pid', 'unknown')} on {holder.get('host', 'an unknown host')}"
         return (
-            f"--output_dir {self.path.parent}: another run, {who}, is writing there; choose another folder "
-            f"(or delete {self.path} if that run is gone)"
+            f"--output_dir {self.path.parent}: another run, {_name(holder)}, is writing there; choose "
+            f"another folder (or delete {self.path} if that run is gone)"
         )
 
 
-def _lock(file) -> bool:
+def _name(holder: dict) -> str:
+    return f"process {holder.get('pid', 'unknown')} on {holder.get('host', 'an unknown host')}"
+
+
+def _lock(file) -> bool | None:
+    """Return whether the record lock was taken, None on a file system that has none."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
     except OSError:
-        # A file system without locks: the file's words are all there is to go by.
-        return True
+        return None
     return True
+
+
+def _is_running(process_id: int) -> bool:
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return process_id != os.getpid()
+
+
+def _read_soon(file) -> dict:
+    """Return what the file says; whoever has only just taken it gets a moment to sign it."""
+    for _ in range(20):
+        if holder := _read(file):
+            return holder
+        time.sleep(0.05)
+    return {}
 
 
 def _read(file) -> dict:
     file.seek(0)
     try:
         found = json.loads(file.read())
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) and "pid" in found else {}
+    return found if isinstance(found, dict) and isinstance(found.get("pid"), int) else {}

@@ -104,6 +104,8 @@ def _open_output_dir(options: TrainOptions, accelerator: Accelerator) -> OutputL
         try:
             if line := lock.acquire():
                 say(accelerator, line)
+        except FileExistsError as error:
+            raise UsageError(f"--output_dir {options.output_dir}: is no folder") from error
         except OSError as error:
             raise UsageError(f"--output_dir {options.output_dir}: {error.strerror}") from error
         clear_partial(options.output_dir)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from caption_train.agreement import fail_together
-from caption_train.checkpoint import prune, publish, write_checkpoint
+from caption_train.checkpoint import explain_failure, prune, publish, write_checkpoint
 from caption_train.curve import draw_curve
 from caption_train.files import write_atomically
 from caption_train.lora import save_adapter
@@ -89,8 +89,9 @@ class Saver:
             if run.accelerator.is_main_process:
                 chosen = BEST if run.options.load_best_at_end and progress.best_step else LAST
                 publish(follow(self.output_dir / chosen), self.output_dir)
-                write_atomically(self.output_dir / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
-                draw_curve(self.output_dir)
+                with explain_failure(self.output_dir, f"{SUMMARY_FILE} (the LoRA is)"):
+                    write_atomically(self.output_dir / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+                    draw_curve(self.output_dir)
         return summary
 
     def _prune(self) -> None:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from accelerate import Accelerator
 
-from caption_train.checkpoint import describe_latest
-from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.checkpoint import explain_failure
+from caption_train.errors import UsageError
 from caption_train.files import write_atomically
 from caption_train.progress import Progress
 
@@ -34,7 +34,7 @@ class RunLog:
         self.path = output_dir / LOG_FILE
         self.file: io.FileIO | None = None
         if accelerator.is_main_process:
-            with self._explained():
+            with explain_failure(output_dir, LOG_FILE):
                 write_atomically(self.path, "".join(_lines_before(self.path, first_step)))
                 # Unbuffered: what could not be written now would fail once more when it is closed.
                 self.file = self.path.open("ab", buffering=0)
@@ -44,7 +44,7 @@ class RunLog:
         if self.file is not None:
             finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
             line = (json.dumps({"step": step, "epoch": epoch, **finite}) + "\n").encode()
-            with self._explained():
+            with explain_failure(self.path.parent, LOG_FILE):
                 if self.file.write(line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.accelerator.log({**values, "epoch": epoch}, step=step)
@@ -62,14 +62,6 @@ class RunLog:
                     import wandb
 
                     tracker.log({label: wandb.Image(sample.image, caption=text)}, step=step)
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            words = f"{self.path}: cannot be written: {error.strerror}; {describe_latest(self.path.parent)}"
-            raise CaptionTrainError(words) from error
 
     def close(self) -> None:
         """End the log and the trackers' runs."""

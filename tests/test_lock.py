@@ -9,7 +9,7 @@ import pytest
 
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import get_family
-from caption_train.lock import LOCK_FILE, OutputLock
+from caption_train.lock import LOCK_FILE, SILENCE_SECONDS, OutputLock
 from caption_train.options import TrainOptions
 from caption_train.prepare import prepare_training
 
@@ -61,6 +61,60 @@ def test_the_lock_of_another_host_is_not_taken_for_stale(tmp_path):
     (tmp_path / LOCK_FILE).write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
     with pytest.raises(CaptionTrainError, match="process 1 on elsewhere"):
         OutputLock(tmp_path).acquire()
+
+
+def test_a_lock_of_another_host_is_stale_once_it_has_long_been_silent(tmp_path):
+    path = tmp_path / LOCK_FILE
+    path.write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
+    past = time.time() - SILENCE_SECONDS - 5
+    os.utime(path, (past, past))
+    assert "left behind by process 1 on elsewhere" in OutputLock(tmp_path).acquire()
+
+
+def test_a_holder_shows_other_hosts_that_it_lives(tmp_path, monkeypatch):
+    monkeypatch.setattr("caption_train.lock.BEAT_SECONDS", 0.01)
+    lock = OutputLock(tmp_path)
+    lock.acquire()
+    os.utime(tmp_path / LOCK_FILE, (0, 0))
+    for _ in range(500):
+        if (tmp_path / LOCK_FILE).stat().st_mtime:
+            break
+        time.sleep(0.01)
+    assert (tmp_path / LOCK_FILE).stat().st_mtime > 0
+    lock.release()
+
+
+def test_where_the_disk_has_no_locks_the_process_itself_is_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr("caption_train.lock._lock", lambda file: None)
+    holder = hold_elsewhere(tmp_path)
+    try:
+        with pytest.raises(CaptionTrainError, match=f"process {holder}"):
+            OutputLock(tmp_path).acquire()
+    finally:
+        end(holder)
+    assert "taken over" in OutputLock(tmp_path).acquire()
+
+
+def test_of_runs_that_start_at_the_same_instant_one_gets_the_folder_and_is_named(tmp_path):
+    start, said = time.monotonic() + 0.5, tmp_path / "said"
+    children = []
+    for _ in range(8):
+        if process_id := os.fork():
+            children.append(process_id)
+            continue
+        lock = OutputLock(tmp_path / "out")
+        time.sleep(max(0, start - time.monotonic()))
+        try:
+            lock.acquire()
+        except CaptionTrainError as error:
+            with said.open("a") as file:
+                file.write(f"{error}\n")
+            os._exit(1)
+        time.sleep(2)
+        os._exit(0)
+    codes = {child: os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children}
+    (winner,) = [child for child, code in codes.items() if code == 0]
+    assert said.read_text().count(f"process {winner} on {socket.gethostname()}") == 7
 
 
 def test_workers_do_not_keep_the_lock_of_a_run_that_died(tmp_path):
