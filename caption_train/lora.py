@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -100,7 +101,7 @@ def load_adapter(model: nn.Module, folder: Path | str, family: Family) -> PeftMo
         )
         config.inference_mode = True
         wrapped = get_peft_model(model, config)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CaptionTrainError(f"--peft_model {folder}: cannot be loaded on this base: {reason}") from error
     return fill_adapter(wrapped, weights, folder).eval()
@@ -112,7 +113,7 @@ def fill_adapter(model: PeftModel, weights: dict[str, torch.Tensor], folder: Pat
 
     # PEFT saves the base's own embeddings along with an adapter on them; they are checked, not loaded.
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-    copies = {name: weights[name] for name in weights if ".base_layer." in name}
+    copies = {name: weights[name] for name in weights if ".base_layer." in name and name not in expected}
     weights = {name: tensor for name, tensor in weights.items() if name not in copies}
     wrong = sorted(expected.keys() ^ weights.keys()) + _changed(copies, dict(model.named_parameters()))
     wrong += [

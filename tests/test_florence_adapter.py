@@ -1,13 +1,10 @@
 """Legacy adapters of every kind act on the native model as their tensors say, or are refused by name."""
 
 import copy
-import json
-import re
 
 import pytest
 import torch
-from legacy_florence import FIXTURES, TIED, needs_fixtures, read_tensors, write_checkpoint
-from safetensors.torch import save_file
+from legacy_florence import FIXTURES, TIED, LegacyLora, needs_fixtures, read_tensors, write_checkpoint
 
 from caption_train.errors import CaptionTrainError
 from caption_train.families import get_family
@@ -24,21 +21,6 @@ from caption_train.lora import load_adapter
 pytestmark = needs_fixtures
 FAMILY = get_family("florence")
 SEED_TARGETS = r".*\.(qkv|proj|k_proj|v_proj|q_proj|out_proj)"
-CONFIG = {
-    "peft_type": "LORA",
-    "task_type": "CAUSAL_LM",
-    "auto_mapping": {"base_model_class": "X", "parent_library": "transformers_modules.x"},
-    "base_model_name_or_path": "microsoft/Florence-2-base-ft",
-    "bias": "none",
-    "lora_dropout": 0.05,
-    "lora_alpha": 6,
-    "r": 4,
-    "target_modules": ["anything", "Conv2d"],
-    "modules_to_save": None,
-    "layers_pattern": None,
-    "use_rslora": False,
-    "a_field_of_another_peft": 3,
-}
 
 
 @pytest.fixture(scope="module")
@@ -49,49 +31,6 @@ def tensors():
 @pytest.fixture(scope="module")
 def base():
     return FAMILY.load(str(FIXTURES / "checkpoint"))[0]
-
-
-class LegacyLora:
-    """An adapter made by hand, and what it makes of a legacy checkpoint's tensors."""
-
-    def __init__(self, tensors, pattern, *, seed=0, rank=lambda module: 4, dora=False, **config):
-        generator = torch.Generator().manual_seed(seed)
-        weights = {
-            name.removesuffix(".weight"): tensor
-            for name, tensor in tensors.items()
-            if re.fullmatch(pattern, name.removesuffix(".weight"))
-        }
-        assert weights
-        self.config = CONFIG | {"use_dora": dora} | config
-        self.tensors, self.merged = {}, {}
-        for module, weight in weights.items():
-            r = rank(module)
-            a = torch.randn(r, *weight.shape[1:], generator=generator) * 0.1
-            b = torch.randn(len(weight), r, *[1] * (weight.ndim - 2), generator=generator) * 0.1
-            alphas = self.config.get("alpha_pattern") or {}
-            alpha = next(
-                (alphas[key] for key in alphas if re.fullmatch(rf"(.*\.)?{key}", module)),
-                self.config["lora_alpha"],
-            )
-            scale = alpha / (r**0.5 if self.config["use_rslora"] else r)
-            merged = weight + scale * (b.flatten(1) @ a.flatten(1)).view_as(weight)
-            self.tensors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
-            if dora:
-                magnitude = weight.flatten(1).norm(dim=1) * 1.1
-                shape = (1, -1, 1, 1) if weight.ndim == 4 else (-1,)
-                self.tensors[f"{module}.lora_magnitude_vector"] = magnitude.view(shape)
-                merged = merged * (magnitude / merged.flatten(1).norm(dim=1)).view(
-                    -1, *[1] * (weight.ndim - 1)
-                )
-            self.merged[f"{module}.weight"] = merged
-
-    def write(self, folder, suffix="safetensors"):
-        folder.mkdir()
-        (folder / "adapter_config.json").write_text(json.dumps(self.config))
-        named = {f"base_model.model.{name}": tensor for name, tensor in self.tensors.items()}
-        write = torch.save if suffix == "bin" else save_file
-        write(named, folder / f"adapter_model.{suffix}")
-        return folder
 
 
 def run(model):
@@ -210,6 +149,8 @@ def test_a_base_with_more_rows_takes_a_head_of_less(tmp_path, tensors, base):
         (None, {"modules_to_save": ["lm_head"]}, "modules_to_save names lm_head"),
         (None, {"peft_type": "IA3"}, "IA3 adapters cannot be converted"),
         (None, {"target_parameters": ["image_projection"]}, "target_parameters"),
+        (None, {"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
+        ("language_model.final_logits_bias", {}, "final_logits_bias is not zero"),
     ],
 )
 def test_what_has_no_place_is_named(tmp_path, tensors, base, name, config, message):
@@ -219,6 +160,55 @@ def test_what_has_no_place_is_named(tmp_path, tensors, base, name, config, messa
     with pytest.raises(CaptionTrainError, match=message) as caught:
         load_adapter(base, lora.write(tmp_path / "lora"), FAMILY)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("named_by", ["base_layer", "module"])
+@pytest.mark.parametrize("kind", ["all", "lora_only"])
+def test_biases_that_were_trained_along(tmp_path, tensors, base, kind, named_by):
+    lora = LegacyLora(tensors, r".*\.(q_proj|fc1)", bias=kind)
+    for name in [name for name in tensors if name.endswith(".bias")]:
+        target = f"{name.removesuffix('.bias')}.weight" in lora.merged
+        if target or kind == "all":
+            lora.merged[name] = tensors[name] + 0.05
+            place = name.replace(".bias", ".base_layer.bias") if target and named_by == "base_layer" else name
+            lora.tensors[place] = lora.merged[name]
+    lora.tensors["language_model.final_logits_bias"] = torch.zeros(1, 1801)
+    check(tmp_path, tensors, base, lora)
+
+
+def test_biases_that_the_file_lacks_are_the_bases(tmp_path, tensors, base):
+    """PEFT saves none of a `lora_only`."""
+    check(tmp_path, tensors, base, LegacyLora(tensors, r".*\.(q_proj|fc1)", bias="lora_only"))
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: torch.save({"x": Evil()}, path), "damaged, or holds other things than tensors"),
+        (lambda path: torch.save([1], path), "damaged, or holds other things than tensors"),
+        (lambda path: torch.save({"step": 1}, path), "other things than tensors: step"),
+        (lambda path: path.write_bytes(b"PK"), "damaged"),
+        (lambda path: path.unlink(), "no weights: none of adapter_model.safetensors"),
+        (
+            lambda path: torch.save({"vision_tower.x": torch.ones(1)}, path),
+            "no LoRA of any module .* vision_tower",
+        ),
+        (
+            lambda path: (path.parent / "adapter_config.json").write_text("{"),
+            "adapter_config.json is not JSON",
+        ),
+    ],
+)
+def test_a_broken_adapter_is_one_line(tmp_path, tensors, base, write, message):
+    write(LegacyLora(tensors, r".*q_proj").write(tmp_path / "lora", "bin") / "adapter_model.bin")
+    with pytest.raises(CaptionTrainError, match=message) as caught:
+        load_adapter(base, tmp_path / "lora", FAMILY)
+    assert "\n" not in str(caught.value)
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("run",))
 
 
 def test_a_native_adapter_is_left_as_it_is(tmp_path, base):

@@ -5,14 +5,14 @@ PEFT loads an adapter whose names match nothing without an error, as zeros; so e
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caption_train.errors import CaptionTrainError
-from caption_train.families.florence_names import LEGACY_STARTS, legacy_name, native_name
+from caption_train.families.florence_files import open_weights, read_object
+from caption_train.families.florence_names import LEGACY_STARTS, LOGITS_BIAS, legacy_name, native_name
 from caption_train.families.loading import shorten
 
 if TYPE_CHECKING:
@@ -20,14 +20,18 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import Florence2ForConditionalGeneration
 
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
 EMBEDDINGS = ("shared", "embed_tokens")
 
 REPLACED = {
     **{"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None},
-    **{"auto_mapping": None, "layer_replication": None, "target_parameters": None},
+    **{"auto_mapping": None, "target_parameters": None},
 }
 """Fields that hold names of modules or classes; the explicit list of target modules stands for them all."""
+
+UNSUPPORTED = ("target_parameters", "trainable_token_indices", "layer_replication")
+"""Fields that give an adapter other things than modules."""
 
 CORE_FIELDS = (
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode"),
@@ -74,12 +78,13 @@ class Adapter:
 
 def read_adapter_files(folder: Path | str) -> Adapter:
     """Read an adapter's config and tensors, safetensors or `.bin` (weights only)."""
-    from peft import load_peft_weights
-
     folder = Path(folder)
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    tensors = load_peft_weights(str(folder), device="cpu")
-    return Adapter(config, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()})
+    config = {"r": 8, "lora_alpha": 8} | read_object(folder / "adapter_config.json")
+    path = next((path for name in WEIGHTS if (path := folder / name).is_file()), None)
+    if path is None:
+        raise CaptionTrainError(f"--peft_model {folder}: there are no weights: none of {', '.join(WEIGHTS)}")
+    tensors = {name.removeprefix(PREFIX): tensor[...] for name, tensor in open_weights(path).items()}
+    return Adapter(config, tensors)
 
 
 def convert_adapter(
@@ -96,7 +101,11 @@ def convert_adapter(
     if not adapter.is_legacy:
         return None
     try:
+        bias = adapter.tensors.pop(LOGITS_BIAS, None)
+        if bias is not None and bias.any():
+            raise CaptionTrainError(f"{LOGITS_BIAS} is not zero; transformers' Florence-2 has no such bias")
         native = rename_adapter(adapter, native_name)
+        settle_biases(native, model)
         drop_base_copies(native, model)
         fit_vocabulary(native, model)
     except CaptionTrainError as error:
@@ -114,9 +123,11 @@ def rename_adapter(adapter: Adapter, rename: Callable[[str], str | None]) -> Ada
     config = adapter.config
     if config.get("peft_type") != "LORA":
         raise CaptionTrainError(f"{config.get('peft_type')} adapters cannot be converted, only LORA")
-    for field in ("target_parameters", "trainable_token_indices"):
+    for field in UNSUPPORTED:
         if config.get(field):
             raise CaptionTrainError(f"adapters with {field} cannot be converted")
+    if not adapter.ranks():
+        raise CaptionTrainError(f"there is no LoRA of any module in it, but {shorten([*adapter.tensors])}")
     names = {name: rename(name) for name in adapter.tensors}
     modules = {name: rename(name) for name in {*adapter.ranks(), *adapter.saved_modules()}}
     if unknown := sorted(name for name, new in (names | modules).items() if new is None):
@@ -136,6 +147,22 @@ def rename_adapter(adapter: Adapter, rename: Callable[[str], str | None]) -> Ada
         },
     }
     return Adapter(config, {names[name]: tensor for name, tensor in adapter.tensors.items()})
+
+
+def settle_biases(adapter: Adapter, model: Florence2ForConditionalGeneration) -> None:
+    """Give biases that were trained along the names that PEFT has for them.
+
+    PEFT before 0.5 names a target's bias as the base does, later ones forget all of a `lora_only`: what the
+    file lacks is the base's own.
+    """
+    kind, targets = adapter.config.get("bias", "none"), adapter.ranks().keys()
+    for name, own in model.named_parameters() if kind != "none" else ():
+        module, _, leaf = name.rpartition(".")
+        if leaf != "bias" or (kind != "all" and module not in targets):
+            continue
+        wrapped = f"{module}.base_layer.bias" if module in targets else name
+        found = adapter.tensors.pop(name, own.detach())
+        adapter.tensors.setdefault(wrapped, found)
 
 
 def drop_base_copies(adapter: Adapter, model: Florence2ForConditionalGeneration) -> None:

@@ -41,7 +41,7 @@ class Checkpoint:
     @cached_property
     def tensors(self) -> dict[str, Any]:
         """Name → tensor, or a slice of a safetensors file that is read when indexed with `[...]`."""
-        return {name: tensor for path in self.weights for name, tensor in _open_weights(path).items()}
+        return {name: tensor for path in self.weights for name, tensor in open_weights(path).items()}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,7 +126,11 @@ def _dtype_of(tensor: Any) -> torch.dtype:
     return tensor.dtype if isinstance(tensor, torch.Tensor) else tensor[:0].dtype
 
 
-def _open_weights(path: Path) -> dict[str, Any]:
+def open_weights(path: Path) -> dict[str, Any]:
+    """Return name → tensor of a `.bin` file, weights only, or name → slice of a safetensors file.
+
+    Raises CaptionTrainError for a damaged file, and for one that holds anything but tensors.
+    """
     import torch
     from safetensors import SafetensorError, safe_open
 
