@@ -50,11 +50,15 @@ def print_summary(summary: Mapping[str, Any], options: TrainOptions, script: str
     """Print how the run ended and the command that uses what it made."""
     # A command that is wrapped cannot be pasted.
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    loss = "" if summary["loss"] is None else f"last loss {summary['loss']:.4f}, "
     console.print(
-        f"{summary['global_step']:,} steps in {summary['train_seconds']:,.1f} s, "
-        f"{summary['images_per_second']:.1f} images/s, last loss {summary['loss']:.4f}, "
+        f"{summary['global_step']:,} steps in {summary['wall_seconds']:,.1f} s, "
+        f"{summary['images_per_second']:.1f} images/s, {loss}"
         f"peak memory {summary['peak_memory_bytes'] / GIB:.2f} GiB"
     )
+    if summary["best_step"] is not None:
+        name = options.metric_for_best
+        console.print(f"best validation {name} {summary[f'best_{name}']:.4f}, at step {summary['best_step']}")
     if summary["skipped_steps"]:
         console.print(f"{summary['skipped_steps']} steps were skipped: loss or gradient was not finite")
     for reason in summary["skipped_files"]:

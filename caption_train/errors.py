@@ -1,5 +1,7 @@
 """The two ways a command ends badly. Each message is one line that names the flag or file and what to do."""
 
+import errno
+
 
 class CaptionTrainError(Exception):
     """The command could not do its work (exit code 1)."""
@@ -17,5 +19,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Tell a want of memory from other errors; torch's CPU allocator has no exception type of its own."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    words = ("can't allocate memory", "out of memory", "not enough memory")
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _WANT_OF_MEMORY)
+
+
+_WANT_OF_MEMORY = (
+    *("can't allocate memory", "cannot allocate memory", "out of memory", "not enough memory"),
+    *("unable to mmap", "unable to allocate", "std::bad_alloc", "alloc_failed"),
+    # oneDNN, which says no more than that when its scratch memory cannot be had.
+    *("could not create a primitive", "could not create a memory"),
+)
+"""What torch's allocators, oneDNN, cuBLAS, cuDNN and the system say."""

@@ -51,7 +51,7 @@ class Evaluator:
         if is_due(options.eval_every_n_steps, done) or (
             ends_epoch and is_due(every_epochs, plan.epoch_of(step))
         ):
-            values = self.evaluate()
+            values = self.run.progress.evaluation = self.evaluate()
             is_best = self._judge(values)
             self.log.write(done, plan.epoch_of(step), {f"eval_{k}": v for k, v in values.items()})
             self._say(done, values, is_best)
@@ -74,14 +74,22 @@ class Evaluator:
             worker_init_fn=ignore_in_worker,
             generator=torch.Generator().manual_seed(0),
         )
-        losses, tokens = 0.0, 0
+        losses, tokens, errors = 0.0, 0, []
         with evaluating(run) as model:
             for batch in loader:
                 inputs = move_batch(batch.inputs, accelerator.device, find_dtype(model))
                 losses += model(**inputs).loss.item() * batch.label_tokens
                 tokens += batch.label_tokens
-        shares = gather_object([(losses, tokens)])
-        return sum(share[0] for share in shares) / max(sum(share[1] for share in shares), 1)
+                errors += batch.errors
+        shares = gather_object([(losses, tokens, errors)])
+        self._note_errors([error for share in shares for error in share[2]])
+        total = sum(share[1] for share in shares)
+        return sum(share[0] for share in shares) / total if total else math.nan
+
+    def _note_errors(self, errors: Sequence[str]) -> None:
+        for error in self.run.progress.note_errors(errors):
+            if self.run.accelerator.is_main_process:
+                tqdm.write(f"skipped {error}", file=sys.stderr)
 
     def _score(self) -> dict[str, float]:
         """Caption the first `--metric_samples` images; each is compared with all captions it has."""
@@ -97,8 +105,9 @@ class Evaluator:
             for path in paths:
                 try:
                     opened[path] = open_image(path)
-                except ImageError as error:
-                    run.progress.note_errors([str(error)])
+                except ImageError:
+                    # Named when the loss was measured.
+                    continue
             captions = caption_images(run, self.family, list(opened.values()))
             rows += [(str(path), c, references[path]) for path, c in zip(opened, captions, strict=True)]
         # In one order, so that sums do not depend on how many processes there are.

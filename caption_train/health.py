@@ -58,13 +58,14 @@ class Health:
         progress.bad_steps += 1
         files = self._list_files(micro_batches)
         step = progress.global_step + 1
+        reason = f"loss or gradient was not finite (loss {loss})" if files else "no image could be read"
         if progress.bad_steps >= most:
             raise CaptionTrainError(
-                f"--max_bad_steps: loss or gradient was not finite {most} times in a row up to step {step} "
-                f"(loss {loss}; last files: {files}); lower --learning_rate or set --max_grad_norm; "
+                f"--max_bad_steps: {most} steps in a row could not be taken up to step {step}: {reason}"
+                + (f"; files: {files}; lower --learning_rate or set --max_grad_norm; " if files else "; ")
                 + describe_latest(self.run.options.output_dir)
             )
-        self._say(f"step {step} skipped: loss or gradient was not finite (loss {loss}); files: {files}")
+        self._say(f"step {step} skipped: {reason}" + (f"; files: {files}" if files else ""))
 
     def check_alive(self) -> None:
         """Stop when a LoRA module did not move at the first step: it never would, and nobody would know."""

@@ -113,10 +113,10 @@ def fingerprint(pairs: Sequence[Pair]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def summarize(headline: str, problems: Sequence[str], limit: int = 20) -> str:
-    """Return a headline with the first problems below it, one line each."""
+def summarize(headline: str, problems: Sequence[str], limit: int | None = 20) -> str:
+    """Return a headline with the first problems, or all of them, below it, one line each."""
     lines = [f"  {printable(problem)}" for problem in problems[:limit]]
-    more = [f"  … and {len(problems) - limit} more"] if len(problems) > limit else []
+    more = [f"  … and {len(problems) - limit} more"] if limit and len(problems) > limit else []
     return "\n".join([headline, *lines, *more])
 
 

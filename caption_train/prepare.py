@@ -80,7 +80,7 @@ def _prepare(options: TrainOptions, family: Family, accelerator: Accelerator, lo
     collate_fn = family.make_collator(processor, prompt=record.prompt, max_length=options.max_length)
     if checkpoint is None and options.init_lora_weights == "eva":
         look_at_data(model, accelerator, data.train, collate_fn)
-    if checkpoint is None and (options.auto_batch_size or accelerator.device.type == "cuda"):
+    if checkpoint is None:
         fit_batch_size(options, accelerator, model, optimizer, collate_fn, data.train)
         plan = _make_plan(options, len(data.train), accelerator)
         record.options = describe_options(options)
@@ -213,7 +213,7 @@ def _make_trainer(
         start_trackers(accelerator, name, run.record.options, run.progress)
     log = RunLog(accelerator, options.output_dir, run.plan.first_step)
     evaluator = Evaluator(run, family, data.validation, log, collate_fn)
-    sampler = Sampler(run, family, data.validation or data.train, log)
+    sampler = Sampler(run, family, data, log)
     return Trainer(run, evaluator, sampler, Saver(run), log, lock)
 
 

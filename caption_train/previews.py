@@ -15,6 +15,7 @@ from caption_train.images import ImageError, open_image
 from caption_train.run import Run
 from caption_train.saving import is_due
 from caption_train.tracking import RunLog
+from caption_train.training_data import TrainingData
 
 COUNT = 4
 
@@ -32,10 +33,14 @@ class Sample:
 class Sampler:
     """Captions the same few images before the first step and every `--sample_every_n_…`.
 
-    They are the first of `pairs`, kept in memory: a file that goes away cannot stop a run for its preview.
+    They are the first validation images, kept in memory: a file that goes away cannot stop a run for its
+    preview. Only where none are held out are they images that are trained on, and are called so.
     """
 
-    def __init__(self, run: Run, family: Family, pairs: Sequence[Pair], log: RunLog) -> None:
+    def __init__(self, run: Run, family: Family, data: TrainingData, log: RunLog) -> None:
+        pairs, self.note = data.validation, ""
+        if not pairs:
+            pairs, self.note = data.train, " (images that are trained on: --validation_split holds some out)"
         self.run, self.family, self.log = run, family, log
         self.images: list[tuple[Pair, Image.Image]] = []
         options = run.options
@@ -69,13 +74,13 @@ class Sampler:
             Sample(pair.image.name, image, pair.caption, caption)
             for (pair, image), caption in zip(self.images, captions, strict=True)
         ]
-        print_samples(step, samples)
+        print_samples(f"samples at step {step}{self.note}", samples)
         self.log.write_samples(step, samples)
 
 
-def print_samples(step: int, samples: Sequence[Sample]) -> None:
+def print_samples(title: str, samples: Sequence[Sample]) -> None:
     """Print a table: file, reference, generated."""
-    table = Table("file", "reference", "generated", title=f"samples at step {step}", title_justify="left")
+    table = Table("file", "reference", "generated", title=title, title_justify="left")
     for sample in samples:
         table.add_row(*(textwrap.shorten(t, 160) for t in (sample.file, sample.reference, sample.generated)))
     Console(stderr=True, markup=False).print(table)

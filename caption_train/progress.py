@@ -23,10 +23,11 @@ class Progress:
     """Everything a run has counted and found so far.
 
     run_id: stays the same over resumes. saves: checkpoints so far. total_steps: of the plan when it was last
-    saved. global_step: optimizer steps. bad_steps: steps in a row not taken for
-    a loss or gradient that was not finite, skipped_steps: all of them. images, seconds: over all processes
-    and resumes. skipped_files: path → why. loss_mean, loss_variance: running, which spikes are judged by.
-    best_value, best_step: of the validation metric. evaluations_since_best: what early stopping counts.
+    saved. global_step: optimizer steps. bad_steps: steps in a row not taken for a loss or gradient that was
+    not finite, skipped_steps: all of them. images, seconds of steps, wall_seconds with validation and saving,
+    peak_memory_bytes: over all processes and resumes. skipped_files: path → why. loss_mean, loss_variance:
+    running, which spikes are judged by. evaluation: the last one. best_value, best_step: of the validation
+    metric. evaluations_since_best: what early stopping counts.
     """
 
     run_id: str = field(default_factory=make_run_id)
@@ -37,10 +38,13 @@ class Progress:
     skipped_steps: int = 0
     images: int = 0
     seconds: float = 0.0
+    wall_seconds: float = 0.0
+    peak_memory_bytes: int = 0
     skipped_files: dict[str, str] = field(default_factory=dict)
     last_loss: float | None = None
     loss_mean: float | None = None
     loss_variance: float = 0.0
+    evaluation: dict[str, float] = field(default_factory=dict)
     best_value: float | None = None
     best_step: int | None = None
     evaluations_since_best: int = 0

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 
 from caption_train.agreement import fail_together
 from caption_train.checkpoint import explain_failure, prune, publish, write_checkpoint
@@ -39,9 +40,9 @@ class Saver:
         is_best = progress.best_step == done
         is_last = done == plan.total_steps or progress.stopped_early
         if ends_epoch and (is_due(every_epochs, epoch) or is_last):
-            self.save(f"epoch-{epoch:04d}-loss-{progress.last_loss:.4f}", is_best)
+            self.save(f"epoch-{epoch:04d}{self._suffix()}", is_best)
         elif is_due(options.save_every_n_steps, done) or is_best or is_last:
-            self.save(f"step-{done:06d}-loss-{progress.last_loss:.4f}", is_best)
+            self.save(f"step-{done:06d}{self._suffix()}", is_best)
 
     def save(self, name: str, is_best: bool = False) -> None:
         """Write the checkpoint `output_dir/name`, which loads as an adapter and resumes as a run.
@@ -52,6 +53,7 @@ class Saver:
         name = f"{run.options.name}-{name}" if run.options.name else name
         run.progress.saves += 1
         run.progress.total_steps = run.plan.total_steps
+        run.progress.peak_memory_bytes = self._find_peak()
         random_states = capture_random_state(run.accelerator)
         with fail_together(run.accelerator):
             if run.accelerator.is_main_process:
@@ -75,13 +77,16 @@ class Saver:
             "global_step": progress.global_step,
             "epochs": run.plan.epoch_of(max(progress.global_step - 1, 0)),
             "loss": progress.last_loss,
+            "loss_running_mean": progress.loss_mean,
+            **{f"validation_{name}": value for name, value in progress.evaluation.items()},
             "best_step": progress.best_step,
             f"best_{run.options.metric_for_best}": progress.best_value,
             "stopped_early": progress.stopped_early,
             "images": progress.images,
             "images_per_second": round(progress.images / max(progress.seconds, 1e-9), 3),
             "train_seconds": round(progress.seconds, 1),
-            "peak_memory_bytes": peak_memory(run.accelerator.device),
+            "wall_seconds": round(progress.wall_seconds, 1),
+            "peak_memory_bytes": self._find_peak(),
             "skipped_steps": progress.skipped_steps,
             "skipped_files": list(progress.skipped_files.values()),
         }
@@ -93,6 +98,14 @@ class Saver:
                     write_atomically(self.output_dir / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
                     draw_curve(self.output_dir)
         return summary
+
+    def _suffix(self) -> str:
+        loss = self.run.progress.last_loss
+        return "" if loss is None else f"-loss-{loss:.4f}"
+
+    def _find_peak(self) -> int:
+        peaks = gather_object([peak_memory(self.run.accelerator.device)])
+        return max(*peaks, self.run.progress.peak_memory_bytes)
 
     def _prune(self) -> None:
         options = self.run.options

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from caption_train.accelerator import accumulate
@@ -26,6 +27,9 @@ from caption_train.run import Run
 from caption_train.saving import Saver
 from caption_train.state import restore_random_state
 from caption_train.tracking import RunLog
+
+LEAST_SCALE = 1.0
+"""fp16's loss scaling halves at every overflow; below this it is not the scaling that overflows."""
 
 
 class Trainer:
@@ -59,7 +63,7 @@ class Trainer:
 
     def _loop(self, interrupts: Interrupts) -> None:
         run, plan, progress = self.run, self.run.plan, self.run.progress
-        batches = iter(run.train_dataloader)
+        began, batches = time.perf_counter(), iter(run.train_dataloader)
         if plan.first_step == 0:
             self.sampler.before_first_step()
         if run.random_states is not None:
@@ -72,7 +76,7 @@ class Trainer:
                 started, rate = time.perf_counter(), run.lr_scheduler.get_last_lr()[0]
                 micro_batches = [next(batches) for _ in plan.micro_batches(step)]
                 loss, grad_norm = self.update(micro_batches)
-                progress.global_step, progress.last_loss = step + 1, loss
+                progress.global_step = step + 1
                 progress.seconds += time.perf_counter() - started
                 values = {"loss": loss, "learning_rate": rate, "grad_norm": grad_norm}
                 self.log.write(step + 1, plan.epoch_of(step), values)
@@ -80,6 +84,9 @@ class Trainer:
                 bar.update()
                 self.evaluator.after_step(step)
                 self.sampler.after_step(step)
+                # Before the save, which then holds it; its own time is the next step's.
+                progress.wall_seconds += time.perf_counter() - began
+                began = time.perf_counter()
                 self.saver.after_step(step)
                 if interrupts.agreed():
                     interrupts.leave(self.saver.save_interrupted())
@@ -91,17 +98,17 @@ class Trainer:
         the whole effective batch, however it is cut into micro-batches and processes.
         """
         run, accelerator = self.run, self.run.accelerator
-        total = self._count(micro_batches)
-        losses = []
+        tokens, losses = self._count(micro_batches), []
         for index, micro_batch in enumerate(micro_batches):
             with accumulate(accelerator, run.model, last=index == len(micro_batches) - 1):
                 inputs = move_batch(micro_batch.inputs, accelerator.device, self.dtype)
                 loss = run.model(**inputs).loss.float()
-                loss = loss * (micro_batch.label_tokens / total)
+                loss = loss * (micro_batch.label_tokens / max(tokens, 1))
                 losses.append(loss.detach())
                 # DistributedDataParallel takes the mean over processes where the sum is meant.
                 accelerator.backward(loss * accelerator.num_processes)
-        loss = accelerator.reduce(torch.stack(losses).sum()).item()
+        # Where no image of the step can be read any more there is nothing to learn and no loss.
+        loss = accelerator.reduce(torch.stack(losses).sum()).item() if tokens else math.nan
         grad_norm = float(accelerator.clip_grad_norm_(self.parameters, run.options.max_grad_norm or math.inf))
         self._step(micro_batches, loss, grad_norm)
         return loss, grad_norm
@@ -113,24 +120,29 @@ class Trainer:
         if good or scaled:
             run.optimizer.step()
         if good and not run.optimizer.step_was_skipped:
+            run.progress.last_loss = loss
             self.health.check_alive()
             run.lr_scheduler.step()
             self.health.note_good(loss, micro_batches)
         else:
-            self.health.note_bad(loss, micro_batches, overflow=scaled and math.isfinite(loss))
+            overflow = scaled and math.isfinite(loss) and run.accelerator.scaler.get_scale() >= LEAST_SCALE
+            self.health.note_bad(loss, micro_batches, overflow)
         run.optimizer.zero_grad()
 
-    def _count(self, micro_batches: Sequence[MicroBatch]) -> float:
-        """Note what this step reads on all processes; return how many label tokens, 1 if there is none."""
+    def _count(self, micro_batches: Sequence[MicroBatch]) -> int:
+        """Note what this step reads and leaves out on all processes; return how many label tokens."""
         accelerator, progress = self.run.accelerator, self.run.progress
-        new = progress.note_errors(error for m in micro_batches for error in m.errors)
-        for error in new:
-            tqdm.write(f"skipped {error}", file=sys.stderr)
-        counts = [sum(m.label_tokens for m in micro_batches), sum(len(m.files) for m in micro_batches)]
+        errors = [error for m in micro_batches for error in m.errors]
+        tokens, images = sum(m.label_tokens for m in micro_batches), sum(len(m.files) for m in micro_batches)
+        counts = torch.tensor([tokens, images, len(errors)], device=accelerator.device)
         if accelerator.num_processes > 1:
-            counts = accelerator.reduce(torch.tensor(counts, device=accelerator.device)).tolist()
-        progress.images += counts[1]
-        return max(counts[0], 1)
+            counts = accelerator.reduce(counts)
+        tokens, images, failed = counts.tolist()
+        for error in progress.note_errors(gather_object(errors)) if failed else ():
+            if accelerator.is_main_process:
+                tqdm.write(f"skipped {error}", file=sys.stderr)
+        progress.images += images
+        return tokens
 
     @contextmanager
     def _explain_dead_worker(self) -> Iterator[None]:

@@ -68,9 +68,10 @@ def _judge(data: TrainingData, options: TrainOptions, accelerator: Accelerator) 
     """Raise where the data cannot be trained on as asked; else say what was left out."""
     if data.skipped and options.on_bad_data == "stop":
         headline = f"{len(data.skipped)} bad rows or files (--on_bad_data skip leaves them out):"
-        raise CaptionTrainError(summarize(headline, data.skipped))
+        raise CaptionTrainError(summarize(headline, data.skipped, limit=None))
     if data.skipped:
-        say(accelerator, summarize(f"--on_bad_data skip: {len(data.skipped)} left out:", data.skipped))
+        headline = f"--on_bad_data skip: {len(data.skipped)} left out:"
+        say(accelerator, summarize(headline, data.skipped, limit=None))
     if not data.train:
         raise UsageError(f"--dataset_dir {options.dataset_dir}: no pair is left to train on")
     asking = [name for name in NEED_VALIDATION if getattr(options, name)]

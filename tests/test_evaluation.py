@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -93,6 +94,27 @@ def test_a_run_that_stopped_early_stays_stopped(make, monkeypatch):
     first = train("blip", make(epochs=4, early_stopping_patience=1))
     again = train("blip", make(epochs=4, early_stopping_patience=1, resume="auto"))
     assert again["stopped_early"] and again["global_step"] == first["global_step"] == 4
+
+
+def test_without_an_image_left_to_validate_on_nothing_is_the_best(make, held_out, tmp_path):
+    own = shutil.copytree(held_out, tmp_path / "own")
+    trainer = prepare_training(make(validation_dir=own, metrics=["cider"]), get_family("blip"))
+    shutil.rmtree(own)
+    summary = trainer.train()
+    assert summary["best_step"] is None and len(summary["skipped_files"]) == 5
+
+
+def test_samples_are_of_validation_images_before_the_first_step_too(make, capsys):
+    train("blip", make(sample_every_n_epochs=1))
+    words = capsys.readouterr().err
+    for title in ("samples at step 0", "samples at step 2"):
+        shown = words.partition(title)[2].partition("└")[0]
+        assert [line for line in shown.splitlines() if ".png" in line] and "trained on" not in shown
+
+
+def test_samples_of_images_that_are_trained_on_are_called_so(make, capsys):
+    train("blip", make(validation_dir=None, sample_every_n_epochs=1))
+    assert "samples at step 0 (images that are trained on" in capsys.readouterr().err
 
 
 def test_captions_are_scored_and_the_score_can_tell_the_best(make):

@@ -1,10 +1,13 @@
 """Batches that do not fit into memory."""
 
+import errno
+
 import pytest
 import torch
 from forked import start
-from tiny_runs import assert_same_run, make_options, read_log, save_base, train, write_pairs
+from tiny_runs import assert_same_run, make_options, save_base, train, write_pairs
 
+from caption_train import prepare
 from caption_train.errors import CaptionTrainError
 from caption_train.families import get_family
 from caption_train.fitting import explain_out_of_memory, is_out_of_memory
@@ -93,12 +96,24 @@ def test_a_machine_without_memory_left_is_told_in_one_line(make, tmp_path):
 def test_only_a_want_of_memory_is_called_one():
     assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
     assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory"))
+    assert is_out_of_memory(RuntimeError("could not create a primitive"))
+    assert is_out_of_memory(
+        RuntimeError("unable to mmap 4096 bytes from file <x>: Cannot allocate memory (12)")
+    )
+    assert not is_out_of_memory(OSError(errno.ENOENT, "No such file"))
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes"), explain_out_of_memory(TrainOptions()):
         raise RuntimeError("shapes do not match")
 
 
-def test_measuring_leaves_the_run_as_it_was(make, tmp_path):
-    train("blip", make("measured", auto_batch_size=True, dropout=0.1))
-    train("blip", make("not measured", dropout=0.1))
-    assert read_log(tmp_path / "measured") == read_log(tmp_path / "not measured")
+FLORA = {"optimizer_name": "Flora", "optimizer_rank": 2}
+
+
+@pytest.mark.parametrize("changes", [{}, FLORA, {**FLORA, "accumulation_compression": True}])
+def test_measuring_leaves_the_run_as_it_was(make, tmp_path, monkeypatch, capsys, changes):
+    train("blip", make("measured", dropout=0.1, **changes))
+    assert "a step of 2 images with the longest captions: peak" in capsys.readouterr().err
+    monkeypatch.setattr(prepare, "fit_batch_size", lambda *arguments: None)
+    train("blip", make("not measured", dropout=0.1, **changes))
+    assert_same_run(tmp_path / "measured", tmp_path / "not measured")

@@ -1,5 +1,6 @@
 """What a run says of losses that jump."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ from accelerate import Accelerator
 from caption_train.dataset import MicroBatch
 from caption_train.health import WARM_UP, Health
 from caption_train.progress import Progress
+from caption_train.training import Trainer
 
 
 @pytest.fixture
@@ -54,3 +56,13 @@ def test_a_skipped_step_is_said_and_an_overflow_of_fp16_is_no_bad_step(health, c
     assert "step 2 skipped" in capsys.readouterr().err
     feed(health, [1.0])
     assert health.run.progress.bad_steps == 0 and health.run.progress.skipped_steps == 6
+
+
+@pytest.mark.parametrize(("scale", "bad"), [(2.0**15, 0), (0.5, 1)])
+def test_an_overflow_is_ordinary_only_while_the_scale_has_room_to_fall(health, scale, bad):
+    scaler = SimpleNamespace(get_scale=lambda: scale)
+    run = health.run
+    run.accelerator = SimpleNamespace(scaler=scaler, is_main_process=True)
+    run.optimizer = SimpleNamespace(step=lambda: None, zero_grad=lambda: None, step_was_skipped=True)
+    Trainer._step(SimpleNamespace(run=run, health=health), [MicroBatch({}, ["a"], 1, [])], 1.0, math.inf)
+    assert (run.progress.bad_steps, run.progress.skipped_steps) == (bad, 1)

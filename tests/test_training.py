@@ -1,5 +1,6 @@
 """The loop against plain PyTorch, and what it does when a run goes wrong."""
 
+import json
 import math
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import signal
 
 import pytest
 import torch
+from forked import start_ranks
 from tiny_runs import make_options, read_log, save_base, write_pairs
 
 from caption_train.checkpoint import list_checkpoints
@@ -202,6 +204,45 @@ def test_an_image_that_breaks_during_training_is_left_out_and_counted(make_train
         "04.png",
     ]
     assert summary["images"] == 16
+
+
+def test_what_another_process_leaves_out_is_counted_too(make_trainer, pairs_dir, tmp_path):
+    own, log = shutil.copytree(pairs_dir, tmp_path / "own"), tmp_path / "log"
+
+    def work() -> None:
+        trainer = make_trainer(dataset_dir=own, epochs=1, batch_size=5)
+        (own / f"0{os.environ['RANK']}.png").unlink()
+        trainer.train()
+
+    assert [rank.wait() for rank in start_ranks(2, work, log)] == [0, 0], log.read_text()
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert len(summary["skipped_files"]) == 2 and summary["images"] == 8
+    assert log.read_text().count("skipped ") == 2
+
+
+def test_a_step_without_an_image_left_is_skipped_and_many_end_the_run(make_trainer, pairs_dir, tmp_path):
+    own = shutil.copytree(pairs_dir, tmp_path / "own")
+    trainer = make_trainer(dataset_dir=own, max_bad_steps=3)
+    shutil.rmtree(own)
+    with pytest.raises(
+        CaptionTrainError, match=r"--max_bad_steps: 3 steps .* no image could be read; nothing"
+    ):
+        trainer.train()
+    assert [line["loss"] for line in read_log(tmp_path / "out")] == [None, None]
+
+
+def test_the_summary_is_strict_json_after_a_bad_last_step(make_trainer, tmp_path):
+    trainer = make_trainer(epochs=1, save_every_n_steps=1)
+    poison(trainer, {0, 4})
+    trainer.train()
+
+    def refuse(name):
+        raise ValueError(name)
+
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text(), parse_constant=refuse)
+    assert math.isfinite(summary["loss"]) and summary["skipped_steps"] == 2
+    assert summary["wall_seconds"] >= summary["train_seconds"]
+    assert (tmp_path / "out" / "step-000001").is_dir(), "no loss yet to name it after"
 
 
 def test_a_name_begins_the_names_of_checkpoints(make_trainer):
