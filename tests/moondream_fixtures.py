@@ -9,6 +9,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from caption_train.families import get_family
+
+FAMILY = get_family("moondream")
+
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures" / "moondream"
 CHECKPOINT = FIXTURES / "tiny_mha"
 IMAGES = ("square_600x600", "wide_900x450", "tall_500x900", "gray_200x120")
@@ -67,3 +71,30 @@ def make_small_model(**changes):
     torch.manual_seed(0)
     model = MoondreamForConditionalGeneration(MoondreamConfig(**fields | changes)).eval()
     return model, MoondreamProcessor.from_config(model.config, tokenizer)
+
+
+SIZES = ((60, 44), (30, 20), (90, 200))
+CAPTIONS = ("a red circle", "a green square above a small red circle", "blue")
+PROMPTS = ("normal", "What is above the circle?", "long")
+
+
+def make_items():
+    """Three images of different tilings, each with a caption and a prompt of its own."""
+    torch.manual_seed(1)
+    images = [Image.effect_noise(size, 90).convert("RGB") for size in SIZES]
+    return [
+        {"image": image, "caption": caption, "prompt": prompt}
+        for image, caption, prompt in zip(images, CAPTIONS, PROMPTS, strict=True)
+    ]
+
+
+def collate(processor, items, max_length=64):
+    return FAMILY.make_collator(processor, prompt="normal", max_length=max_length)(items)
+
+
+def encode(processor, items):
+    return FAMILY.encode(processor, [item["image"] for item in items], [item["prompt"] for item in items])
+
+
+def answer(model, processor, batch, **settings):
+    return [g.token_ids for g in FAMILY.generate(model, processor, batch, max_new_tokens=12, **settings)]

@@ -4,21 +4,15 @@ import pickle
 
 import pytest
 import torch
-from moondream_fixtures import make_small_model
+from moondream_fixtures import FAMILY, answer, collate, encode, make_items, make_small_model
 from peft import PeftModel
 from PIL import Image
 from torch.nn import functional as F
 
 from caption_train.errors import UsageError
-from caption_train.families import get_family
 from caption_train.families.moondream_checkpoint import to_official
 from caption_train.families.moondream_images import cut_fixed_crops
 from caption_train.lora import copy_lora_b, find_dead_modules, wrap_with_lora
-
-FAMILY = get_family("moondream")
-SIZES = ((60, 44), (30, 20), (90, 200))
-CAPTIONS = ("a red circle", "a green square above a small red circle", "blue")
-PROMPTS = ("normal", "What is above the circle?", "long")
 
 
 @pytest.fixture(scope="module")
@@ -28,24 +22,7 @@ def loaded():
 
 @pytest.fixture
 def items():
-    torch.manual_seed(1)
-    images = [Image.effect_noise(size, 90).convert("RGB") for size in SIZES]
-    return [
-        {"image": image, "caption": caption, "prompt": prompt}
-        for image, caption, prompt in zip(images, CAPTIONS, PROMPTS, strict=True)
-    ]
-
-
-def collate(processor, items, max_length=64):
-    return FAMILY.make_collator(processor, prompt="normal", max_length=max_length)(items)
-
-
-def encode(processor, items):
-    return FAMILY.encode(processor, [item["image"] for item in items], [item["prompt"] for item in items])
-
-
-def answer(model, processor, batch, **settings):
-    return [g.token_ids for g in FAMILY.generate(model, processor, batch, max_new_tokens=12, **settings)]
+    return make_items()
 
 
 def test_labels_are_caption_and_end_only(loaded, items):
@@ -95,64 +72,6 @@ def test_the_loss_needs_no_logits_on_image_tokens(loaded, items):
     assert full.loss.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
-def test_a_batch_answers_as_each_of_its_rows_alone(loaded, items):
-    model, processor = loaded
-    together = answer(model, processor, encode(processor, items))
-    assert together == [answer(model, processor, encode(processor, [item]))[0] for item in items]
-
-
-@pytest.mark.parametrize("settings", [{"use_cache": False}, {"cache_implementation": "static"}])
-def test_every_kind_of_cache_answers_the_same(loaded, items, settings):
-    model, processor = loaded
-    batch = encode(processor, items)
-    assert answer(model, processor, batch, **settings) == answer(model, processor, batch)
-
-
-def test_padding_on_the_left_answers_the_same(loaded, items):
-    model, processor = loaded
-    batch = encode(processor, items[1:2])
-    padded = {
-        **batch,
-        "input_ids": F.pad(batch["input_ids"], (3, 0), value=processor.tokenizer.pad_token_id),
-        "attention_mask": F.pad(batch["attention_mask"], (3, 0)),
-    }
-    assert answer(model, processor, padded) == answer(model, processor, batch)
-
-
-def test_beams_are_those_of_a_single_row(loaded, items):
-    model, processor = loaded
-    together = answer(model, processor, encode(processor, items), num_beams=3)
-    alone = [answer(model, processor, encode(processor, [item]), num_beams=3)[0] for item in items]
-    uncached = answer(model, processor, encode(processor, items), num_beams=3, use_cache=False)
-    assert together == alone == uncached
-
-
-def test_sampling_returns_as_many_sequences_as_asked(loaded, items):
-    model, processor = loaded
-    batch = encode(processor, items)
-    torch.manual_seed(0)
-    sequences = model.generate(**batch, do_sample=True, num_return_sequences=2, max_new_tokens=5)
-    assert sequences.shape[0] == 2 * len(items)
-    assert not torch.equal(sequences[0], sequences[1])
-
-
-def test_one_image_with_several_prompts_is_encoded_and_decoded_once(loaded, items):
-    model, processor = loaded
-    image, seen = items[0]["image"], []
-    rows = [{"image": image, "prompt": prompt} for prompt in PROMPTS]
-    batch = encode(processor, rows)
-    assert batch["tilings"].shape == (1, 2) and batch["image_index"].tolist() == [0, 0, 0]
-    tower = model.model.vision_tower.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    first = model.model.language_model.layers[0].register_forward_pre_hook(
-        lambda module, args: seen.append(tuple(args[0].shape[:2]))
-    )
-    together = answer(model, processor, batch)
-    tower.remove(), first.remove()
-    assert seen[:2] == [len(batch["pixel_values"]), (1, 10)]
-    assert seen[2][0] == 3
-    assert together == [answer(model, processor, encode(processor, [row]))[0] for row in rows]
-
-
 def test_an_image_of_one_window_is_encoded_once(loaded):
     _, processor = loaded
     batch = processor([Image.new("RGB", (30, 20)), Image.new("RGB", (60, 60))], ["normal", "short"])
@@ -198,15 +117,6 @@ def test_revisions_before_2025_read_the_image_causally(items):
         for e in (embeds, last)
     ]
     assert torch.equal(*keys)
-
-
-def test_the_answer_token_is_generated_first_or_never(loaded, items):
-    model, processor = make_small_model()
-    torch.nn.init.zeros_(model.lm_head.weight)
-    with torch.no_grad():
-        model.lm_head.bias.copy_(torch.arange(512) * 0.0)
-        model.lm_head.bias[3], model.lm_head.bias[7] = 2.0, 1.0
-    assert answer(model, processor, encode(processor, items[:1])) == [[3] + [7] * 11]
 
 
 def test_a_question_may_need_a_space_and_a_task_may_be_missing(loaded):

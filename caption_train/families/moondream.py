@@ -51,8 +51,8 @@ class Moondream:
         import torch
 
         from caption_train.families.loading import explained, load_model
+        from caption_train.families.moondream_files import read_tokenizer
         from caption_train.families.moondream_model import MoondreamForConditionalGeneration
-        from caption_train.families.moondream_official import read_tokenizer
         from caption_train.families.moondream_processor import MoondreamProcessor
         from caption_train.families.positions import note_positions
 
@@ -114,7 +114,7 @@ class Moondream:
 
     def find_dtype(self, model_id: str, revision: str | None = None) -> torch.dtype:
         """Return the precision that a checkpoint is stored in."""
-        from caption_train.families.moondream_official import find_dtype
+        from caption_train.families.moondream_files import find_dtype
 
         return find_dtype(model_id, self._release(model_id, revision))
 

@@ -18,6 +18,9 @@ from caption_train.families.loading import shorten
 from caption_train.families.moondream_config import MoondreamConfig
 from caption_train.families.moondream_layers import region_shapes
 
+HEAD = 64
+"""Width of a head of the decoder, in every release."""
+
 _BLOCK_PARTS = {
     "vision": {
         "ln1": ("layer_norm1",),
@@ -86,6 +89,37 @@ def official_names(config: MoondreamConfig) -> dict[str, tuple[str, ...]]:
     return names
 
 
+def official_shapes(config: MoondreamConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of the new layout, by its name without `model.`."""
+    text, vision = config.text_config, config.vision_config
+    wide, seen, inner = text.hidden_size, vision.hidden_size, config.projector_dim
+    query = text.num_attention_heads * HEAD
+    fused = query + 2 * text.num_key_value_heads * HEAD
+    layers = {
+        "vision.patch_emb": (seen, vision.num_channels * vision.patch_size**2),
+        "vision.post_ln": (seen,),
+        "vision.proj_mlp.fc1": (inner, 2 * seen),
+        "vision.proj_mlp.fc2": (wide, inner),
+        "text.post_ln": (wide,),
+        "text.lm_head": (text.vocab_size, wide),
+    }
+    for part, width, hidden, qkv, proj, count in (
+        ("vision", seen, vision.intermediate_size, 3 * seen, seen, vision.num_hidden_layers),
+        ("text", wide, text.intermediate_size, fused, query, text.num_hidden_layers),
+    ):
+        block = {"ln": (width,), "ln1": (width,), "ln2": (width,), "attn.qkv": (qkv, width)}
+        block |= {"attn.proj": (width, proj), "mlp.fc1": (hidden, width), "mlp.fc2": (width, hidden)}
+        layers |= {
+            f"{part}.blocks.{i}.{name}": block[name] for i in range(count) for name in _BLOCK_PARTS[part]
+        }
+    shapes = {"vision.pos_emb": (1, config.image_seq_length, seen), "text.wte": (text.vocab_size, wide)}
+    for name, shape in layers.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    if config.region is not None:
+        shapes |= {f"region.{name}": shape for name, shape in region_shapes(config.region, wide).items()}
+    return shapes
+
+
 def old_name(name: str) -> str:
     """Return what a tensor of the new layout is called in the old one."""
     for pattern, replacement in _OLD_NAMES:
@@ -98,11 +132,14 @@ def to_native(tensors: Mapping[str, torch.Tensor], config: MoondreamConfig) -> d
 
     Raises CaptionTrainError naming every tensor that is missing, left over or of another shape.
     """
-    table, width = official_names(config), 64
+    table, shapes = official_names(config), official_shapes(config)
     if missing := sorted(table.keys() - tensors.keys()):
         raise CaptionTrainError(f"{len(missing)} tensors are not in the checkpoint: {shorten(missing)}")
     if unknown := sorted(tensors.keys() - table.keys()):
         raise CaptionTrainError(f"{len(unknown)} tensors of the checkpoint have no place: {shorten(unknown)}")
+    if misshapen := [name for name in table if tuple(tensors[name].shape) != shapes[name]]:
+        told = [f"{n} is {list(tensors[n].shape)}, not {list(shapes[n])}" for n in misshapen]
+        raise CaptionTrainError(f"{len(told)} tensors have another shape: {shorten(told)}")
     text, patch = config.text_config, config.vision_config.patch_size
     state = {}
     for theirs, ours in table.items():
@@ -113,8 +150,8 @@ def to_native(tensors: Mapping[str, torch.Tensor], config: MoondreamConfig) -> d
             tensor = tensor[0]
         sizes = [len(tensor) // len(ours)] * len(ours)
         if theirs.startswith("text.") and len(ours) == 3:
-            keys = text.num_key_value_heads * width
-            sizes = [text.num_attention_heads * width, keys, keys]
+            keys = text.num_key_value_heads * HEAD
+            sizes = [text.num_attention_heads * HEAD, keys, keys]
         parts = tensor.split(sizes) if len(ours) > 1 else [tensor]
         # A copy, so that no two parameters share a storage: saving would take them for tied weights.
         state |= {
@@ -134,3 +171,15 @@ def to_official(state: Mapping[str, torch.Tensor], config: MoondreamConfig) -> d
             tensor = tensor[None]
         tensors[f"model.{theirs}"] = tensor.contiguous()
     return tensors
+
+
+def to_old(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Turn tensors of the new layout, names with `model.`, into the layout of 2024."""
+    new = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    return {old_name(name): tensor for name, tensor in transpose_features(new).items()}
+
+
+def transpose_features(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Turn the Fourier matrices of the detection heads: the old layout holds them the other way round."""
+    turned = ("region.coord_features", "region.size_features")
+    return {name: t.T.contiguous() if name in turned else t for name, t in tensors.items()}

@@ -19,6 +19,23 @@ REGION_2B = {
     "inner_dim": 8192,
 }
 
+_CODE = {
+    "architectures": ["HfMoondream"],
+    "auto_map": {
+        "AutoConfig": "hf_moondream.HfConfig",
+        "AutoModelForCausalLM": "hf_moondream.HfMoondream",
+    },
+}
+_CODE_OF_2024 = {
+    "architectures": ["Moondream"],
+    "auto_map": {
+        "AutoConfig": "configuration_moondream.MoondreamConfig",
+        "AutoModelForCausalLM": "moondream.Moondream",
+    },
+    "text_config": {"model_type": "phi"},
+}
+"""What config.json says of the remote code that reads it."""
+
 
 @strict
 class MoondreamConfig(PreTrainedConfig):
@@ -78,7 +95,7 @@ class MoondreamConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> MoondreamConfig:
         """Read a saved config, or the official layout (`"config": {…}`, which may be empty)."""
-        if "config" in config_dict:
+        if "config" in config_dict or "Moondream" in (config_dict.get("architectures") or ()):
             config_dict = native_dict(config_dict)
         return super().from_dict(config_dict, **kwargs)
 
@@ -118,14 +135,21 @@ def make_vision_config(vision: dict[str, Any]) -> SiglipVisionConfig:
     )
 
 
-def native_dict(official: dict[str, Any], facts: dict[str, Any] | None = None) -> dict[str, Any]:
+def find_release(official: dict[str, Any], revision: str | None = None) -> str:
+    """Return the release that knows what the official `config.json` leaves out: `revision` if it is one."""
+    of_2024 = "Moondream" in (official.get("architectures") or ())
+    return revision if revision in REVISIONS else "2024-08-26" if of_2024 else DEFAULT_REVISION
+
+
+def native_dict(official: dict[str, Any], release: str | None = None) -> dict[str, Any]:
     """Translate the official `config.json` to `MoondreamConfig` keywords.
 
-    facts: what the revision knew (an entry of `REVISIONS`), for what the nested dict does not say.
+    release: a key of `REVISIONS`, for what the nested dict does not say.
     """
+    facts = REVISIONS[release or find_release(official)]
     nested = official.get("config") or {}
     vision, tokenizer = nested.get("vision", {}), nested.get("tokenizer", {})
-    told = dict(REVISIONS[DEFAULT_REVISION] if facts is None else facts)
+    told = dict(facts)
     if "bos_id" in tokenizer:
         told |= {
             "bos_token_id": tokenizer["bos_id"],
@@ -134,8 +158,9 @@ def native_dict(official: dict[str, Any], facts: dict[str, Any] | None = None) -
                 k: v for k, v in tokenizer.items() if k.endswith("_id") and k not in _USED_IDS
             },
             "templates": tokenizer.get("templates") or told["templates"],
-            "question_space": tokenizer["bos_id"] == CODEGEN_ID,
         }
+        if tokenizer["bos_id"] != facts["bos_token_id"]:
+            told["question_space"] = tokenizer["bos_id"] == CODEGEN_ID
     told |= {
         ours: vision[theirs]
         for ours, theirs in {
@@ -162,11 +187,7 @@ def official_dict(config: MoondreamConfig, dtype: Any = "float32") -> dict[str, 
         tokenizer["answer_id"] = config.answer_token_id
     tokenizer |= {**(config.unused_token_ids or {}), "templates": config.templates}
     return {
-        "architectures": ["HfMoondream"],
-        "auto_map": {
-            "AutoConfig": "hf_moondream.HfConfig",
-            "AutoModelForCausalLM": "hf_moondream.HfMoondream",
-        },
+        **(_CODE_OF_2024 if config.crops == "fixed" else _CODE),
         "config": {
             "text": {
                 "dim": text.hidden_size,

@@ -15,6 +15,9 @@ import numpy as np
 from PIL import Image
 from transformers import BaseImageProcessor, BatchFeature
 
+Images = Image.Image | np.ndarray | Sequence[Image.Image | np.ndarray]
+"""What a processor is given: one image, or several."""
+
 _FIXED_SIZES = ((378, 378), (378, 756), (756, 378), (756, 756))
 
 
@@ -90,6 +93,12 @@ def normalise(crops: np.ndarray) -> np.ndarray:
     return (pixels / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
 
 
+def list_images(images: Images) -> list[Image.Image]:
+    """Return one image or several as a list of Pillow's; an array is [H, W, 3], or [H, W] of grey, uint8."""
+    one = isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4)
+    return [i if isinstance(i, Image.Image) else Image.fromarray(i) for i in ([images] if one else images)]
+
+
 class MoondreamImageProcessor(BaseImageProcessor):
     """Images → the crops of all of them in one flat batch.
 
@@ -129,11 +138,9 @@ class MoondreamImageProcessor(BaseImageProcessor):
             max_crops=self.max_crops,
         )
 
-    def preprocess(
-        self, images: Image.Image | Sequence[Image.Image], return_tensors: str | None = None, **kwargs: Any
-    ) -> BatchFeature:
+    def preprocess(self, images: Images, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
         """Return `pixel_values` and `tilings` of the images; see the class."""
-        images = [images] if isinstance(images, Image.Image) else list(images)
+        images = list_images(images)
         crops, tilings = zip(*map(self.cut, images), strict=True)
         kept = [c[:1] if tiling == (1, 1) else c for c, tiling in zip(crops, tilings, strict=True)]
         pixel_values = normalise(np.concatenate(kept))

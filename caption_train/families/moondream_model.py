@@ -12,16 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    PhiModel,
-    PreTrainedModel,
-    SiglipVisionModel,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, PhiModel, PreTrainedModel, SiglipVisionModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
+from caption_train.families import moondream_processor  # noqa: F401  (so that AutoProcessor knows it too)
 from caption_train.families.moondream_config import MoondreamConfig
 from caption_train.families.moondream_generation import (
     CACHE,
@@ -192,6 +188,7 @@ class MoondreamForConditionalGeneration(MoondreamPreTrainedModel, MoondreamGener
         """Encode all crops in one pass; see `MoondreamModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, tilings)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -206,6 +203,7 @@ class MoondreamForConditionalGeneration(MoondreamPreTrainedModel, MoondreamGener
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Return logits, and the mean cross-entropy over `labels` [B, T] where they are not IGNORE_INDEX.
@@ -214,7 +212,7 @@ class MoondreamForConditionalGeneration(MoondreamPreTrainedModel, MoondreamGener
         pixel_values [C, 3, S, S] and tilings [I, 2], or image_embeds [I, N, D]. image_index [B]: each row's
         image (row i has image i if not given). past_key_values: the older name of cache. logits_to_keep:
         positions to compute logits of, as a number of last ones or as indices; all if 0. The loss needs those
-        before the labelled positions only.
+        before the labelled positions only. num_items_in_batch: what divides the sum of losses, if given.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -234,7 +232,11 @@ class MoondreamForConditionalGeneration(MoondreamPreTrainedModel, MoondreamGener
         if labels is not None:
             following = F.pad(labels, (0, 1), value=-100)[:, 1:][:, keep].contiguous()
             loss = self.loss_function(
-                logits=logits, labels=None, shift_labels=following, vocab_size=logits.shape[-1]
+                logits=logits,
+                labels=None,
+                shift_labels=following,
+                vocab_size=logits.shape[-1],
+                num_items_in_batch=num_items_in_batch,
             )
         return CausalLMOutputWithPast(
             loss=loss,

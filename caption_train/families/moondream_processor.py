@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
 from caption_train.errors import UsageError
-from caption_train.families.moondream_config import MoondreamConfig
-from caption_train.families.moondream_images import MoondreamImageProcessor
+from caption_train.families.moondream_config import MoondreamConfig, find_release, native_dict
+from caption_train.families.moondream_files import read_tokenizer
+from caption_train.families.moondream_images import Images, MoondreamImageProcessor, list_images
 
 CAPTION_TASKS = ("short", "normal", "long")
 
@@ -59,11 +59,13 @@ class MoondreamProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, folder: str, **kwargs: Any) -> MoondreamProcessor:
-        """Load what `save_pretrained` wrote; for an official checkpoint, see `from_config`."""
+        """Load what `save_pretrained` wrote, or make the processor of an official checkpoint."""
         from transformers import PreTrainedTokenizerFast
 
         kwargs.pop("backend", None)
         settings, _ = cls.get_processor_dict(folder, **kwargs)
+        if "image_token_id" not in settings:
+            return cls._from_official(folder, **kwargs)
         names = ("image_token_id", "image_seq_length", "templates", "question_space")
         images = settings.get("image_processor") or {}
         crops = {key: value for key, value in images.items() if key != "image_processor_type"}
@@ -72,6 +74,12 @@ class MoondreamProcessor(ProcessorMixin):
             PreTrainedTokenizerFast.from_pretrained(folder, **kwargs),
             **{name: settings[name] for name in names},
         )
+
+    @classmethod
+    def _from_official(cls, folder: str, revision: str | None = None, **kwargs: Any) -> MoondreamProcessor:
+        official, _ = MoondreamConfig.get_config_dict(folder, revision=revision, **kwargs)
+        config = MoondreamConfig(**native_dict(official, find_release(official, revision)))
+        return cls.from_config(config, read_tokenizer(folder, revision, config.bos_token_id))
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Return the token ids of a caption task's template, or of a question inside the query template."""
@@ -90,7 +98,7 @@ class MoondreamProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        images: Image.Image | Sequence[Image.Image] | None = None,
+        images: Images | None = None,
         text: str | Sequence[str] | None = None,
         answers: Sequence[Sequence[int]] | None = None,
         **kwargs: Any,
@@ -102,7 +110,7 @@ class MoondreamProcessor(ProcessorMixin):
         """
         if images is None:
             raise ValueError("Moondream 2 reads an image before every prompt: give images")
-        images = [images] if isinstance(images, Image.Image) else list(images)
+        images = list_images(images)
         text = ["normal"] * len(images) if text is None else [text] if isinstance(text, str) else list(text)
         if len(images) == 1:
             images *= len(text)

@@ -61,5 +61,6 @@ REVISIONS: dict[str, dict[str, Any]] = {
 }
 """Fields of `MoondreamConfig` that each release differs in."""
 
+RELEASES = tuple(REVISIONS)
 REVISIONS["9a7d4024050840e001defacec2b00727e89149e6"] = REVISIONS["2025-06-21"]
 DEFAULT_REVISION = "2025-06-21"
