@@ -20,14 +20,16 @@ def items():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shards_of_any_precision_load_as_they_were_saved(items, tmp_path, dtype):
     model, processor = make_small_model()
-    model.to(dtype).save_pretrained(tmp_path, max_shard_size="100KB")
+    model.to(dtype).save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    model.save_pretrained(tmp_path / "whole")
     processor.save_pretrained(tmp_path)
-    assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    again = AutoModelForImageTextToText.from_pretrained(tmp_path, device_map="cpu")
-    assert again.dtype == dtype
-    assert all(torch.equal(t, again.state_dict()[name]) for name, t in model.state_dict().items())
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    shards = AutoModelForImageTextToText.from_pretrained(tmp_path / "shards", device_map="cpu")
+    assert shards.dtype == dtype
+    assert all(torch.equal(t, shards.state_dict()[name]) for name, t in model.state_dict().items())
     batch = encode(AutoProcessor.from_pretrained(tmp_path), items)
-    assert answer(again, processor, batch) == answer(model, processor, batch)
+    whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "whole")
+    assert answer(shards, processor, batch) == answer(whole, processor, batch)
 
 
 def test_outputs_may_be_a_tuple_and_may_hold_states_and_attentions(loaded, items):
