@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,8 @@ class ExportOptions:
     )
     dtype: str = _target(
         "auto",
-        "precision of the written weights; auto is that of the base",
+        "precision of the written weights; auto is that of the base, or float32 where that rounds a merge "
+        "to other tokens",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     overwrite: bool = _target(False, "replace an output_dir that exists")
@@ -94,7 +95,8 @@ def export(options: ExportOptions, family: Family) -> str:
     """Write what `options` ask for, prove it, and return what to tell the user.
 
     The result is written beside its place, loaded again and compared by the tokens it generates; only then it
-    is renamed to `output_dir`. Raises CaptionTrainError when the tokens differ.
+    is renamed to `output_dir`. Raises CaptionTrainError when the tokens differ; --dtype auto writes a merge that
+    its base's precision rounds to other tokens in float32 instead.
     """
     options.check_paths()
     if options.layout == "legacy" and not hasattr(family, "save_legacy"):
@@ -120,18 +122,31 @@ def export(options: ExportOptions, family: Family) -> str:
             _write_adapter(options, family, model, partial_folder)
             model = load_adapter(family.load(model_id, revision=revision)[0], partial_folder, family)
         after = _caption(family, model, processor, image, prompt)
+        if before.token_ids != after.token_ids and options.merge and options.dtype == "auto":
+            del model
+            report = export(replace(options, dtype="float32"), family)
+            return f"{report} in float32: the base's own precision rounds the merge to other tokens"
         _check_same(before, after, options)
-        if options.output_dir.exists():
-            shutil.rmtree(options.output_dir)
         for file in partial_folder.iterdir():
             file.chmod(0o644)  # safetensors makes files that nobody else can read
-        partial_folder.rename(options.output_dir)
+        _put_in_place(partial_folder, options.output_dir)
     finally:
         shutil.rmtree(partial_folder, ignore_errors=True)
     return (
         f"before: {before.text}\nafter:  {after.text}\n"
         f"The {len(after.token_ids)} tokens agree. Written to {options.output_dir}"
     )
+
+
+def _put_in_place(folder: Path, target: Path) -> None:
+    """Rename `folder` to `target`; what is there is removed once the new one has its name."""
+    if not target.exists():
+        folder.rename(target)
+        return
+    former = folder.with_name(f"{folder.name}-former")
+    target.rename(former)
+    folder.rename(target)
+    shutil.rmtree(former)
 
 
 def _find_base(options: ExportOptions, family: Family) -> tuple[str, str | None, str]:

@@ -82,6 +82,23 @@ def test_float16_and_untied_heads_survive(tmp_path):
     assert export_main([str(tmp_path / "native"), str(tmp_path / "legacy"), "--layout", "legacy"]) == 0
     written = load_file(tmp_path / "legacy" / "model.safetensors")
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in written.items())
+    assert json.loads((tmp_path / "legacy" / "config.json").read_text())["torch_dtype"] == "float16"
+
+
+def test_a_merge_that_half_precision_rounds_to_other_tokens_is_in_float32(tmp_path, monkeypatch, capsys):
+    tensors = {name: tensor.half() for name, tensor in read_tensors().items()}
+    base = ["--base_model", str(shrink_images(write_checkpoint(tmp_path / "base", tensors)))]
+    answers = [Generated("a car", [3, 2]), Generated("a cat", [4, 2])]
+    sequence = iter([*answers, answers[0], answers[0]])
+    monkeypatch.setattr(exporting, "_caption", lambda *arguments: next(sequence))
+    arguments = [str(FIXTURES / "lora_attention"), str(tmp_path / "merged"), "--merge", *base]
+    assert export_main(arguments) == 0
+    assert "in float32: the base's own precision rounds" in capsys.readouterr().out
+    assert {t.dtype for t in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.float32}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "merged"]
+    sequence = iter(answers)
+    assert export_main([*arguments, "--dtype", "float16", "--overwrite"]) == 1
+    assert (tmp_path / "merged" / "config.json").is_file()
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from caption_train.cli import caption_main, train_main
 from caption_train.errors import CaptionTrainError, UsageError
@@ -163,6 +164,14 @@ def test_a_transformers_that_shifts_labels_twice_is_refused(family, folder, monk
     monkeypatch.setattr("transformers.__version__", "5.12.1")
     with pytest.raises(CaptionTrainError, match="shifts Florence-2's labels twice"):
         family.load(str(folder))
+
+
+def test_a_tensor_that_is_left_over_is_named(family, folder, tmp_path):
+    odd = shutil.copytree(folder, tmp_path / "odd")
+    tensors = load_file(odd / "model.safetensors") | {"model.vision_tower.neck.weight": torch.ones(2)}
+    save_file(tensors, odd / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CaptionTrainError, match=r"1 tensors .* no part .* model\.vision_tower\.neck\.weight"):
+        family.load(str(odd))
 
 
 def test_settings_that_got_lost_are_put_back(family, folder, tmp_path):

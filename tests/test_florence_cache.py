@@ -1,5 +1,7 @@
 """A kept native copy is what the checkpoint is, and is made again when the checkpoint changes."""
 
+import os
+
 import pytest
 import torch
 from legacy_florence import needs_fixtures, read_tensors, write_checkpoint
@@ -53,7 +55,47 @@ def test_a_changed_checkpoint_is_converted_anew(tmp_path, family):
     assert torch.equal(
         model.model.multi_modal_projector.image_proj_norm.bias, tensors["image_proj_norm.bias"]
     )
+    assert len(find_copies(tmp_path)) == 1
+
+
+def test_a_change_that_keeps_size_and_time_is_seen(tmp_path, family):
+    tensors = read_tensors()
+    weights = write_checkpoint(tmp_path / "model", tensors) / "pytorch_model.bin"
+    family.load(str(weights.parent))
+    old = weights.stat()
+    tensors["image_proj_norm.bias"] += 1
+    torch.save(tensors, weights)
+    os.utime(weights, ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert weights.stat().st_size == old.st_size
+    model, _ = family.load(str(weights.parent))
+    assert torch.equal(
+        model.model.multi_modal_projector.image_proj_norm.bias, tensors["image_proj_norm.bias"]
+    )
+
+
+def test_two_folders_of_one_name_have_a_copy_each(tmp_path, family):
+    tensors = read_tensors()
+    for parent in ("a", "b"):
+        folder = str(write_checkpoint(tmp_path / parent / "model", tensors))
+        family.load(folder)
+        assert family.load(folder)[0].name_or_path == folder
     assert len(find_copies(tmp_path)) == 2
+
+
+def test_a_copy_that_another_process_made_meanwhile_is_used(tmp_path, family, monkeypatch):
+    folder = str(write_checkpoint(tmp_path / "model", read_tensors()))
+    convert = florence_cache.load_legacy
+
+    def convert_late(checkpoint, **keywords):
+        monkeypatch.setattr(florence_cache, "load_legacy", convert)
+        family.load(folder)
+        return convert(checkpoint, **keywords)
+
+    monkeypatch.setattr(florence_cache, "load_legacy", convert_late)
+    model, _ = family.load(folder)
+    assert model.name_or_path == folder
+    (copy,) = find_copies(tmp_path)
+    assert not copy.name.startswith(".")
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, family):

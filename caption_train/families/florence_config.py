@@ -104,7 +104,9 @@ def convert_config(
     )
 
 
-def restore_config(config: Florence2Config, generation: GenerationConfig) -> dict[str, Any]:
+def restore_config(
+    config: Florence2Config, generation: GenerationConfig, dtype: str = "float32"
+) -> dict[str, Any]:
     """Return the legacy config.json of a native model: the inverse of `convert_config`."""
     vision, text = config.vision_config.to_dict(), config.text_config.to_dict()
     tokens = {name: text[name] for name in TOKEN_IDS if name != "decoder_start_token_id"}
@@ -120,7 +122,7 @@ def restore_config(config: Florence2Config, generation: GenerationConfig) -> dic
         "ignore_index": -100,
         "projection_dim": vision["projection_dim"],
         "vocab_size": text["vocab_size"],
-        "torch_dtype": str(config.dtype or "float32").removeprefix("torch."),
+        "torch_dtype": dtype,
         **tokens,
         "vision_config": {
             "model_type": "davit",

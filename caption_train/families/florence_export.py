@@ -41,8 +41,8 @@ def save_legacy(
     # safetensors refuses tensors that share memory, which the tied ones do.
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in restore_tensors(model).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    settings = model.generation_config
-    _write_json(folder / "config.json", restore_config(model.config, settings))
+    settings, dtype = model.generation_config, str(model.dtype).removeprefix("torch.")
+    _write_json(folder / "config.json", restore_config(model.config, settings, dtype))
     _write_json(
         folder / "generation_config.json",
         {"num_beams": settings.num_beams or 1, "early_stopping": bool(settings.early_stopping)},

@@ -90,7 +90,11 @@ def load_native(
     folder = str(checkpoint.folder)
     try:
         model = load_model(
-            Florence2ForConditionalGeneration, folder, dtype=dtype, quantization_config=quantization_config
+            Florence2ForConditionalGeneration,
+            folder,
+            strict=True,
+            dtype=dtype,
+            quantization_config=quantization_config,
         )
         processor = load_processor(AutoProcessor.from_pretrained, folder)
     except CaptionTrainError as error:

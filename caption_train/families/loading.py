@@ -20,8 +20,11 @@ SIDE_FILES = ["*.json", "*.txt"]
 """Configs, tokenizer and image settings, next to the weights on the hub."""
 
 
-def load_model(model_class: type, model_id: str, **keywords: Any) -> PreTrainedModel:
-    """Load weights into `model_class`, in eval mode. A tensor the checkpoint lacks is an error, by name."""
+def load_model(model_class: type, model_id: str, *, strict: bool = False, **keywords: Any) -> PreTrainedModel:
+    """Load weights into `model_class`, in eval mode. A tensor the checkpoint lacks is an error, by name.
+
+    strict: so is one that the checkpoint has too many.
+    """
     from transformers.utils import logging
 
     check_transformers()
@@ -34,6 +37,11 @@ def load_model(model_class: type, model_id: str, **keywords: Any) -> PreTrainedM
         raise CaptionTrainError(
             f"--model_id {model_id}: {len(missing)} tensors of {model_class.__name__} are not in the "
             f"checkpoint and would be random: {shorten(missing)}"
+        )
+    if strict and (left := sorted(info["unexpected_keys"])):
+        raise CaptionTrainError(
+            f"--model_id {model_id}: {len(left)} tensors of the checkpoint are no part of "
+            f"{model_class.__name__}: {shorten(left)}"
         )
     return model.eval()
 
