@@ -95,8 +95,8 @@ def export(options: ExportOptions, family: Family) -> str:
     """Write what `options` ask for, prove it, and return what to tell the user.
 
     The result is written beside its place, loaded again and compared by the tokens it generates; only then it
-    is renamed to `output_dir`. Raises CaptionTrainError when the tokens differ; --dtype auto writes a merge that
-    its base's precision rounds to other tokens in float32 instead.
+    is renamed to `output_dir`. Raises CaptionTrainError when the tokens differ. With --dtype auto, a merge
+    that its base's precision rounds to other tokens is written in float32 instead.
     """
     options.check_paths()
     if options.layout == "legacy" and not hasattr(family, "save_legacy"):

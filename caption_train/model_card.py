@@ -15,6 +15,13 @@ from caption_train.options import TrainOptions
 TRAINING_FILE = "training.json"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "flora-opt", "pillow")
 
+ELSEWHERE = {
+    "florence": "Plain transformers and PEFT load it on a base in transformers' layout, which Microsoft's "
+    "repositories are not: `python export_adapter.py {base} florence-native/` writes one, "
+    "`python export_adapter.py . merged/ --merge` base and LoRA as one model."
+}
+"""How a LoRA is used without this tool, by family, where more is to say than `PeftModel.from_pretrained`."""
+
 
 @dataclass
 class TrainingRecord:
@@ -83,6 +90,8 @@ def _card(record: TrainingRecord, extra: Mapping[str, Any]) -> str:
     rows += [f"| {name} | {value} |" for name, value in extra.items() if value is not None]
     script = name_script(record.family)
     base = f"--base_model {record.base_model} " if is_lora else ""
+    hint = ELSEWHERE.get(record.family, "") if is_lora else ""
+    elsewhere = [hint.format(base=record.base_model), ""] if hint else []
     return "\n".join(
         [
             *front,
@@ -98,6 +107,7 @@ def _card(record: TrainingRecord, extra: Mapping[str, Any]) -> str:
             f"python {script} {base}{name_flag(options['train_method'])} . --images path/to/images",
             "```",
             "",
+            *elsewhere,
             "| | |",
             "|---|---|",
             *rows,

@@ -24,6 +24,7 @@ def test_the_card_of_a_lora_names_its_base_and_the_lora(tmp_path):
     card = read_card(tmp_path, "lora")
     assert "python inference_florence.py --base_model base --peft_model . --images" in card
     assert "# Captioning LoRA" in card and "| rank | 4 |" in card
+    assert "`python export_adapter.py base florence-native/`" in card
 
 
 def test_the_card_of_a_full_model_speaks_of_no_lora(tmp_path):
