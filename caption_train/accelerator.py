@@ -2,18 +2,20 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import GradientAccumulationPlugin
+from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from caption_train.combinations import check
 from caption_train.errors import UsageError
 from caption_train.options import TrainOptions
+from caption_train.sharding import describe_launch, find_unsupported
 
 FLORA_BETA1 = 0.9
 """Momentum of Flora, the paper's. Upstream's default is none, with which `rank` would do nothing."""
@@ -40,12 +42,15 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
         accelerator = CompressedAccelerator(options.accumulation_rank, **settings)
     else:
         accelerator = Accelerator(**settings)
+    launch = describe_launch(accelerator)
     problems = check(
         options,
         device=accelerator.device.type,
         precision=accelerator.mixed_precision,
-        distributed=accelerator.distributed_type.value,
+        distributed=launch,
     )
+    if launch == "FSDP":
+        problems += find_unsupported()
     if problems:
         raise UsageError("; ".join(problems))
     return accelerator
@@ -116,11 +121,13 @@ def make_lr_scheduler(
 def accumulate(accelerator: Accelerator, model: torch.nn.Module, last: bool) -> Iterator[None]:
     """Run one micro-batch; only the `last` of an optimizer step lets gradients cross between processes."""
     accelerator.sync_gradients = last
-    if last:
+    with nullcontext() if last else hold_gradients(accelerator, model):
         yield
-    else:
-        with accelerator.no_sync(model):
-            yield
+
+
+def hold_gradients(accelerator: Accelerator, model: torch.nn.Module) -> AbstractContextManager:
+    """Let no gradient cross between processes; a sharded model's do, or each would hold whole ones."""
+    return nullcontext() if isinstance(model, FSDPModule) else accelerator.no_sync(model)
 
 
 def _forget_last_run() -> None:

@@ -27,6 +27,7 @@ class Setup:
     device: str | None
     precision: str | None
     distributed: str | None = None
+    auto_batch_size: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,34 @@ REFUSALS = (
         "accelerate's configuration asks for fp8, which is not supported: use --mixed_precision bf16",
     ),
     Refusal(
-        lambda s: s.distributed not in (None, "NO", "MULTI_CPU", "MULTI_GPU"),
+        lambda s: s.distributed == "FSDP" and s.optimizer_name != "AdamW",
+        "--optimizer_name {optimizer_name} cannot be combined with FSDP: it reads whole weights, of which "
+        "each process holds a part; use --optimizer_name AdamW, whose state is sharded too",
+    ),
+    Refusal(
+        lambda s: s.distributed == "FSDP" and s.quantize is not None,
+        "--quantize {quantize} cannot be combined with FSDP: packed weights cannot be cut; drop --quantize, "
+        "or launch with plain data parallelism (--multi_gpu)",
+    ),
+    Refusal(
+        lambda s: s.distributed == "FSDP" and s.init_lora_weights in (*PRINCIPAL, "eva"),
+        "--init_lora_weights {init_lora_weights} cannot be combined with FSDP: it is found from whole "
+        "weights; drop it, or launch with plain data parallelism (--multi_gpu)",
+    ),
+    Refusal(
+        lambda s: s.distributed == "FSDP" and s.precision == "fp16",
+        "--mixed_precision fp16 cannot be combined with FSDP, where its loss scaler is not tested: use "
+        "--mixed_precision bf16",
+    ),
+    Refusal(
+        lambda s: s.distributed == "FSDP" and s.auto_batch_size,
+        "--auto_batch_size cannot be combined with FSDP: a process that runs out of memory would leave the "
+        "others waiting for its part; use a smaller --batch_size",
+    ),
+    Refusal(
+        lambda s: s.distributed not in (None, "NO", "MULTI_CPU", "MULTI_GPU", "FSDP"),
         "accelerate's configuration asks for {distributed}, which is not supported: launch with plain data "
-        "parallelism (--multi_gpu)",
+        "parallelism (--multi_gpu) or with --config_file examples/accelerate/fsdp.yaml",
     ),
 )
 
@@ -135,6 +161,7 @@ def check(
         device=device or (options.device or "").split(":")[0] or None,
         precision=precision or options.mixed_precision,
         distributed=distributed,
+        auto_batch_size=options.auto_batch_size,
     )
     return [refusal.sentence.format(**vars(setup)) for refusal in REFUSALS if refusal.applies(setup)]
 
@@ -176,6 +203,7 @@ _CHOICES: dict[str, tuple[dict, dict]] = {
     "init_lora_weights eva, gaussian": ({}, {"init_lora_weights": "eva"}),
     "device cpu": ({}, {"device": "cpu"}),
     "several processes": ({}, {"distributed": "MULTI_GPU"}),
+    "FSDP": ({}, {"distributed": "FSDP"}),
 }
 
 

@@ -21,6 +21,7 @@ from caption_train.interrupts import ignore_in_worker
 from caption_train.metrics import score_captions
 from caption_train.run import Run
 from caption_train.saving import is_due
+from caption_train.sharding import whole
 from caption_train.tracking import RunLog
 
 MAX_NEW_TOKENS = 64
@@ -58,9 +59,10 @@ class Evaluator:
 
     def evaluate(self) -> dict[str, float]:
         """Return the loss per token and the metrics asked for, over all processes."""
-        values = {"loss": self._measure_loss()}
-        if self.run.options.metrics:
-            values |= self._score()
+        with whole(self.run.model):
+            values = {"loss": self._measure_loss()}
+            if self.run.options.metrics:
+                values |= self._score()
         return values
 
     def _measure_loss(self) -> float:

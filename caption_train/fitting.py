@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from caption_train.accelerator import hold_gradients
 from caption_train.agreement import say
 from caption_train.captions import Pair
 from caption_train.collate import find_dtype, move_batch
@@ -83,7 +84,7 @@ def _try_step(
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     model.train()
     try:
-        with torch.random.fork_rng(devices), accelerator.no_sync(model):
+        with torch.random.fork_rng(devices), hold_gradients(accelerator, model):
             moments = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
             inputs = move_batch(collate_fn(items), accelerator.device, find_dtype(model))
             accelerator.backward(model(**inputs).loss.float())

@@ -128,11 +128,14 @@ def fill_adapter(model: PeftModel, weights: dict[str, torch.Tensor], folder: Pat
     return model
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write an adapter that fits the base as it was before training, whatever the LoRA started from."""
+def save_adapter(model: PeftModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Write an adapter that fits the base as it was before training, whatever the LoRA started from.
+
+    weights: the trained ones, where the model itself holds only a part of each.
+    """
     if getattr(model, "lora_start", None) is None:
         # Without this PEFT asks the hub whether the vocabulary grew.
-        model.save_pretrained(folder, save_embedding_layers=False)
+        model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
         return
     from peft import get_peft_model_state_dict
 

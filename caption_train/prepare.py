@@ -33,6 +33,7 @@ from caption_train.quantization import make_quantization_config, prepare_quantiz
 from caption_train.resume import adopt_batch_size, check_same_run, find_resume_point, resume_run
 from caption_train.run import Run
 from caption_train.saving import Saver
+from caption_train.sharding import describe_launch, prepare, shard
 from caption_train.starting import look_at_data, start_lora
 from caption_train.tracking import RunLog, check_trackers, start_trackers
 from caption_train.training import Trainer
@@ -72,9 +73,11 @@ def _prepare(options: TrainOptions, family: Family, accelerator: Accelerator, lo
     family.encode(processor, [Image.new("RGB", (32, 32))], [record.prompt])
     record.trainable_parameters, record.total_parameters = count_parameters(model)
     plan = _make_plan(options, len(data.train), accelerator)
+    if describe_launch(accelerator) == "FSDP":
+        model = shard(model, accelerator)
     optimizer = make_optimizer(options, model)
     lr_scheduler = make_lr_scheduler(options, optimizer, plan.total_steps)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = prepare(accelerator, model, optimizer)
     # The LoRA starts the same on every process; dropout must not.
     set_seed(options.seed + accelerator.process_index)
     collate_fn = family.make_collator(processor, prompt=record.prompt, max_length=options.max_length)

@@ -14,6 +14,7 @@ from caption_train.families.base import Family
 from caption_train.images import ImageError, open_image
 from caption_train.run import Run
 from caption_train.saving import is_due
+from caption_train.sharding import whole
 from caption_train.tracking import RunLog
 from caption_train.training_data import TrainingData
 
@@ -67,9 +68,10 @@ class Sampler:
 
     def sample(self, step: int) -> None:
         """Caption the images, print and log them; the training's random numbers stay as they were."""
-        if not self.run.accelerator.is_main_process:
-            return
-        captions = caption_images(self.run, self.family, [image for _, image in self.images])
+        with whole(self.run.model):
+            if not self.run.accelerator.is_main_process:
+                return
+            captions = caption_images(self.run, self.family, [image for _, image in self.images])
         samples = [
             Sample(pair.image.name, image, pair.caption, caption)
             for (pair, image), caption in zip(self.images, captions, strict=True)

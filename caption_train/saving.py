@@ -16,6 +16,7 @@ from caption_train.lora import save_adapter
 from caption_train.model_card import write_card
 from caption_train.pointers import BEST, LAST, follow
 from caption_train.run import Run
+from caption_train.sharding import gather_state, gather_weights
 from caption_train.state import capture_random_state, write_state
 
 SUMMARY_FILE = "summary.json"
@@ -55,11 +56,16 @@ class Saver:
         run.progress.total_steps = run.plan.total_steps
         run.progress.peak_memory_bytes = self._find_peak()
         random_states = capture_random_state(run.accelerator)
+        optimizer_state = gather_state(run.accelerator, run.optimizer.state_dict())
+        weights = gather_weights(run.accelerator, run.model)
         with fail_together(run.accelerator):
             if run.accelerator.is_main_process:
                 pointers = (LAST, BEST) if is_best else (LAST,)
                 write_checkpoint(
-                    self.output_dir, name, lambda folder: self._write(folder, random_states), *pointers
+                    self.output_dir,
+                    name,
+                    lambda folder: self._write(folder, weights, optimizer_state, random_states),
+                    *pointers,
                 )
                 self._prune()
         self.saved_step = run.progress.global_step
@@ -115,18 +121,26 @@ class Saver:
             protected = [self.output_dir / follow(self.output_dir / name).name for name in (LAST, BEST)]
             prune(self.output_dir, self.run.progress.run_id, keep, protected)
 
-    def _write(self, folder: Path, random_states: list[dict[str, Any]]) -> None:
+    def _write(
+        self,
+        folder: Path,
+        weights: dict[str, Any] | None,
+        optimizer_state: dict[str, Any],
+        random_states: list[dict[str, Any]],
+    ) -> None:
         run, progress = self.run, self.run.progress
         model = run.accelerator.unwrap_model(run.model)
         if run.options.train_method == "lora":
-            save_adapter(model, folder)
+            save_adapter(model, folder, weights)
         else:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, state_dict=weights)
         run.processor.save_pretrained(folder)
         epoch = run.plan.epoch_of(max(progress.global_step - 1, 0))
         reached = {"global_step": progress.global_step, "epoch": epoch, "loss": progress.last_loss}
         write_card(folder, run.record, reached)
-        write_state(folder, progress, run.optimizer, run.lr_scheduler, run.accelerator.scaler, random_states)
+        write_state(
+            folder, progress, optimizer_state, run.lr_scheduler, run.accelerator.scaler, random_states
+        )
 
 
 def is_due(every: int | None, count: int) -> bool:

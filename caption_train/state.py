@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from caption_train.checkpoint import STATE
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.progress import Progress
+from caption_train.sharding import scatter_state
 
 
 def capture_random_state(accelerator: Accelerator) -> list[dict[str, Any]]:
@@ -45,7 +46,7 @@ def restore_random_state(accelerator: Accelerator, states: list[dict[str, Any]])
 def write_state(
     checkpoint: Path,
     progress: Progress,
-    optimizer: Optimizer,
+    optimizer_state: dict[str, Any],
     lr_scheduler: LRScheduler,
     scaler: Any,
     random_states: list[dict[str, Any]],
@@ -53,8 +54,9 @@ def write_state(
     """Write all but the weights into `checkpoint/state`."""
     folder = checkpoint / STATE
     folder.mkdir()
-    states = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "scaler": scaler}
-    contents = {name: part.state_dict() for name, part in states.items() if part is not None}
+    contents = {"optimizer": optimizer_state, "lr_scheduler": lr_scheduler.state_dict()}
+    if scaler is not None:
+        contents["scaler"] = scaler.state_dict()
     for name, content in (contents | {"random": random_states}).items():
         # Through a file of Python's, which says why a write failed; torch's own writer does not.
         with (folder / f"{name}.pt").open("wb") as file:
@@ -82,7 +84,7 @@ def read_state(
         )
     fresh = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     try:
-        optimizer.load_state_dict(load("optimizer"))
+        optimizer.load_state_dict(scatter_state(optimizer, load("optimizer")))
     except (ValueError, KeyError) as error:
         raise CaptionTrainError(
             f"--resume {checkpoint}: its optimizer does not fit this run: {error}"

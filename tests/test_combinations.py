@@ -124,5 +124,7 @@ def test_adamw_with_flora_accelerator_names_both_flags():
 def test_the_accelerators_own_answers_are_checked():
     assert not check(make_options(device=None, mixed_precision=None))
     assert check(make_options(device=None), device="cpu", precision="fp16")
-    assert check(make_options(), distributed="FSDP")
+    assert check(make_options(), distributed="MEGATRON_LM")
+    assert not check(make_options(), distributed="FSDP")
+    assert check(make_options(auto_batch_size=True), distributed="FSDP")
     assert not check(make_options(), distributed="MULTI_CPU", precision="bf16")
