@@ -19,12 +19,19 @@ class Pair:
     """One image and its caption.
 
     source: where the caption was read, `a/b.txt` or `metadata.jsonl:12`. split: train, validation or test.
+    prompt: what the model is asked for this caption, None for what the run asks.
     """
 
     image: Path
     caption: str
     source: str
     split: str = "train"
+    prompt: str | None = None
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """Caption and, where there is one, prompt, by their names in a collator's items."""
+        return {"caption": self.caption} | ({"prompt": self.prompt} if self.prompt else {})
 
 
 @dataclass

@@ -38,7 +38,10 @@ class MicroBatch:
 
 
 class CaptionDataset(Dataset):
-    """Pairs as `{"image": PIL.Image, "caption": str, "file": str}`, read by the key `(epoch, index)`."""
+    """Pairs as `{"image": PIL.Image, "caption": str, "file": str}`, read by the key `(epoch, index)`.
+
+    An item of a pair with its own prompt has a `"prompt"` too.
+    """
 
     def __init__(
         self,
@@ -61,7 +64,7 @@ class CaptionDataset(Dataset):
     def __getitem__(self, key: Key) -> dict[str, Any]:
         epoch, index = key
         pair = self.pairs[index]
-        item = {"file": str(pair.image), "caption": self.caption(epoch, index)}
+        item = pair.texts | {"file": str(pair.image), "caption": self.caption(epoch, index)}
         try:
             return item | {"image": open_image(pair.image)}
         except ImageError as error:

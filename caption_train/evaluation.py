@@ -4,7 +4,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
@@ -96,22 +96,23 @@ class Evaluator:
     def _score(self) -> dict[str, float]:
         """Caption the first `--metric_samples` images; each is compared with all captions it has."""
         run, accelerator = self.run, self.run.accelerator
-        references: dict[Any, list[str]] = {}
+        references: dict[tuple[Path, str], list[str]] = {}
         for pair in self.pairs:
-            references.setdefault(pair.image, []).append(pair.caption)
-        images = list(references)[: run.options.metric_samples]
+            key = pair.image, pair.prompt or run.record.prompt
+            references.setdefault(key, []).append(pair.caption)
+        keys = list(references)[: run.options.metric_samples]
         rows = []
-        share = images[accelerator.process_index :: accelerator.num_processes]
-        for paths in _cut(share, run.plan.batch_size):
+        share = keys[accelerator.process_index :: accelerator.num_processes]
+        for part in _cut(share, run.plan.batch_size):
             opened = {}
-            for path in paths:
+            for path, prompt in part:
                 try:
-                    opened[path] = open_image(path)
+                    opened[path, prompt] = open_image(path)
                 except ImageError:
                     # Named when the loss was measured.
                     continue
-            captions = caption_images(run, self.family, list(opened.values()))
-            rows += [(str(path), c, references[path]) for path, c in zip(opened, captions, strict=True)]
+            captions = caption_images(run, self.family, list(opened.values()), [key[1] for key in opened])
+            rows += [(str(key), c, references[key]) for key, c in zip(opened, captions, strict=True)]
         # In one order, so that sums do not depend on how many processes there are.
         rows = sorted(gather_object(rows))
         if not rows:
@@ -159,12 +160,14 @@ def evaluating(run: Run) -> Iterator[torch.nn.Module]:
         model.train()
 
 
-def caption_images(run: Run, family: Family, images: Sequence[Image.Image]) -> list[str]:
-    """Caption images as they are trained on: with the run's prompt."""
+def caption_images(
+    run: Run, family: Family, images: Sequence[Image.Image], prompts: Sequence[str | None]
+) -> list[str]:
+    """Caption images as they are trained on: with their own prompts, where None with the run's."""
     if not images:
         return []
     with evaluating(run) as model:
-        batch = family.encode(run.processor, images, [run.record.prompt] * len(images))
+        batch = family.encode(run.processor, images, [prompt or run.record.prompt for prompt in prompts])
         batch = move_batch(batch, run.accelerator.device, find_dtype(model))
         generated = family.generate(model, run.processor, batch, max_new_tokens=MAX_NEW_TOKENS)
     return [caption.text for caption in generated]

@@ -106,7 +106,7 @@ def _find_longest(count: int, pairs: Sequence[Pair]) -> list[dict]:
     items = []
     for pair in sorted(pairs, key=lambda pair: len(pair.caption), reverse=True)[:count]:
         try:
-            items.append({"image": open_image(pair.image), "caption": pair.caption})
+            items.append({"image": open_image(pair.image)} | pair.texts)
         except ImageError:
             continue
     if not items:

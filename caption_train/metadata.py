@@ -12,7 +12,7 @@ from caption_train.captions import CAPTION_SUFFIXES, Pair, printable, scan_folde
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.files import hash_file, open_atomically
 from caption_train.pairing import match_captions
-from caption_train.rows import caption_of, make_locator, read_rows, split_of
+from caption_train.rows import caption_of, make_locator, prompt_of, read_rows, split_of
 
 METADATA_NAME = "metadata.jsonl"
 
@@ -67,7 +67,7 @@ def read_metadata(path: Path | str, *, follow_symlinks: bool = False) -> tuple[l
             if isinstance(row, ValueError):
                 raise row
             image, caption = locate(row.get("file_name")), caption_of(row)
-            pairs.append(Pair(image, caption, where, split_of(row)))
+            pairs.append(Pair(image, caption, where, split_of(row), prompt_of(row)))
         except ValueError as error:
             problems.append(f"{where}: {error}")
     return pairs, problems
@@ -103,12 +103,14 @@ def split_by_content(pairs: Sequence[Pair], fraction: float, seed: int) -> tuple
 
 
 def fingerprint(pairs: Sequence[Pair]) -> str:
-    """Return a hash of names, file sizes and captions: the same wherever the dataset lies, in any order."""
+    """Return a hash of names, sizes, captions, prompts: the same wherever the dataset lies, in any order."""
     if not pairs:
         return hashlib.sha256().hexdigest()
     root = os.path.commonpath([pair.image.parent.absolute() for pair in pairs])
     rows = sorted(
-        (os.path.relpath(pair.image, root), _size(pair.image), pair.caption, pair.split) for pair in pairs
+        (os.path.relpath(pair.image, root), _size(pair.image), pair.caption, pair.split)
+        + ((pair.prompt,) if pair.prompt else ())
+        for pair in pairs
     )
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 

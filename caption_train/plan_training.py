@@ -109,7 +109,7 @@ def _cast(batch: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:
 
 def _find_longest(pairs: Sequence[Pair]) -> dict[str, Any]:
     longest = max(pairs, key=lambda pair: len(pair.caption))
-    return {"image": open_image(longest.image), "caption": longest.caption}
+    return {"image": open_image(longest.image)} | longest.texts
 
 
 def _resident() -> int:

@@ -70,7 +70,8 @@ def _prepare(options: TrainOptions, family: Family, accelerator: Accelerator, lo
     set_seed(options.seed)
     model, processor = load_trainable(options, family, accelerator, checkpoint)
     # A prompt too long for this model is better refused here than in a process that reads images.
-    family.encode(processor, [Image.new("RGB", (32, 32))], [record.prompt])
+    longest = max((pair.prompt or "" for pair in data.train + data.validation), key=len)
+    family.encode(processor, [Image.new("RGB", (32, 32))] * 2, [record.prompt, longest or record.prompt])
     record.trainable_parameters, record.total_parameters = count_parameters(model)
     plan = _make_plan(options, len(data.train), accelerator)
     if describe_launch(accelerator) == "FSDP":
@@ -185,11 +186,12 @@ def load_trainable(
 def make_record(options: TrainOptions, family: Family, data: TrainingData) -> TrainingRecord:
     """Return what the saved LoRA will say of where it comes from; parameters are counted later.
 
-    Raises UsageError for a prompt that the family cannot read.
+    Raises UsageError for a prompt that the family cannot read, the run's or a row's.
     """
     prompt = next(p for p in (options.prompt, options.task, family.default_prompt) if p is not None)
     if check_prompt := getattr(family, "check_prompt", None):
         check_prompt(prompt)
+        _check_prompts(check_prompt, data.train + data.validation)
     return TrainingRecord(
         family=family.name,
         base_model=_base_name(options),
@@ -199,6 +201,14 @@ def make_record(options: TrainOptions, family: Family, data: TrainingData) -> Tr
         dataset=data.describe(),
         versions=find_versions(),
     )
+
+
+def _check_prompts(check_prompt: Callable[[str], None], pairs: Sequence[Pair]) -> None:
+    for pair in pairs:
+        try:
+            check_prompt(pair.prompt or "")
+        except UsageError as error:
+            raise UsageError(f"{pair.source}: {str(error).removeprefix('--')}") from error
 
 
 def _make_trainer(

@@ -68,13 +68,14 @@ class Sampler:
 
     def sample(self, step: int) -> None:
         """Caption the images, print and log them; the training's random numbers stay as they were."""
+        pairs, images = [pair for pair, _ in self.images], [image for _, image in self.images]
         with whole(self.run.model):
             if not self.run.accelerator.is_main_process:
                 return
-            captions = caption_images(self.run, self.family, [image for _, image in self.images])
+            captions = caption_images(self.run, self.family, images, [pair.prompt for pair in pairs])
         samples = [
             Sample(pair.image.name, image, pair.caption, caption)
-            for (pair, image), caption in zip(self.images, captions, strict=True)
+            for pair, image, caption in zip(pairs, images, captions, strict=True)
         ]
         print_samples(f"samples at step {step}{self.note}", samples)
         self.log.write_samples(step, samples)

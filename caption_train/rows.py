@@ -1,7 +1,7 @@
 """One line of a metadata.jsonl, or what is wrong with it. Standard library only.
 
 A row is `{"file_name": "a/b.png", "text": "a caption"}`, the format of datasets' imagefolder; `caption` may
-stand for `text`, and `split` may put a row aside as `validation` or `test`.
+stand for `text`, `split` may put a row aside as `validation` or `test`, and `prompt` may ask for it.
 """
 
 import json
@@ -96,6 +96,15 @@ def caption_of(row: Mapping[str, Any]) -> str:
         raise ValueError(f"{column} is {len(caption):,} characters long (limit {MAX_CAPTION_BYTES:,})")
     refuse_odd_characters(caption)
     return caption
+
+
+def prompt_of(row: Mapping[str, Any]) -> str | None:
+    """Return what the model is asked for a row's caption, None for what the run asks."""
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str | None):
+        raise ValueError("prompt is not a string")
+    refuse_odd_characters(prompt or "")
+    return prompt or None
 
 
 def split_of(row: Mapping[str, Any]) -> str:

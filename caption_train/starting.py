@@ -57,7 +57,7 @@ def look_at_data(
 def _choose(pairs: Sequence[Pair]) -> Iterator[dict]:
     for pair in pairs[:: max(len(pairs) // DATA_IMAGES, 1)][:DATA_IMAGES]:
         try:
-            yield {"image": open_image(pair.image), "caption": pair.caption}
+            yield {"image": open_image(pair.image)} | pair.texts
         except ImageError:
             # Training says so; here one image more or less is nothing.
             continue

@@ -154,6 +154,47 @@ def test_a_prompt_that_cannot_work_is_refused_before_anything_loads(
     assert caption_main("florence", ["--images", str(pairs_folder), *flags]) == 2
 
 
+@pytest.fixture
+def asking_folder(tmp_path):
+    """Four pictures, each captioned for another region of it, the last one held out."""
+    rows = []
+    for number in range(4):
+        Image.new("RGB", (40, 30), (60 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        rows.append({"file_name": f"{number}.png", "text": "red"})
+        rows[-1]["prompt"] = f"<REGION_TO_DESCRIPTION><loc_{number}><loc_0><loc_9><loc_9>"
+    rows[-1]["split"] = "validation"
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def test_every_row_is_trained_on_and_validated_with_its_own_prompt(
+    folder, asking_folder, tmp_path, monkeypatch
+):
+    asked, encode = [], Florence.encode
+
+    def note(self, processor, images, prompts):
+        asked.extend(prompts)
+        return encode(self, processor, images, prompts)
+
+    monkeypatch.setattr(Florence, "encode", note)
+    paths = ["--dataset_dir", asking_folder, "--output_dir", tmp_path / "out", "--model_id", folder]
+    flags = ["--epochs", "1", "--num_workers", "0", "--eval_every_n_epochs", "1", "--metrics", "exact_match"]
+    flags += ["--sample_every_n_epochs", "1"]
+    assert train_main("florence", [*map(str, paths), *flags]) == 0
+    regions = [f"<REGION_TO_DESCRIPTION><loc_{number}><loc_0><loc_9><loc_9>" for number in range(4)]
+    assert set(asked[2:]) == set(regions)
+    # The loss, the metric, and a sample before and after.
+    assert asked[2:].count(regions[3]) == 4
+
+
+def test_a_rows_prompt_that_cannot_work_is_named_by_its_row(folder, asking_folder, tmp_path, capsys):
+    with (asking_folder / "metadata.jsonl").open("a") as file:
+        file.write('\n{"file_name": "0.png", "text": "red", "prompt": "<OD> of cars"}')
+    paths = ["--dataset_dir", asking_folder, "--output_dir", tmp_path / "out", "--model_id", folder]
+    assert train_main("florence", list(map(str, paths))) == 2
+    assert "metadata.jsonl:5: prompt: <OD> takes no further text" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("max_length", [1, 2])
 def test_a_caption_must_have_room_for_a_word(family, loaded, max_length):
     with pytest.raises(UsageError, match="--max_length must be 3 or more"):

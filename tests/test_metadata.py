@@ -90,6 +90,7 @@ def test_a_byte_order_mark_crlf_and_backslashes_are_read(dataset):
         (row(name="/etc/passwd"), "points outside the dataset folder"),
         (row(name="C:\\secret.png"), "points outside the dataset folder"),
         (row(split="holdout"), "split is 'holdout', not one of train, validation, test"),
+        (row(prompt=["<OD>"]), "prompt is not a string"),
     ],
 )
 def test_a_bad_row_is_named_by_line_and_reason(dataset, line, problem):
@@ -131,6 +132,16 @@ def test_a_split_column_keeps_rows_out_of_training(dataset):
     assert len(read_dataset(dataset, split=None)) == 3
     with pytest.raises(UsageError, match="3 pairs, none of them in the split 'test'"):
         read_dataset(dataset, split="test")
+
+
+def test_a_row_may_ask_for_its_caption(dataset):
+    plain, asked = row("b/c.png", prompt=None), row(prompt="<REGION_TO_OCR><loc_1><loc_2><loc_3><loc_4>")
+    write_lines(dataset, plain, asked)
+    pairs = read_dataset(dataset)
+    assert [pair.prompt for pair in pairs] == [None, "<REGION_TO_OCR><loc_1><loc_2><loc_3><loc_4>"]
+    assert "prompt" not in pairs[0].texts
+    write_lines(dataset, plain, row())
+    assert fingerprint(read_dataset(dataset)) != fingerprint(pairs)
 
 
 def test_without_metadata_the_caption_files_are_read(tmp_path):
