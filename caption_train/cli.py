@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from caption_train.errors import CaptionTrainError, is_out_of_memory
 from caption_train.families import FAMILIES, get_family
 from caption_train.families.base import Family
 from caption_train.options import TrainOptions
+from caption_train.processes import end_at_once, is_one_of_several
 
 TRAIN = """Train a LoRA for {title} on your own captions.
 
@@ -157,6 +159,19 @@ def export_main(argv: Sequence[str] | None = None) -> int:
 
 def run(work: Callable[[], int]) -> int:
     """Do the work; turn what a user can cause into one line and an exit code, never a traceback."""
+    if not is_one_of_several():
+        return _run(work)
+    try:
+        code = _run(work)
+    except SystemExit as exit:
+        code = exit.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    end_at_once(code)
+
+
+def _run(work: Callable[[], int]) -> int:
     _quiet_libraries()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Captions may hold characters that the terminal does not know.

@@ -1,5 +1,6 @@
 """Making a training step fit into memory, and saying what to do when it does not."""
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,13 +11,13 @@ from accelerate.utils import gather_object
 
 from caption_train.accelerator import hold_gradients
 from caption_train.agreement import say
-from caption_train.captions import Pair
 from caption_train.collate import find_dtype, move_batch
 from caption_train.errors import CaptionTrainError, is_out_of_memory
 from caption_train.families.base import Batch
 from caption_train.images import ImageError, open_image
 from caption_train.options import TrainOptions
 from caption_train.saving import peak_memory
+from caption_train.training_data import TrainingData
 
 GIB = 1024**3
 SAVERS = {
@@ -43,9 +44,11 @@ def fit_batch_size(
     model: torch.nn.Module,
     optimizer: Any,
     collate_fn: Callable[[Sequence[dict]], Batch],
-    pairs: Sequence[Pair],
+    data: TrainingData,
 ) -> None:
-    """Try the worst step, that of the longest captions, and print its peak; nothing is learned from it.
+    """Try the worst step, of the longest captions and largest images, and print its peak.
+
+    Nothing is learned from it.
 
     Under `--auto_batch_size` a batch that does not fit is made smaller and the accumulation longer, in
     `options`, until one does; the effective batch stays as it was. Raises CaptionTrainError when none fits.
@@ -53,7 +56,7 @@ def fit_batch_size(
     tried: list[int] = []
     while True:
         tried.append(options.batch_size)
-        fits = _try_step(options.batch_size, accelerator, model, collate_fn, pairs)
+        fits = _try_step(accelerator, model, collate_fn, _open_worst(options.batch_size, data))
         optimizer.zero_grad()
         if all(gather_object([fits])):
             break
@@ -69,26 +72,26 @@ def fit_batch_size(
             f"micro-batches (out of memory with {', '.join(map(str, tried[:-1]))} images)",
         )
     peak = peak_memory(accelerator.device) / GIB
-    say(accelerator, f"a step of {options.batch_size} images with the longest captions: peak {peak:.2f} GiB")
+    count = options.batch_size
+    say(accelerator, f"a step of the {count} largest images with the longest captions: peak {peak:.2f} GiB")
 
 
 def _try_step(
-    batch_size: int,
     accelerator: Accelerator,
     model: torch.nn.Module,
     collate_fn: Callable[[Sequence[dict]], Batch],
-    pairs: Sequence[Pair],
+    items: Sequence[dict],
 ) -> bool:
     """Return whether a step fits, with room for two moments per trained parameter beside it."""
-    items = _find_longest(batch_size, pairs)
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     model.train()
+    inputs = moments = None
     try:
         with torch.random.fork_rng(devices), hold_gradients(accelerator, model):
             moments = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
             inputs = move_batch(collate_fn(items), accelerator.device, find_dtype(model))
             accelerator.backward(model(**inputs).loss.float())
-            del moments
+            moments = None
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -96,21 +99,24 @@ def _try_step(
     else:
         fits = True
     # Outside the handler, whose traceback would keep the step's tensors alive.
-    if not fits and devices:
-        torch.cuda.empty_cache()
+    if not fits:
+        del inputs, moments
+        gc.collect()
+        if devices:
+            torch.cuda.empty_cache()
     return fits
 
 
-def _find_longest(count: int, pairs: Sequence[Pair]) -> list[dict]:
-    """Return `count` items of the longest captions; a small dataset is repeated."""
+def _open_worst(count: int, data: TrainingData) -> list[dict]:
+    """Return the `count` items that need the most memory; a small dataset is repeated."""
     items = []
-    for pair in sorted(pairs, key=lambda pair: len(pair.caption), reverse=True)[:count]:
+    for pair in data.find_worst(count):
         try:
             items.append({"image": open_image(pair.image)} | pair.texts)
         except ImageError:
             continue
     if not items:
-        raise CaptionTrainError("none of the images with the longest captions can be read any more")
+        raise CaptionTrainError("none of the largest images can be read any more")
     return (items * count)[:count]
 
 

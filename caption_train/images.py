@@ -1,10 +1,13 @@
 """Opening one image safely, in training and in captioning alike: RGB, upright, on white, or an ImageError."""
 
+import hashlib
 import os
 import stat
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -14,6 +17,7 @@ from caption_train.errors import CaptionTrainError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
 BACKGROUND = (255, 255, 255)
+_PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 # Pillow warns above 89 megapixels, which cameras have reached, and raises above twice that, which none has.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -32,6 +36,31 @@ def open_image(path: Path | str) -> Image.Image:
     range, float grey from 0-1. Raises ImageError for what is missing, empty, truncated, no image, larger
     than 179 megapixels, or has pixels of no agreed 8-bit meaning (32-bit integers, floats beyond 0-1, LAB).
     """
+    with _opening(path) as (_, image):
+        image.load()
+        _turn_upright(image)
+        return _to_rgb(image)
+
+
+def inspect_image(path: Path | str) -> tuple[str, int]:
+    """Return the SHA-256 of an image file's bytes and how many pixels it has; raise as `open_image` would.
+
+    JPEG are decoded at an eighth of their size: that reads every byte, in a third of the time.
+    """
+    with _opening(path) as (file, image):
+        pixels = image.width * image.height
+        if image.format in ("JPEG", "MPO"):
+            image.draft("L", (1, 1))
+        image.load()
+        if image.mode not in _PLAIN_MODES:
+            _to_rgb(image)
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest(), pixels
+
+
+@contextmanager
+def _opening(path: Path | str) -> Iterator[tuple[IO[bytes], Image.Image]]:
+    """Open an image file; all that goes wrong is an ImageError."""
     try:
         # Opened without blocking, since a named pipe would wait for a writer for ever.
         with open(path, "rb", opener=_open_without_blocking) as file:
@@ -41,9 +70,7 @@ def open_image(path: Path | str) -> Image.Image:
             if not status.st_size:
                 raise ValueError("empty (0 bytes)")
             with Image.open(file, formats=FORMATS) as image:
-                image.load()
-                _turn_upright(image)
-                return _to_rgb(image)
+                yield file, image
     # Pillow's decoders raise whatever a damaged file makes them trip over, not only OSError.
     except Exception as error:
         raise ImageError(f"{printable(path)}: {_reason(error)}") from error

@@ -80,13 +80,16 @@ def write_metadata(path: Path | str, rows: Iterable[Mapping[str, str]]) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def split_by_content(pairs: Sequence[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+def split_by_content(
+    pairs: Sequence[Pair], fraction: float, seed: int, digests: Mapping[Path, str] | None = None
+) -> tuple[list[Pair], list[Pair]]:
     """Return (training, validation) pairs, each in the given order, about `fraction` of them in validation.
 
     Pairs of byte-identical images stay together. Images are ranked by a hash of the seed and their bytes, so
     the split depends on nothing but the images and the seed: not on names, order or captions.
+    digests: the images' SHA-256, where they are known already.
     """
-    digests = {image: _digest(image) for image in {pair.image for pair in pairs}}
+    digests = digests or {image: _digest(image) for image in {pair.image for pair in pairs}}
     groups = Counter(digests[pair.image] for pair in pairs)
     ranked = sorted(groups, key=lambda digest: hashlib.sha256(f"{seed} {digest}".encode()).digest())
     target, taken, chosen = min(round(fraction * len(pairs)), len(pairs) - 1), 0, set()
@@ -102,13 +105,13 @@ def split_by_content(pairs: Sequence[Pair], fraction: float, seed: int) -> tuple
     )
 
 
-def fingerprint(pairs: Sequence[Pair]) -> str:
-    """Return a hash of names, sizes, captions, prompts: the same wherever the dataset lies, in any order."""
+def fingerprint(pairs: Sequence[Pair], digests: Mapping[Path, str]) -> str:
+    """Return a hash of names, digests, captions, prompts: the same wherever the data lies, in any order."""
     if not pairs:
         return hashlib.sha256().hexdigest()
     root = os.path.commonpath([pair.image.parent.absolute() for pair in pairs])
     rows = sorted(
-        (os.path.relpath(pair.image, root), _size(pair.image), pair.caption, pair.split)
+        (os.path.relpath(pair.image, root), digests[pair.image], pair.caption, pair.split)
         + ((pair.prompt,) if pair.prompt else ())
         for pair in pairs
     )

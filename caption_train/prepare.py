@@ -85,7 +85,7 @@ def _prepare(options: TrainOptions, family: Family, accelerator: Accelerator, lo
     if checkpoint is None and options.init_lora_weights == "eva":
         look_at_data(model, accelerator, data.train, collate_fn)
     if checkpoint is None:
-        fit_batch_size(options, accelerator, model, optimizer, collate_fn, data.train)
+        fit_batch_size(options, accelerator, model, optimizer, collate_fn, data)
         plan = _make_plan(options, len(data.train), accelerator)
         record.options = describe_options(options)
     loader = _make_loader(options, data.train, plan, collate_fn, accelerator.device)

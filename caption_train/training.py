@@ -23,6 +23,7 @@ from caption_train.health import Health
 from caption_train.interrupts import Interrupts
 from caption_train.lock import OutputLock
 from caption_train.previews import Sampler
+from caption_train.processes import keep_groups
 from caption_train.run import Run
 from caption_train.saving import Saver
 from caption_train.state import restore_random_state
@@ -58,6 +59,7 @@ class Trainer:
                     self._loop(interrupts)
                 return self.saver.finish()
             finally:
+                keep_groups()
                 self.log.close()
                 self.lock.release()
 

@@ -1,4 +1,4 @@
-"""The pairs a run trains on and those it is validated on, every image decoded once before training starts."""
+"""The pairs a run trains on and those it is validated on, every image read once before training starts."""
 
 import hashlib
 import os
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from caption_train.agreement import fail_together, say
 from caption_train.captions import Pair
 from caption_train.errors import CaptionTrainError, UsageError
-from caption_train.images import ImageError, open_image
+from caption_train.images import ImageError, inspect_image
 from caption_train.metadata import fingerprint, inspect_dataset, split_by_content, summarize
 from caption_train.options import TrainOptions
 
@@ -27,26 +27,37 @@ NEED_VALIDATION = (
 
 @dataclass
 class TrainingData:
-    """train, validation: good pairs. skipped: a line for each row or file left out, which names it."""
+    """train, validation: good pairs. skipped: a line for each row or file left out, which names it.
+
+    digests: each image's SHA-256. pixels: how many each has.
+    """
 
     train: list[Pair]
     validation: list[Pair] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    digests: dict[Path, str] = field(default_factory=dict)
+    pixels: dict[Path, int] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
         """Return what identifies the data wherever it lies: the order too, for batches depend on it."""
         described = {
             "pairs": len(self.train),
-            "fingerprint": fingerprint(self.train),
+            "fingerprint": fingerprint(self.train, self.digests),
             "order": _hash_order(self.train),
         }
         if self.validation:
             described |= {
                 "held-out pairs": len(self.validation),
-                "held-out fingerprint": fingerprint(self.validation),
+                "held-out fingerprint": fingerprint(self.validation, self.digests),
                 "held-out order": _hash_order(self.validation),
             }
         return described
+
+    def find_worst(self, count: int) -> list[Pair]:
+        """Return `count` pairs of the longest captions on the largest images, which need the most memory."""
+        longest = sorted(self.train, key=lambda pair: len(pair.caption), reverse=True)[:count]
+        largest = sorted(self.train, key=lambda pair: self.pixels.get(pair.image, 0), reverse=True)
+        return [replace(pair, image=other.image) for pair, other in zip(longest, largest, strict=False)]
 
 
 def read_training_data(options: TrainOptions, accelerator: Accelerator) -> TrainingData:
@@ -58,8 +69,12 @@ def read_training_data(options: TrainOptions, accelerator: Accelerator) -> Train
     """
     with fail_together(accelerator):
         data = _read(options)
-    data = _drop_undecodable(data, accelerator)
+    _inspect_images(data, accelerator)
     with fail_together(accelerator):
+        if options.validation_split:
+            data.train, data.validation = split_by_content(
+                data.train, options.validation_split, options.seed, data.digests
+            )
         _judge(data, options, accelerator)
     return data
 
@@ -91,9 +106,7 @@ def _read(options: TrainOptions) -> TrainingData:
             f"--dataset_dir {options.dataset_dir}: {len(validation)} rows are held out for validation "
             "already; drop --validation_split or --validation_dir"
         )
-    if options.validation_split:
-        train, validation = split_by_content(train, options.validation_split, options.seed)
-    elif options.validation_dir:
+    if options.validation_dir:
         validation, more = _inspect(options, options.validation_dir)
         validation = [replace(pair, split="validation") for pair in validation]
         problems += more
@@ -109,40 +122,41 @@ def _inspect(options: TrainOptions, folder: Path) -> tuple[list[Pair], list[str]
     )
 
 
-def _drop_undecodable(data: TrainingData, accelerator: Accelerator) -> TrainingData:
-    """Decode every image once, each process its share."""
+def _inspect_images(data: TrainingData, accelerator: Accelerator) -> None:
+    """Read and decode every image once, each process its share; leave pairs of bad ones out."""
     images = sorted({pair.image for pair in data.train + data.validation})
     share = images[accelerator.process_index :: accelerator.num_processes]
-    bad = dict(gather_object(list(_find_undecodable(share, accelerator).items())))
-    return TrainingData(
-        [pair for pair in data.train if str(pair.image) not in bad],
-        [pair for pair in data.validation if str(pair.image) not in bad],
-        data.skipped + [bad[name] for name in sorted(bad)],
-    )
+    bad = {}
+    for image, found in gather_object(list(zip(share, _inspect_all(share, accelerator), strict=True))):
+        if isinstance(found, str):
+            bad[image] = found
+        else:
+            data.digests[image], data.pixels[image] = found
+    data.train = [pair for pair in data.train if pair.image not in bad]
+    data.validation = [pair for pair in data.validation if pair.image not in bad]
+    data.skipped += [bad[image] for image in sorted(bad)]
 
 
-def _find_undecodable(images: Sequence[Path], accelerator: Accelerator) -> dict[str, str]:
-    """Return path → reason, the path in it, for images that `open_image` refuses."""
+def _inspect_all(images: Sequence[Path], accelerator: Accelerator) -> list[tuple[str, int] | str]:
+    """Return what `inspect_image` says of each image, or why it refuses it."""
 
-    def check(image: Path) -> str | None:
+    def inspect(image: Path) -> tuple[str, int] | str:
         try:
-            open_image(image)
+            return inspect_image(image)
         except ImageError as error:
             return str(error)
-        return None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
             results = tqdm(
-                pool.map(check, images),
+                pool.map(inspect, images),
                 total=len(images),
                 desc="checking images",
                 # No bar where nobody watches.
                 disable=None if accelerator.is_main_process else True,
                 leave=False,
             )
-            found = zip(images, results, strict=True)
-            return {str(image): reason for image, reason in found if reason is not None}
+            return list(results)
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise

@@ -8,12 +8,14 @@ from forked import start
 from tiny_runs import assert_same_run, make_options, save_base, train, write_pairs
 
 from caption_train import prepare
+from caption_train.captions import Pair
 from caption_train.errors import CaptionTrainError
 from caption_train.families import get_family
 from caption_train.fitting import explain_out_of_memory, is_out_of_memory
 from caption_train.options import TrainOptions
 from caption_train.prepare import prepare_training
 from caption_train.training import Trainer
+from caption_train.training_data import TrainingData
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,14 @@ def test_a_resumed_run_keeps_the_batch_that_fitted(make, two_images_at_most):
     assert resumed.run.plan.batch_size == 2
 
 
+def test_the_step_that_is_tried_has_the_longest_captions_on_the_largest_images(tmp_path):
+    sizes = {"a": 10, "bb": 30, "ccc": 20}
+    pairs = [Pair(tmp_path / name, name, "") for name in sizes]
+    data = TrainingData(pairs, pixels={tmp_path / name: size for name, size in sizes.items()})
+    worst = [(pair.image.name, pair.caption) for pair in data.find_worst(2)]
+    assert worst == [("bb", "ccc"), ("ccc", "bb")]
+
+
 def test_without_the_flag_a_want_of_memory_says_what_helps(make, two_images_at_most):
     with pytest.raises(CaptionTrainError) as error:
         train("blip", make(batch_size=4))
@@ -113,7 +123,7 @@ FLORA = {"optimizer_name": "Flora", "optimizer_rank": 2}
 @pytest.mark.parametrize("changes", [{}, FLORA, {**FLORA, "accumulation_compression": True}])
 def test_measuring_leaves_the_run_as_it_was(make, tmp_path, monkeypatch, capsys, changes):
     train("blip", make("measured", dropout=0.1, **changes))
-    assert "a step of 2 images with the longest captions: peak" in capsys.readouterr().err
+    assert "a step of the 2 largest images with the longest captions: peak" in capsys.readouterr().err
     monkeypatch.setattr(prepare, "fit_batch_size", lambda *arguments: None)
     train("blip", make("not measured", dropout=0.1, **changes))
     assert_same_run(tmp_path / "measured", tmp_path / "not measured")

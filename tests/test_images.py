@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from caption_train.images import ImageError, open_image
+from caption_train.files import hash_file
+from caption_train.images import ImageError, inspect_image, open_image
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
@@ -203,6 +204,13 @@ def test_what_cannot_be_decoded_is_one_line_that_names_the_file(path, make, reas
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("suffix", sorted(FORMATS))
+def test_an_inspection_gives_the_bytes_hash_and_the_pixels(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    Image.effect_noise((64, 48), 50).convert("RGB").save(path)
+    assert inspect_image(path) == (hash_file(path), 64 * 48)
+
+
 @given(st.sampled_from(sorted(FORMATS)), st.data())
 def test_damaged_bytes_give_an_image_or_an_image_error(tmp_path_factory, suffix, data):
     path = tmp_path_factory.mktemp("fuzz") / f"a.{suffix}"
@@ -215,3 +223,7 @@ def test_damaged_bytes_give_an_image_or_an_image_error(tmp_path_factory, suffix,
         assert open_image(path).mode == "RGB"
     except ImageError as error:
         assert str(error).startswith(f"{path}: ") and len(str(error).splitlines()) == 1
+        with pytest.raises(ImageError):
+            inspect_image(path)
+    else:
+        inspect_image(path)

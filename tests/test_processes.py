@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
+from forked import start_ranks
 from PIL import Image
+from torch import distributed
 
 from caption_train.processes import Processes
 
@@ -31,6 +34,37 @@ def folder(tmp_path):
     for level in range(7):
         Image.new("RGB", (8, 6), (level * 42,) * 3).save(tmp_path / f"{level}.png")
     return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("work", "code", "said"),
+    [
+        ("lambda: print('done') or 0", 0, "done"),
+        ("lambda: sys.exit(3)", 3, ""),
+        ("lambda: 1 / 0", 1, "ZeroDivisionError"),
+    ],
+)
+def test_one_of_several_ends_without_freeing_anything(work, code, said):
+    script = (
+        "import atexit, sys; from caption_train.cli import run; "
+        f"atexit.register(lambda: print('freed')); sys.exit(run({work}))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(WORKER.parents[1]), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert said in done.stdout + done.stderr and "freed" not in done.stdout
+
+
+def test_a_group_that_is_left_is_not_freed(tmp_path):
+    def work() -> None:
+        distributed.init_process_group("gloo")
+        group = weakref.ref(distributed.group.WORLD)
+        Processes(count=2).leave()
+        assert not distributed.is_initialized() and group() is not None
+
+    log = tmp_path / "log"
+    assert [rank.wait() for rank in start_ranks(2, work, log)] == [0, 0], log.read_text()
 
 
 def test_two_processes_write_what_one_writes(folder):

@@ -78,7 +78,7 @@ def test_a_relative_dataset_goes_with_an_absolute_validation_folder(folder, acce
     for suffix in ("png", "txt"):
         (folder / f"5.{suffix}").rename(folder / f"held/5.{suffix}")
     data = read(Path(folder.name), accelerator, validation_dir=folder / "held")
-    mixed = TrainingData([*data.train, *data.validation])
+    mixed = TrainingData([*data.train, *data.validation], digests=data.digests)
     assert mixed.describe()["pairs"] == len(data.train) + 1
     assert data.describe()["held-out pairs"] == 1
 
@@ -106,6 +106,10 @@ def test_the_description_changes_with_order_and_captions_but_not_with_the_place(
     (moved / "metadata.jsonl").write_text("\n".join(map(json.dumps, reversed(rows))))
     assert read(moved, accelerator).describe()["order"] != described["order"]
     (moved / "metadata.jsonl").unlink()
+    picture = (moved / "0.png").read_bytes()
+    Image.new("RGB", (8, 8), (1, 0, 0)).save(moved / "0.png")
+    assert read(moved, accelerator).describe()["fingerprint"] != described["fingerprint"]
+    (moved / "0.png").write_bytes(picture)
     (moved / "0.txt").write_text("another")
     assert read(moved, accelerator).describe()["fingerprint"] != described["fingerprint"]
 
