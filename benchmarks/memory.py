@@ -52,14 +52,13 @@ def make_config(name: str):
 
     large = name.endswith("large")
     if name.startswith("blip"):
-        vision = {
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-        }
+        # By default its vision tower starts so close to zero that nothing in it has a gradient.
+        vision = {"initializer_range": 0.02}
+        if large:
+            vision |= {"hidden_size": 1024, "intermediate_size": 4096}
+            vision |= {"num_hidden_layers": 24, "num_attention_heads": 16}
         text = {"encoder_hidden_size": 1024 if large else 768}
-        return BlipConfig(vision_config=vision if large else {}, text_config=text)
+        return BlipConfig(vision_config=vision, text_config=text)
     width = 1024 if large else 768
     vision = {
         "embed_dim": [256, 512, 1024, 2048] if large else [128, 256, 512, 1024],

@@ -22,6 +22,7 @@ from caption_train.saving import peak_memory
 GIB = 2**30
 ROWS = {
     "libraries": "Python and its libraries",
+    "loading": "while the model is read",
     "weights": "weights",
     "gradients": "gradients",
     "state": "optimizer state",
@@ -52,7 +53,11 @@ def plan_training(options: TrainOptions, family: Family) -> int:
 def print_plan(plan: Plan, console: Console) -> None:
     """Print the parts that are not nothing, and the most that is held at once."""
     for f in fields(plan):
-        if f.name in ROWS and (size := getattr(plan, f.name)):
+        if (
+            f.name in ROWS
+            and (size := getattr(plan, f.name))
+            and (f.name != "loading" or size > plan.weights)
+        ):
             console.print(f"  {ROWS[f.name]:<26}{size / GIB:8.2f} GiB")
     console.print(f"  {'at most, at once':<26}{plan.peak / GIB:8.2f} GiB")
 
@@ -73,17 +78,21 @@ def make_planner(options: TrainOptions, family: Family) -> tuple[Planner, TrainO
         gradient_checkpointing=False,
         activation_checkpointing=False,
     )
+    before = _resident()
     model, processor = load_trainable(plain, family, accelerator, None)
     prompt = options.prompt or options.task or family.default_prompt
     collate_fn = family.make_collator(processor, prompt=prompt, max_length=options.max_length)
     batch = collate_fn([_find_longest(pairs)])
     on_cpu = accelerator.device.type == "cpu"
     held = sum(p.nbytes for p in model.parameters())
+    # Nothing, where the file's pages are the weights: those are read when they are first used.
+    copied = peak_memory(torch.device("cpu")) - before - held
     planner = Planner(
         model,
         family.parts,
         _measure(model, batch, options),
-        libraries=max(_resident() - held, 0) if on_cpu else 0,
+        libraries=before if on_cpu else 0,
+        file=(copied if copied > held / 4 else held) if on_cpu else 0,
         device=accelerator.device.type,
         processes=accelerator.num_processes,
     )

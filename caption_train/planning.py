@@ -22,13 +22,16 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 SMALLEST_8BIT = 4096
 """bitsandbytes keeps the moments of smaller tensors in 32 bits."""
 HALF = ("bf16", "fp16")
+SAME_SIZE = 0.05
+"""Weights are as large as their file but for the LoRA, which the file has not, and for buffers."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes a run holds. libraries: the process without a model, on a CPU."""
+    """Bytes a run holds. libraries: the process without a model, on a CPU. loading: as the file is read."""
 
     libraries: int
+    loading: int
     weights: int
     gradients: int
     state: int
@@ -42,7 +45,7 @@ class Plan:
             passing = self.activations + self.gradients
         else:
             passing = max(self.activations, self.gradients)
-        return self.libraries + self.weights + self.state + passing
+        return self.libraries + max(self.loading, self.weights + self.state + passing)
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ def find_savers(options: TrainOptions) -> list[Saver]:
 class Planner:
     """Plans runs from one model in memory, as `--train_method` makes it trainable and not quantized.
 
-    parts: the family's. activations: of one image, in full ("no") and in half precision ("bf16").
+    parts: the family's. activations: of one image, in full ("no") and in half precision ("bf16"). file: the
+    checkpoint's bytes, which the process holds too while it reads them, on a CPU.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class Planner:
         activations: Mapping[str, Activations],
         *,
         libraries: int = 0,
+        file: int = 0,
         device: str = "cpu",
         processes: int = 1,
     ) -> None:
@@ -95,6 +100,7 @@ class Planner:
         self.parts = parts
         self.activations = activations
         self.libraries = libraries
+        self.file = file
         self.device = device
         self.processes = processes
         self.embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
@@ -109,9 +115,13 @@ class Planner:
         gradients = sum(_gradient_bytes(options, p) for p in trained)
         # DistributedDataParallel holds all gradients a second time, in the buckets it sends.
         buckets = gradients if self.processes > 1 and not options.accumulation_compression else 0
+        weights = self.count_weights(options)
+        # Weights of the file's own dtype are its pages; others are made from them.
+        is_copied = abs(weights - self.file) > SAME_SIZE * self.file
         return Plan(
             libraries=self.libraries,
-            weights=self.count_weights(options),
+            loading=weights + (self.file if is_copied else 0),
+            weights=weights,
             gradients=gradients + buckets,
             state=sum(_state_bytes(options, p, is_embedding=p in self.embeddings) for p in trained),
             activations=image * options.batch_size,
