@@ -40,7 +40,7 @@ class ExportOptions:
     layout: str = _target(
         "native",
         "native is what transformers 5 loads; legacy is what Microsoft's remote code, ComfyUI and other "
-        "tools on transformers 4 load (Florence-2 only)",
+        "tools on transformers 4 load, or Moondream's own code",
         choices=("native", "legacy"),
     )
     dtype: str = _target(

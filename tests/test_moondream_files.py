@@ -9,6 +9,7 @@ from moondream_fixtures import make_small_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
+from caption_train.cli import export_main
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import get_family
 from caption_train.families.moondream_checkpoint import to_old
@@ -214,3 +215,13 @@ def test_the_auto_processor_reads_an_official_folder(official):
     expected = FAMILY.load(str(official[0]))[1]
     assert processor.prompt_ids("What is it?") == expected.prompt_ids("What is it?")
     assert processor.image_processor.to_dict() == expected.image_processor.to_dict()
+
+
+def test_exporting_there_and_back_gives_the_same_bits(official, tmp_path):
+    source, native, again = official[0], tmp_path / "native", tmp_path / "again"
+    assert export_main([str(source), str(native), "--family", "moondream"]) == 0
+    assert export_main([str(native), str(again), "--family", "moondream", "--layout", "legacy"]) == 0
+    expected, found = (load_file(folder / "model.safetensors") for folder in (source, again))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert json.loads((again / "config.json").read_text()) == json.loads((source / "config.json").read_text())
