@@ -3,12 +3,16 @@
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from caption_train.checkpoint import describe_latest
 from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.model_card import TrainingRecord
 
 
 def say(accelerator: Accelerator, line: str) -> None:
@@ -40,6 +44,21 @@ def fail_together(accelerator: Accelerator) -> Iterator[None]:
 
 
 @contextmanager
+def explain_lost_process(output_dir: Path) -> Iterator[None]:
+    """Say in one line that another process is gone; torch raises it from wherever this one waits for it."""
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo raises no type of its own, but begins with the file that the error is from.
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+            raise
+        raise CaptionTrainError(
+            "another process of this run has ended, or cannot be reached any more; "
+            + describe_latest(output_dir)
+        ) from error
+
+
+@contextmanager
 def speak_as_one(accelerator: Accelerator) -> Iterator[None]:
     """Let a failure that all processes have at once be told by the main process only."""
     try:
@@ -50,15 +69,25 @@ def speak_as_one(accelerator: Accelerator) -> Iterator[None]:
         raise SystemExit(error.exit_code) from error
 
 
+def list_facts(record: TrainingRecord, checkpoint: Path | None) -> dict[str, Any]:
+    """Return what must be the same in every process: machines may differ in files, programs, checkpoints."""
+    return {
+        **{f"dataset's {name}": value for name, value in record.dataset.items()},
+        **record.options,
+        **record.versions,
+        "the checkpoint to go on from": checkpoint and checkpoint.name,
+    }
+
+
 def check_agreement(accelerator: Accelerator, facts: Mapping[str, Any]) -> None:
-    """Raise UsageError where the processes were started with different facts (flags, data), naming them."""
+    """Raise UsageError where the processes start from different facts, naming them."""
     everyone = gather_object([dict(facts)])
     with fail_together(accelerator):
         differences = [
-            f"{name} is {theirs.get(name)!r} in process {rank}, {value!r} in process 0"
+            f"{name} is {theirs.get(name)!r} in process {rank}, {everyone[0].get(name)!r} in process 0"
             for rank, theirs in enumerate(everyone)
-            for name, value in everyone[0].items()
-            if theirs.get(name) != value
+            for name in everyone[0] | theirs
+            if theirs.get(name) != everyone[0].get(name)
         ]
         if differences:
             raise UsageError("the processes of this run disagree: " + "; ".join(differences))

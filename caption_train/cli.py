@@ -85,11 +85,13 @@ def train_main(family_name: str, argv: Sequence[str] | None = None) -> int:
             from caption_train.plan_training import plan_training
 
             return plan_training(options, family)
+        from caption_train.agreement import explain_lost_process
         from caption_train.console import print_summary
         from caption_train.prepare import prepare_training
 
-        trainer = prepare_training(options, family)
-        summary = trainer.train()
+        with explain_lost_process(options.output_dir):
+            trainer = prepare_training(options, family)
+            summary = trainer.train()
         if trainer.run.accelerator.is_main_process:
             print_summary(summary, options, family.inference_script)
         return 0
@@ -217,8 +219,11 @@ _SAVERS = (
 
 
 def _fail(message: str, exit_code: int) -> int:
+    # What all have to say the first one says; what another one says is its own.
+    rank = os.environ.get("RANK", "0")
+    speaker = _program_name() if rank == "0" else f"{_program_name()}: process {rank}"
     for line in message.splitlines():
-        print(f"{_program_name()}: {line}", file=sys.stderr)
+        print(f"{speaker}: {line}", file=sys.stderr)
     return exit_code
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from caption_train.accelerator import make_accelerator, make_lr_scheduler, make_optimizer
-from caption_train.agreement import check_agreement, fail_together, say
+from caption_train.agreement import check_agreement, fail_together, list_facts, say
 from caption_train.captions import Pair
 from caption_train.checkpoint import clear_partial
 from caption_train.checkpointing import enable_checkpointing
@@ -66,12 +66,13 @@ def _prepare(options: TrainOptions, family: Family, accelerator: Accelerator, lo
         record = make_record(options, family, data)
         if checkpoint is not None:
             check_same_run(checkpoint, record, accelerator, options.resume_anyway)
-    check_agreement(accelerator, {"dataset": record.dataset, **record.options})
+    check_agreement(accelerator, list_facts(record, checkpoint))
     set_seed(options.seed)
-    model, processor = load_trainable(options, family, accelerator, checkpoint)
-    # A prompt too long for this model is better refused here than in a process that reads images.
-    longest = max((pair.prompt or "" for pair in data.train + data.validation), key=len)
-    family.encode(processor, [Image.new("RGB", (32, 32))] * 2, [record.prompt, longest or record.prompt])
+    with fail_together(accelerator):
+        model, processor = load_trainable(options, family, accelerator, checkpoint)
+        # A prompt too long for this model is better refused here than in a process that reads images.
+        longest = max((pair.prompt or "" for pair in data.train + data.validation), key=len)
+        family.encode(processor, [Image.new("RGB", (32, 32))] * 2, [record.prompt, longest or record.prompt])
     record.trainable_parameters, record.total_parameters = count_parameters(model)
     plan = _make_plan(options, len(data.train), accelerator)
     if describe_launch(accelerator) == "FSDP":

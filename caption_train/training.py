@@ -53,10 +53,15 @@ class Trainer:
 
     def train(self) -> dict[str, Any]:
         """Run the loop, save the LoRA to `output_dir`, and return the summary saved beside it."""
-        with speak_as_one(self.run.accelerator), Interrupts(self.run.accelerator) as interrupts:
+        # What can befall one process alone lies outside of speak_as_one: no other would tell it.
+        with (
+            explain_out_of_memory(self.run.options),
+            self._explain_dead_worker(),
+            speak_as_one(self.run.accelerator),
+            Interrupts(self.run.accelerator) as interrupts,
+        ):
             try:
-                with explain_out_of_memory(self.run.options), self._explain_dead_worker():
-                    self._loop(interrupts)
+                self._loop(interrupts)
                 return self.saver.finish()
             finally:
                 keep_groups()

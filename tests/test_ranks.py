@@ -1,0 +1,144 @@
+"""Two processes of a run that do not have the same, or do not fare the same."""
+
+import os
+import signal
+import sys
+
+import pytest
+from forked import start_ranks
+from tiny_runs import read_log, save_base, write_pairs
+
+from caption_train import dataset, model_card
+from caption_train.cli import train_main
+from caption_train.images import ImageError
+from caption_train.training import Trainer
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_base("blip", tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def run_script(base, tmp_path):
+    """`run_script(pairs, …)` runs the script on two ranks; returns their exit codes and what they said."""
+
+    def run_script(pairs, *flags, on_rank_1=lambda: None) -> tuple[list[int], str]:
+        argv = [
+            "--dataset_dir",
+            pairs,
+            "--output_dir",
+            tmp_path / "out",
+            "--model_id",
+            base,
+            "--device",
+            "cpu",
+        ]
+        argv += ["--batch_size", "2", "--epochs", "2", "--learning_rate", "1e-3", "--rank", "4", *flags]
+
+        def work() -> None:
+            if os.environ["RANK"] == "1":
+                on_rank_1()
+            sys.exit(train_main("blip", [*map(str, argv)]))
+
+        codes = [rank.wait() for rank in start_ranks(2, work, tmp_path / "log")]
+        words = (tmp_path / "log").read_text()
+        assert "Traceback" not in words, words
+        return codes, words
+
+    return run_script
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    return write_pairs(tmp_path / "pairs", 10)
+
+
+def in_step(count: int, act) -> None:
+    """Have this process act when it comes to its step `count`."""
+    update = Trainer.update
+
+    def update_or_act(trainer, micro_batches):
+        if trainer.run.progress.global_step == count:
+            act()
+        return update(trainer, micro_batches)
+
+    Trainer.update = update_or_act
+
+
+def test_a_process_that_is_killed_ends_the_other_with_one_line(run_script, pairs):
+    def kill() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    codes, words = run_script(pairs, on_rank_1=lambda: in_step(4, kill))
+    assert codes == [1, -signal.SIGKILL]
+    (line,) = [line for line in words.splitlines() if "another process of this run has ended" in line]
+    assert "the last good checkpoint is" in line and "epoch-0001" in line
+
+
+def test_what_one_process_alone_runs_out_of_is_told(run_script, pairs):
+    def fail() -> None:
+        raise MemoryError
+
+    codes, words = run_script(pairs, on_rank_1=lambda: in_step(4, fail))
+    assert codes == [1, 1]
+    assert "process 1: out of memory with --batch_size 2" in words
+    assert "another process of this run has ended" in words
+
+
+def test_a_machine_with_other_versions_is_named(run_script, pairs):
+    def change() -> None:
+        model_card.__version__ = "99"
+
+    codes, words = run_script(pairs, on_rank_1=change)
+    assert codes == [2, 2] and "caption-train is '99' in process 1" in words
+
+
+def test_a_machine_that_lacks_the_checkpoint_is_named(run_script, pairs, tmp_path):
+    assert run_script(pairs)[0] == [0, 0]
+
+    def lose() -> None:
+        from caption_train import prepare
+
+        prepare.find_resume_point = lambda options, accelerator: None
+
+    codes, words = run_script(pairs, "--resume", "auto", on_rank_1=lose)
+    assert codes == [2, 2] and "the checkpoint to go on from is None in process 1, 'epoch-0002" in words
+
+
+def test_a_machine_that_lacks_the_base_is_named(run_script, pairs):
+    def lose() -> None:
+        from caption_train import prepare
+        from caption_train.errors import CaptionTrainError
+
+        def fail(*arguments):
+            raise CaptionTrainError("--model_id base: there is no such folder")
+
+        prepare.load_trainable = fail
+
+    codes, words = run_script(pairs, on_rank_1=lose)
+    assert codes == [1, 1] and words.count("process 1: --model_id base: there is no such folder") == 1
+
+
+def test_an_image_that_one_process_cannot_read_is_left_out_by_it(run_script, pairs, tmp_path):
+    def lose_sight() -> None:
+        def open_or_fail(path):
+            raise ImageError(f"{path}: gone")
+
+        in_step(1, lambda: setattr(dataset, "open_image", open_or_fail))
+
+    codes, words = run_script(pairs, on_rank_1=lose_sight)
+    assert codes == [0, 0]
+    assert words.count(": gone") > 0
+    assert len(read_log(tmp_path / "out")) == 6
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_fewer_images_than_processes_train_and_validate(count, run_script, tmp_path):
+    few = write_pairs(tmp_path / "few", count)
+    one = write_pairs(tmp_path / "one", 1, seed=1)
+    flags = ["--validation_dir", one, "--metrics", "exact_match", "--sample_every_n_epochs", "1"]
+    codes, words = run_script(few, *flags)
+    assert codes == [0, 0]
+    assert f"{count} image/caption pairs" in words
+    assert [line["step"] for line in read_log(tmp_path / "out") if "loss" in line] == [1, 2]
