@@ -19,7 +19,7 @@ from caption_train.adapter_info import check_base, read_adapter, read_base_promp
 from caption_train.caption_options import CaptionOptions
 from caption_train.captions import printable
 from caption_train.drawings import Drawings
-from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.errors import CaptionTrainError, UsageError, naming_model
 from caption_train.families.base import Family
 from caption_train.inputs import find_inputs
 from caption_train.launcher import notice_launcher
@@ -203,7 +203,7 @@ class CaptionJob:
         from caption_train.generating import out_of_memory_explained
 
         dtype = getattr(torch, self.options.dtype)
-        with out_of_memory_explained(device, self.options.batch_size), _naming_base_model():
+        with out_of_memory_explained(device, self.options.batch_size), naming_model("--base_model"):
             model, processor = self.family.load(self.plan.model_id, revision=self.plan.revision, dtype=dtype)
             if self.options.peft_model:
                 from caption_train.lora import load_adapter
@@ -218,15 +218,6 @@ class CaptionJob:
             f"Captioning {len(self.plan.pending):,} of {len(self.plan.images):,} images with "
             f"{self.plan.model_id}{adapter} on {device} in {self.options.dtype}{prompt}"
         )
-
-
-@contextmanager
-def _naming_base_model() -> Iterator[None]:
-    """Call the model by the flag it has here; families name the training scripts'."""
-    try:
-        yield
-    except CaptionTrainError as error:
-        raise type(error)(str(error).replace("--model_id", "--base_model", 1)) from error
 
 
 class _Terminated(KeyboardInterrupt):

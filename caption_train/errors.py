@@ -1,6 +1,8 @@
 """The two ways a command ends badly. Each message is one line that names the flag or file and what to do."""
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class CaptionTrainError(Exception):
@@ -13,6 +15,15 @@ class UsageError(CaptionTrainError):
     """The command was asked for something it cannot do: a flag, a path or a combination (exit code 2)."""
 
     exit_code = 2
+
+
+@contextmanager
+def naming_model(flag: str) -> Iterator[None]:
+    """Call the model by the flag it has here; families name the training scripts', --model_id."""
+    try:
+        yield
+    except CaptionTrainError as error:
+        raise type(error)(str(error).replace("--model_id", flag, 1)) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.errors import CaptionTrainError, UsageError, naming_model
 from caption_train.flags import flag
 
 if TYPE_CHECKING:
@@ -103,7 +103,8 @@ def export(options: ExportOptions, family: Family) -> str:
         raise UsageError(f"--layout legacy: {family.title} has one layout only")
     model_id, revision, prompt = _find_base(options, family)
     image = _open_image(options.image)
-    model, processor = family.load(model_id, revision=revision)
+    with naming_model("--base_model" if options.is_adapter else "source"):
+        model, processor = family.load(model_id, revision=revision)
     if options.is_adapter:
         from caption_train.lora import load_adapter
 

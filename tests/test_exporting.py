@@ -189,7 +189,11 @@ def test_the_image_and_prompt_of_the_check_can_be_given(tmp_path, monkeypatch, c
         (["CHECKPOINT", "taken"], "exists already"),
         ([str(FIXTURES / "lora_attention"), "new", "--dtype", "float16"], "give --merge too"),
         (["taken", ".", "--overwrite"], "is, or holds, what is exported"),
-        (["nowhere/at/all", "new"], "no such folder"),
+        (["nowhere/at/all", "new"], "source nowhere/at/all: there is no such folder"),
+        (
+            [str(FIXTURES / "lora_attention"), "new", "--base_model", "no/such/base"],
+            "--base_model no/such/base",
+        ),
         (["CHECKPOINT", "new", "--family", "blip", "--layout", "legacy"], "BLIP has one layout only"),
         (["CHECKPOINT", "new", "--image", "no.png"], "no.png"),
     ],

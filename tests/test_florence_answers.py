@@ -77,6 +77,15 @@ def test_a_drawing_marks_its_shapes_on_a_copy(task):
     assert drawn.getpixel((60, 10)) == ImageColor.getrgb(COLORS[0])
 
 
+def test_letters_beyond_english_are_drawn():
+    """A font draws the same empty box for every letter it lacks."""
+    images = [
+        draw_answer(Image.new("RGB", (200, 100)), {"bboxes": [[9.0, 50.0, 99.0, 90.0]], "labels": [label]})
+        for label in ("é", "ß", "Ж", "λ")
+    ]
+    assert len({image.tobytes() for image in images}) == 4
+
+
 def test_a_label_at_the_edge_stays_in_the_image():
     image = Image.new("RGB", (120, 60), "white")
     drawn = draw_answer(image, {"bboxes": [[118.0, 1.0, 119.0, 59.0]], "labels": ["a very long label"]})

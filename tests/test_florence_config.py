@@ -25,6 +25,7 @@ RAW = {
         "num_heads": [1] * 4,
         "num_groups": [1] * 4,
         "projection_dim": 16,
+        "visual_temporal_embedding": {"type": "COSINE", "max_temporal_embeddings": 60},
     },
     "text_config": {"d_model": 16, "encoder_layers": 1, "dropout": 0.3, "num_beams": 2, "vocab_size": 7},
 }
@@ -45,6 +46,11 @@ def test_lost_settings_are_the_authors(text_config):
 def test_what_the_text_config_says_is_kept_and_nothing_added():
     said = {"num_beams": 1, "no_repeat_ngram_size": 0, "early_stopping": False, "length_penalty": 0.5}
     assert settings_of(said) == TOKENS | said | {"forced_eos_token_id": 2}
+
+
+def test_an_end_that_is_expressly_not_forced_is_not():
+    said = {"no_repeat_ngram_size": 3, "forced_eos_token_id": None}
+    assert settings_of(said) == TOKENS | {"no_repeat_ngram_size": 3}
 
 
 def test_token_ids_come_from_the_text_config():
@@ -91,6 +97,7 @@ def test_sizes_come_from_the_tensors():
     assert config.vision_config.max_position_embeddings == 40
     assert config.vision_config.embed_dim == [8, 16, 16, 16]
     assert config.text_config.dropout == 0.3
+    assert config.vision_config.max_temporal_embeddings == 60
     assert not config.tie_word_embeddings
     assert config.text_config.tie_word_embeddings
 

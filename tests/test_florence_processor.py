@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from legacy_florence import FIXTURES, TIED, needs_fixtures, read_config, read_tensors, write_checkpoint
+from transformers import AutoProcessor
 
 from caption_train.errors import CaptionTrainError
 from caption_train.families import get_family
@@ -85,3 +86,35 @@ def test_tokens_that_a_user_added_are_kept(tmp_path, tensors):
     (folder / "tokenizer.json").write_text(json.dumps(content))
     tokenizer = FAMILY.load(str(folder))[1].tokenizer
     assert tokenizer("zwx<od><loc_0>")["input_ids"] == [0, 777, 778, 782, 2]
+
+
+def test_a_special_token_that_only_the_settings_name_is_one(tmp_path, tensors):
+    grown = {name: tensor for name, tensor in tensors.items() if name not in TIED}
+    grown |= {"language_model.final_logits_bias": torch.zeros(1, 1802)}
+    grown[TIED[0]] = torch.cat([tensors[TIED[0]], torch.ones(1, 64)])
+    folder = write_checkpoint(tmp_path / "model", grown)
+    (folder / "tokenizer_config.json").write_text('{"additional_special_tokens": ["<mine>"]}')
+    tokenizer = FAMILY.load(str(folder))[1].tokenizer
+    assert tokenizer("<mine><od>")["input_ids"] == [0, 777, 778, 2]
+
+
+@pytest.mark.parametrize(("tidy", "expected"), [(True, "it isn't, no."), (False, "it is n't , no .")])
+def test_text_is_tidied_up_where_the_folder_says_so(tmp_path, tensors, tidy, expected):
+    """transformers 4 does, transformers 5 does not by itself; the original gave captions in 4."""
+    folder = write_checkpoint(tmp_path / "model", tensors)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"clean_up_tokenization_spaces": tidy}))
+    processor = FAMILY.load(str(folder))[1]
+    processor.save_pretrained(tmp_path / "native")
+    again = AutoProcessor.from_pretrained(tmp_path / "native", backend="pil")
+    for tokenizer in (processor.tokenizer, again.tokenizer):
+        ids = tokenizer("it is n't , no .", add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids) == expected
+
+
+def test_a_saved_processor_asks_for_no_remote_code(tmp_path):
+    """Fine-tunes carry `auto_map` in tokenizer_config.json too."""
+    vision = read_config()["vision_config"] | {"max_position_embeddings": 50}
+    processor = convert_processor(FIXTURES / "checkpoint_safetensors", vision, 1801)
+    processor.save_pretrained(tmp_path)
+    assert all("auto_map" not in path.read_text() for path in tmp_path.iterdir())
+    assert AutoProcessor.from_pretrained(tmp_path, backend="pil").num_image_tokens == 577

@@ -86,7 +86,11 @@ def convert_config(
             **{name: vision[name] for name in VISION_DEFAULTS if name != "dim_embed"},
             "embed_dim": vision["dim_embed"],
             "max_position_embeddings": _rows(shapes, "image_pos_embed.row_embeddings.weight"),
-            "max_temporal_embeddings": _rows(shapes, "visual_temporal_embed.pos_idx_to_embed", 100),
+            "max_temporal_embeddings": _rows(
+                shapes,
+                "visual_temporal_embed.pos_idx_to_embed",
+                (vision.get("visual_temporal_embedding") or {}).get("max_temporal_embeddings", 100),
+            ),
         },
         text_config={
             "model_type": "bart",
@@ -163,7 +167,8 @@ def make_generation_config(
     """
     from transformers import GenerationConfig
 
-    ending = {} if saved else {"forced_eos_token_id": AUTHORS_GENERATION["forced_eos_token_id"]}
+    silent = not saved and "forced_eos_token_id" not in text_config
+    ending = {"forced_eos_token_id": AUTHORS_GENERATION["forced_eos_token_id"]} if silent else {}
     said = {
         name: value
         for name, value in text_config.items()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFont
 
     from caption_train.families.florence_answers import Answer
 
@@ -16,14 +17,14 @@ COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a
 
 def draw_answer(image: Image.Image, answer: Answer) -> Image.Image:
     """Return an RGB copy of `image` with every shape of the answer outlined and labelled."""
-    from PIL import ImageDraw, ImageFont
+    from PIL import ImageDraw
 
     drawn = image.convert("RGB")
     drawn = drawn.copy() if drawn is image else drawn
     draw = ImageDraw.Draw(drawn)
     shorter = min(drawn.size)
     width = max(1, shorter // 200)
-    font = ImageFont.load_default(size=max(10, shorter // 40))
+    font = _load_font(max(10, shorter // 40))
     colors: dict[str, str] = {}
     outlines = list(_find_outlines(answer))
     for outline, label in outlines:
@@ -33,6 +34,14 @@ def draw_answer(image: Image.Image, answer: Answer) -> Image.Image:
         if label:
             _write_label(draw, (left, top), label, colors[label], font)
     return drawn
+
+
+def _load_font(size: int) -> ImageFont.FreeTypeFont:
+    """Return the font that comes with matplotlib: Pillow's own has few letters beyond English."""
+    import matplotlib
+    from PIL import ImageFont
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
 def _find_outlines(answer: Answer) -> Iterator[tuple[list[float], str]]:

@@ -143,7 +143,12 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, image_token: str, folder
     write_atomically(folder / "merges.txt", "\n".join(["#version: 0.2", *merges]) + "\n")
     length = min(tokenizer.model_max_length, 1024)
     _write_json(
-        folder / "tokenizer_config.json", {"tokenizer_class": "BartTokenizer", "model_max_length": length}
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "BartTokenizer",
+            "model_max_length": length,
+            "clean_up_tokenization_spaces": bool(tokenizer.clean_up_tokenization_spaces),
+        },
     )
 
 

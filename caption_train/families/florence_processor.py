@@ -80,11 +80,7 @@ def find_grid(size: Mapping[str, int], vision: Mapping[str, Any]) -> tuple[int, 
 
 def _read_image_settings(path: Path) -> dict[str, Any]:
     """Return preprocessor_config.json as keyword arguments of the image processor, without crop."""
-    saved = (
-        {name: value for name, value in read_object(path).items() if value is not None}
-        if path.is_file()
-        else {}
-    )
+    saved = {name: value for name, value in _read_if_there(path).items() if value is not None}
     settings = {name: saved.get(name, value) for name, value in PREPROCESSOR_DEFAULTS.items()}
     if isinstance(settings["size"], int):
         settings["size"] = {"height": settings["size"], "width": settings["size"]}
@@ -104,20 +100,35 @@ def _load_tokenizer(folder: Path, rows: int) -> PreTrainedTokenizerBase:
     from transformers import BartTokenizer
 
     image_token = _choose_image_token(_read_vocabulary(folder))
+    settings = [
+        _read_if_there(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")
+    ]
+    own = [token for saved in settings for token in saved.get("additional_special_tokens") or ()]
+    own = [token["content"] if isinstance(token, dict) else token for token in own]
+    # Where the folder says so, transformers 4 tidied decoded text up; 5 wants to be asked twice.
+    tidy = bool(settings[0].get("clean_up_tokenization_spaces"))
     try:
         tokenizer = BartTokenizer.from_pretrained(
             folder,
-            extra_special_tokens=list(ADDED_TOKENS),
+            extra_special_tokens=list(dict.fromkeys([*own, *ADDED_TOKENS])),
             image_token=image_token,
             mask_token=AddedToken("<mask>", lstrip=True, special=True),
+            clean_up_tokenization_spaces=tidy,
+            clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output=tidy,
         )
     except Exception as error:  # what tokenizers raises has no narrower type
         raise CaptionTrainError(f"the tokenizer of {folder} cannot be read: {error}") from error
+    # It names code of the repository, which AutoProcessor would ask to run.
+    tokenizer.init_kwargs.pop("auto_map", None)
     if len(tokenizer) > rows:
         raise CaptionTrainError(
             f"the tokenizer of {folder} has {len(tokenizer)} entries, but the embedding only {rows} rows"
         )
     return tokenizer
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_object(path) if path.is_file() else {}
 
 
 def _choose_image_token(vocabulary: Mapping[str, int]) -> str:
