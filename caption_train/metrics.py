@@ -1,37 +1,21 @@
 """How close captions come to their references: CIDEr, BLEU-4, ROUGE-L as in COCO's evaluation; exact match.
 
-The formulas are pycocoevalcap 1.2's, to the last digit, and `tokenize` does to captions what Stanford's
-PTBTokenizer 3.4.1 does there, without Java. CIDEr: Vedantam et al., arXiv 1411.5726, with CIDEr-D's clipping
-and length penalty; BLEU: Papineni et al., ACL 2002; ROUGE-L: Lin, ACL 2004, beta 1.2.
+The formulas are pycocoevalcap 1.2's, to the last digit, on the tokens of `treebank.tokenize`. CIDEr: Vedantam
+et al., arXiv 1411.5726, with CIDEr-D's clipping and length penalty; BLEU: Papineni et al., ACL 2002; ROUGE-L:
+Lin, ACL 2004, beta 1.2.
 """
 
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
+
+from caption_train.treebank import tokenize
 
 METRICS = ("cider", "bleu", "rouge_l", "exact_match")
 ORDER = 4
 SIGMA = 6.0
 BETA = 1.2
 SMALL, TINY = 1e-9, 1e-15
-
-_JOINED = re.compile(r"\b(?:(can)(not)|(gon)(na)|(got)(ta)|(wan)(na)|(lem)(me))\b|(?<!\w)('t)(is|was)\b")
-_CONTRACTED = re.compile(r"(?<=\w)(n't|'(?:s|m|d|ll|re|ve))\b")
-_TOKEN = re.compile(
-    r"""
-    https?://\S+ | [\w.+-]+@[\w-]+(?:\.[\w-]+)+        # addresses
-  | </?[a-z][^<>]*>                                    # tags such as <loc_12>
-  | (?:mr|mrs|ms|dr|st|jr|sr|vs|etc|no|[ap]\.m)\.(?!\w) | (?:[a-z]\.){2,}
-  | (?<=[ ])(?:n't|'(?:s|m|d|ll|re|ve|t))\b            # split off before
-  | o'clock | c\+\+ | @[a-z]\w*
-  | \w+(?:[-./,:](?=\w)(?:(?<![,:])|(?<=\d[,:])(?=\d))\w+)*
-  | [!-/:-@\[-`{-~£€]
-    """,
-    re.VERBOSE,
-)
-_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-_DROPPED = {"''", "'", "``", "`", '"', ".", "?", "!", ",", ":", "-", "--", "...", ";"}
 
 
 def score_captions(
@@ -52,16 +36,6 @@ def score_captions(
         if name in metrics:
             scores[name] = measure(tokens, reference_tokens)
     return {name: scores[name] for name in metrics}
-
-
-def tokenize(caption: str) -> list[str]:
-    """Return a caption's tokens in lower case, punctuation dropped, as pycocoevalcap's PTBTokenizer does.
-
-    Round brackets and their like stay, as -lrb- and so on: a slip there, kept so that scores compare.
-    """
-    text = _JOINED.sub(lambda match: " ".join(filter(None, match.groups())), caption.lower())
-    tokens = _TOKEN.findall(_CONTRACTED.sub(r" \1", text))
-    return [_BRACKETS.get(token, token) for token in tokens if token not in _DROPPED]
 
 
 def cider(generated: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> float:
@@ -118,10 +92,11 @@ def rouge_l(generated: Sequence[Sequence[str]], references: Sequence[Sequence[Se
     """Return the mean ROUGE-L: the longest common subsequence's F measure, recall weighed 1.2² times."""
     scores = []
     for tokens, refs in zip(generated, references, strict=True):
-        common = [_common_length(tokens, ref) for ref in refs]
         # There, a caption without words counts as one empty word.
-        precision = max(common) / max(len(tokens), 1)
-        recall = max(count / max(len(ref), 1) for count, ref in zip(common, refs, strict=True))
+        tokens, refs = tokens or [""], [ref or [""] for ref in refs]
+        common = [_common_length(tokens, ref) for ref in refs]
+        precision = max(common) / len(tokens)
+        recall = max(count / len(ref) for count, ref in zip(common, refs, strict=True))
         both = precision * recall
         scores.append((1 + BETA**2) * both / (recall + BETA**2 * precision) if both else 0.0)
     return sum(scores) / len(scores)

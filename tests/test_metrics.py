@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caption_train.metrics import METRICS, bleu, cider, rouge_l, score_captions, tokenize
+from caption_train.metrics import METRICS, bleu, cider, rouge_l, score_captions
+from caption_train.treebank import tokenize
 
 GENERATED = [
     "A man rides a wave on top of a surfboard.",
@@ -60,6 +61,19 @@ TOKENIZED = {
         "hello.world http://x.com/a?b=1 me@x.org a.b c 10-20 20th 5 6 24/7"
     ),
     "「日本」 a*b x=y ~ ^ | \\ / _ + it's. end.": "日本 a * b x = y ~ ^ | \\ / _ + it 's end",
+    "O'Brien and d'Artagnan play rock 'n' roll with ma'am at AT&T, H&M and r&b": (
+        "o'brien and d'artagnan play rock 'n' roll with ma'am at at&t h&m and r & b"
+    ),
+    "Why?! Oh!!! no... yes… Inc. Jan. 5 Ph.D. e.g. i.e. U.S. plan B.": (
+        "why ?! oh !!! no yes inc. jan. 5 ph.d. e.g. i.e. u.s. plan b."
+    ),
+    "½ cup at 20°C © ™ 2×4 → ★ €10 £3 50¢ US$5 -5 +3 f/2.8 v2.0 12:30pm": (
+        "1/2 cup at 20 ° c © ™ 2 × 4 → ★ $ 10 # 3 50 cents us$ 5 -5 +3 f/2 .8 v2 .0 12:30 pm"
+    ),
+    "#tag :) ;-) &amp; &lt; **bold** the '80s no. 5, don’t “quote” ‘it’": (
+        "#tag :-rrb- ;--rrb- & < ** bold ** the '80s no. 5 do n't quote it"
+    ),
+    "हिन्दी שָׁלוֹם привет мир! 日本語 の 猫 👍🏽": "हिन्दी שָׁלוֹם привет мир 日本語 の 猫",
     "she'll he'd we've I'm wanna gotta": "she 'll he 'd we 've i 'm wan na got ta",
 }
 
@@ -72,6 +86,30 @@ def test_tokens_are_those_of_the_penn_treebank_tokenizer(caption):
 def test_scores_are_pycocoevalcaps():
     scores = score_captions(GENERATED, REFERENCES, METRICS)
     assert scores == pytest.approx(PUBLISHED, abs=1e-9)
+
+
+def test_rouge_l_is_that_of_lins_example():
+    killed = [["police", "killed", "the", "gunman"]]
+    for caption, score in (
+        ("police kill the gunman", 3 / 4),
+        ("the gunman kill police", 2 / 4),
+        ("the gunman police killed", 2 / 4),
+    ):
+        assert rouge_l([caption.split()], [killed]) == pytest.approx(score)
+
+
+def test_bleu_is_that_of_papinenis_first_candidate():
+    # The sentences of the paper's first example, the score that NLTK's documentation gives for them.
+    candidate = (
+        "It is a guide to action which ensures that the military always obeys the commands of the party"
+    )
+    references = (
+        "It is a guide to action that ensures that the military will forever heed Party commands",
+        "It is the guiding principle which guarantees the military forces always being under the command of "
+        "the Party",
+        "It is the practical guide for the army always to heed the directions of the party",
+    )
+    assert bleu([candidate.split()], [[r.split() for r in references]]) == pytest.approx(0.5045666840058485)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -106,8 +144,10 @@ def test_a_perfect_caption_scores_all_there_is():
 
 
 def test_empty_captions_score_nothing_and_break_nothing():
-    scores = score_captions(["", "."], [["a dog"], ["", "a cat"]], METRICS)
+    scores = score_captions(["", "."], [["a dog"], ["a cat"]], METRICS)
     assert scores == pytest.approx(dict.fromkeys(METRICS, 0.0))
+    # pycocoevalcap takes no words for one empty word, which is right where the reference has none.
+    assert rouge_l([[], ["a"]], [[["a"], []], [["b"]]]) == 0.5
 
 
 @given(st.lists(st.tuples(st.text(), st.lists(st.text(), min_size=1, max_size=3)), min_size=1, max_size=5))
