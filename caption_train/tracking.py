@@ -112,7 +112,8 @@ def start_trackers(
         "tensorboard": {"purge_step": progress.global_step + 1},
     }
     with _explain_login():
-        accelerator.init_trackers("caption-train", simple, settings)
+        # Settings told again would be one more run to TensorBoard.
+        accelerator.init_trackers("caption-train", None if progress.global_step else simple, settings)
 
 
 def _lines_before(path: Path, first_step: int) -> list[str]:

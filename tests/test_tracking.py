@@ -2,11 +2,15 @@
 
 import json
 import math
+import signal
 from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator
+from forked import start
 from PIL import Image
+from test_kills import die_at
+from tiny_runs import make_options, save_base, train, write_pairs
 
 from caption_train import tracking
 from caption_train.curve import CURVE_FILE, draw_curve
@@ -93,3 +97,29 @@ def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
     with pytest.raises(UsageError, match="pip install tensorboard"):
         check_trackers("tensorboard")
     check_trackers(None)
+
+
+def test_trackers_go_on_with_the_run_that_was_killed(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    base, pairs = save_base("blip", tmp_path / "base"), write_pairs(tmp_path / "pairs", 6)
+    options = make_options("blip", base, pairs, tmp_path / "out", log_with="all", save_every_n_steps=2)
+
+    def work() -> None:
+        die_at("after the gradient", 4)
+        train("blip", options)
+
+    assert start(work, tmp_path / "log").wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
+    options.resume = "auto"
+    assert start(lambda: train("blip", options), tmp_path / "log").wait() == 0, (tmp_path / "log").read_text()
+
+    (folder,) = {path.parent for path in (tmp_path / "out" / "caption-train").glob("events.*")}
+    events = reader.EventAccumulator(str(folder)).Reload()
+    logged = [(line["step"], pytest.approx(line["loss"])) for line in read(tmp_path / "out")]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == logged
+    assert [step for step, _ in logged] == [1, 2, 3, 4, 5, 6]
+    assert len([*folder.rglob("hparams.yml")]) == 1, "settings are told once"
+
+    run_id = Progress.read(tmp_path / "out" / "last" / "state").run_id
+    assert [f.name for f in (tmp_path / "wandb").glob("offline-run-*/*.wandb")] == [f"run-{run_id}.wandb"] * 2
