@@ -230,6 +230,13 @@ def test_native_and_back_is_the_same_adapter(name):
     assert {key: again.config.get(key) for key in kept} == {key: adapter.config[key] for key in kept}
 
 
+@pytest.mark.parametrize(("start", "expected"), [("corda", True), ("gaussian", "gaussian"), (False, False)])
+def test_a_way_to_start_that_old_tools_do_not_know_is_left_out(start, expected):
+    adapter = rename_adapter(read_adapter_files(FIXTURES / "lora_attention"), native_name)
+    adapter.config["init_lora_weights"] = start
+    assert restore_adapter(adapter).config["init_lora_weights"] == expected
+
+
 def test_an_embedding_adapter_is_not_merged(base):
     from peft import LoraConfig, get_peft_model
 

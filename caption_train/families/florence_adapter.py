@@ -40,6 +40,9 @@ CORE_FIELDS = (
 )
 """What adapter_config.json has held since PEFT 0.8."""
 
+KNOWN_STARTS = ("True", "False", "gaussian", "pissa", "olora", "loftq", "eva")
+"""Ways to start a LoRA that PEFT 0.14 knows; an unknown one is an error there."""
+
 
 @dataclass
 class Adapter:
@@ -218,6 +221,8 @@ def restore_adapter(adapter: Adapter) -> Adapter:
         for name, value in legacy.config.items()
         if name in CORE_FIELDS or (value and value != defaults.get(name) and name != "peft_version")
     }
+    if str(config.get("init_lora_weights")).partition("_")[0] not in KNOWN_STARTS:
+        config["init_lora_weights"] = True  # the weights are in the file, however they started
     return Adapter(config, legacy.tensors)
 
 
