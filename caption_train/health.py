@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from caption_train.checkpoint import describe_latest
 from caption_train.dataset import MicroBatch
 from caption_train.errors import CaptionTrainError
-from caption_train.lora import copy_lora_b, find_dead_modules
+from caption_train.lora import copy_lora_b, find_dead_modules, name_module
 from caption_train.run import Run
 
 MEMORY = 0.95
@@ -18,6 +18,8 @@ SPIKE = 6.0
 """A loss this many standard deviations above the running one is a spike."""
 WARM_UP = 20
 """Steps before there is a running loss to judge by."""
+PATIENCE = 20
+"""Steps that a LoRA module has to move in where blocks are left out at random; elsewhere it is the first one."""
 
 
 class Health:
@@ -26,6 +28,7 @@ class Health:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.untried = copy_lora_b(run.model) if run.progress.global_step == 0 else {}
+        self.tries = 0
 
     def is_good(self, loss: float, grad_norm: float) -> bool:
         """Return whether a step with this loss and gradient may be taken."""
@@ -68,12 +71,18 @@ class Health:
         self._say(f"step {step} skipped: {reason}" + (f"; files: {files}" if files else ""))
 
     def check_alive(self) -> None:
-        """Stop when a LoRA module did not move at the first step: it never would, and nobody would know."""
+        """Stop when a LoRA module did not move at the first step: it never would, and nobody would know.
+
+        Stochastic depth leaves a block out of a step, all of it where one image is a batch: Florence-2's vision
+        tower, in training. Its modules have some steps to move in.
+        """
         if not self.untried or self.run.lr_scheduler.get_last_lr()[0] == 0:
             return
         dead = find_dead_modules(self.run.model, self.untried)
-        self.untried = {}
-        if dead:
+        self.untried = {name: b for name, b in self.untried.items() if name_module(name) in set(dead)}
+        self.tries += 1
+        skips = any(getattr(module, "drop_prob", 0) for module in self.run.model.modules())
+        if dead and self.tries >= (PATIENCE if skips else 1):
             raise CaptionTrainError(
                 f"--target_modules: {len(dead)} LoRA modules get no gradient and would stay untrained: "
                 + ", ".join(dead)

@@ -82,7 +82,12 @@ def find_dead_modules(model: nn.Module, before: dict[str, torch.Tensor]) -> list
     """
     now = {name: p for name, p in model.named_parameters() if name in before}
     same = [name for name, value in before.items() if torch.equal(now[name], value)]
-    return [name.removeprefix("base_model.model.").partition(".lora_B")[0] for name in same]
+    return [name_module(name) for name in same]
+
+
+def name_module(name: str) -> str:
+    """Return the name in the base of the module that a `lora_B` belongs to."""
+    return name.removeprefix("base_model.model.").partition(".lora_B")[0]
 
 
 def load_adapter(model: nn.Module, folder: Path | str, family: Family) -> PeftModel:

@@ -138,6 +138,21 @@ def test_a_filler_micro_batch_adds_exactly_nothing(make_trainer):
         assert torch.equal(p, q)
 
 
+def test_blocks_that_stochastic_depth_skips_at_first_are_not_dead(pairs_dir, tmp_path, monkeypatch):
+    base = save_base("florence", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config["vision_config"]["drop_path_rate"] = 0.7
+    (base / "config.json").write_text(json.dumps(config))
+    options = make_options("florence", base, pairs_dir, tmp_path / "out", batch_size=1, epochs=2)
+    prepare_training(options, get_family("florence")).train()
+    assert len(read_log(tmp_path / "out")) == 20
+    never = make_options("florence", base, pairs_dir, tmp_path / "other", batch_size=1, epochs=3)
+    trainer = prepare_training(never, get_family("florence"))
+    monkeypatch.setattr(torch, "rand", lambda *_, **keywords: torch.zeros(1, 1, 1, **keywords))
+    with pytest.raises(CaptionTrainError, match=r"LoRA modules get no gradient.*vision_tower"):
+        trainer.train()
+
+
 def test_a_module_that_gets_no_gradient_stops_the_run_by_name(make_trainer):
     trainer = make_trainer()
     layer = trainer.run.model.base_model.model.vision_model.encoder.layers[1].mlp.fc1
