@@ -31,7 +31,7 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
     _forget_last_run()
     _choose_device(options.device)
     settings = {
-        "cpu": options.device == "cpu",
+        "cpu": options.device == "cpu" or _share_cpus(),
         "mixed_precision": options.mixed_precision,
         "log_with": options.log_with,
         "project_dir": options.output_dir,
@@ -136,6 +136,11 @@ def _forget_last_run() -> None:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     AcceleratorState._reset_state(reset_partial_state=not distributed)
     GradientState._reset_state()
+
+
+def _share_cpus() -> bool:
+    """Tell several processes without a GPU, of which accelerate would make as many runs, each on its own."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
 
 
 def _choose_device(device: str | None) -> None:

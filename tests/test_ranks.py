@@ -5,6 +5,7 @@ import signal
 import sys
 
 import pytest
+import torch
 from forked import start_ranks
 from tiny_runs import read_log, save_base, write_pairs
 
@@ -23,18 +24,9 @@ def base(tmp_path_factory):
 def run_script(base, tmp_path):
     """`run_script(pairs, …)` runs the script on two ranks; returns their exit codes and what they said."""
 
-    def run_script(pairs, *flags, on_rank_1=lambda: None) -> tuple[list[int], str]:
-        argv = [
-            "--dataset_dir",
-            pairs,
-            "--output_dir",
-            tmp_path / "out",
-            "--model_id",
-            base,
-            "--device",
-            "cpu",
-        ]
-        argv += ["--batch_size", "2", "--epochs", "2", "--learning_rate", "1e-3", "--rank", "4", *flags]
+    def run_script(pairs, *flags, device=("--device", "cpu"), on_rank_1=int) -> tuple[list[int], str]:
+        argv = [pairs, tmp_path / "out", "--model_id", base, *device, *flags]
+        argv += ["--batch_size", "2", "--epochs", "2", "--learning_rate", "1e-3", "--rank", "4"]
 
         def work() -> None:
             if os.environ["RANK"] == "1":
@@ -52,6 +44,12 @@ def run_script(base, tmp_path):
 @pytest.fixture
 def pairs(tmp_path):
     return write_pairs(tmp_path / "pairs", 10)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU, which they would use")
+def test_processes_without_a_gpu_are_one_run(run_script, pairs):
+    codes, words = run_script(pairs, device=())
+    assert codes == [0, 0] and words.count("2 images × 1 micro-batches × 2") == 1
 
 
 def in_step(count: int, act) -> None:
