@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from caption_train.errors import CaptionTrainError, UsageError
@@ -112,57 +110,3 @@ def test_the_description_changes_with_order_and_captions_but_not_with_the_place(
     (moved / "0.png").write_bytes(picture)
     (moved / "0.txt").write_text("another")
     assert read(moved, accelerator).describe()["fingerprint"] != described["fingerprint"]
-
-
-MUTATIONS = st.one_of(
-    st.tuples(st.just("cut"), st.integers(0, 200)),
-    st.tuples(st.just("flip"), st.integers(0, 200)),
-    st.tuples(st.just("replace"), st.binary(max_size=60)),
-    st.tuples(st.just("remove"), st.none()),
-    st.tuples(st.just("folder"), st.none()),
-    st.tuples(st.just("link"), st.sampled_from(["/etc/passwd", "nowhere", "0.png"])),
-)
-
-
-def mutate(path, kind, value) -> None:
-    data = path.read_bytes()
-    path.unlink()
-    if kind == "cut":
-        path.write_bytes(data[:value])
-    elif kind == "flip":
-        place = value % len(data)
-        path.write_bytes(data[:place] + bytes([data[place] ^ 255]) + data[place + 1 :])
-    elif kind == "replace":
-        path.write_bytes(value)
-    elif kind == "folder":
-        path.mkdir()
-    elif kind == "link":
-        path.symlink_to(value)
-
-
-@given(
-    st.lists(
-        st.tuples(st.sampled_from(["0.png", "1.png", "0.txt", "metadata.jsonl"]), MUTATIONS),
-        min_size=1,
-        max_size=4,
-        unique_by=lambda mutation: mutation[0],
-    ),
-    st.sampled_from(["stop", "skip"]),
-)
-@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_damaged_dataset_is_read_or_refused_in_words(tmp_path_factory, accelerator, mutations, policy):
-    folder = tmp_path_factory.mktemp("mutated")
-    for index in range(3):
-        Image.new("RGB", (8, 8), (index * 40, 0, 0)).save(folder / f"{index}.png")
-        (folder / f"{index}.txt").write_text(f"picture {index}")
-    if any(name == "metadata.jsonl" for name, _ in mutations):
-        rows = [{"file_name": f"{i}.png", "text": "a"} for i in range(3)]
-        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    for name, (kind, value) in mutations:
-        mutate(folder / name, kind, value)
-    try:
-        data = read(folder, accelerator, on_bad_data=policy)
-    except CaptionTrainError as error:
-        assert str(error)
-    else:
-        assert data.train
