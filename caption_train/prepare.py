@@ -83,6 +83,8 @@ def _prepare(options: TrainOptions, family: Family, accelerator: Accelerator, lo
     # The LoRA starts the same on every process; dropout must not.
     set_seed(options.seed + accelerator.process_index)
     collate_fn = family.make_collator(processor, prompt=record.prompt, max_length=options.max_length)
+    if line := data.describe_cut(processor.tokenizer, options.max_length):
+        say(accelerator, line)
     if checkpoint is None and options.init_lora_weights == "eva":
         look_at_data(model, accelerator, data.train, collate_fn)
     if checkpoint is None:

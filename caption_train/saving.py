@@ -1,6 +1,7 @@
 """When a run saves, and what: checkpoints, `last` and `best`, and the finished LoRA in `output_dir`."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from accelerate.utils import gather_object
 from caption_train.agreement import fail_together
 from caption_train.checkpoint import explain_failure, prune, publish, write_checkpoint
 from caption_train.curve import draw_curve
+from caption_train.errors import CaptionTrainError
 from caption_train.files import write_atomically
 from caption_train.lora import save_adapter
 from caption_train.model_card import write_card
@@ -29,6 +31,9 @@ class Saver:
         self.run = run
         self.output_dir = run.options.output_dir
         self.saved_step = run.plan.first_step
+        with fail_together(run.accelerator):
+            if run.accelerator.is_main_process:
+                self._check_room()
 
     def after_step(self, step: int) -> None:
         """Save if the 0-based optimizer step just taken is due, the best so far, or the last one."""
@@ -104,6 +109,20 @@ class Saver:
                     write_atomically(self.output_dir / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
                     draw_curve(self.output_dir)
         return summary
+
+    def _check_room(self) -> None:
+        """Refuse a disk that cannot hold one checkpoint now, not at the end of the first epoch."""
+        options = self.run.options
+        trained = [p for p in self.run.model.parameters() if p.requires_grad]
+        saved = trained if options.train_method == "lora" else list(self.run.model.parameters())
+        needed = sum(p.numel() * p.element_size() for p in saved)
+        needed += 8 * sum(p.numel() for p in trained) if options.optimizer_name == "AdamW" else 0
+        free = shutil.disk_usage(self.output_dir).free
+        if free < needed:
+            raise CaptionTrainError(
+                f"--output_dir {self.output_dir}: {free / 1e6:,.1f} MB free, one checkpoint takes more than "
+                f"{needed / 1e6:,.1f} MB; make room or choose another folder"
+            )
 
     def _suffix(self) -> str:
         loss = self.run.progress.last_loss

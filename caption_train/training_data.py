@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from caption_train.agreement import fail_together, say
-from caption_train.captions import Pair
+from caption_train.captions import Pair, printable
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.images import ImageError, inspect_image
 from caption_train.metadata import fingerprint, inspect_dataset, split_by_content, summarize
@@ -58,6 +58,20 @@ class TrainingData:
         longest = sorted(self.train, key=lambda pair: len(pair.caption), reverse=True)[:count]
         largest = sorted(self.train, key=lambda pair: self.pixels.get(pair.image, 0), reverse=True)
         return [replace(pair, image=other.image) for pair, other in zip(longest, largest, strict=False)]
+
+    def describe_cut(self, tokenizer: Any, max_length: int) -> str | None:
+        """Return a line on captions of more tokens than `--max_length`, or None."""
+        # A token has a byte at least: most captions need no counting.
+        long = [p for p in self.train + self.validation if len(p.caption.encode()) >= max_length]
+        counts = {p: len(tokenizer(p.caption, add_special_tokens=False).input_ids) + 1 for p in long}
+        cut = [pair for pair in long if counts[pair] > max_length]
+        if not cut:
+            return None
+        longest = max(cut, key=counts.__getitem__)
+        return (
+            f"--max_length {max_length}: {len(cut)} captions are longer and are cut, the longest of "
+            f"{counts[longest]:,} tokens in {printable(longest.source)}"
+        )
 
 
 def read_training_data(options: TrainOptions, accelerator: Accelerator) -> TrainingData:

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from tiny_runs import make_options, read_log, save_base, train, write_pairs
 
 from caption_train.collate import count_label_tokens
-from caption_train.errors import UsageError
+from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.evaluation import Evaluator
 from caption_train.families import get_family
 from caption_train.images import open_image
@@ -133,6 +134,12 @@ def test_two_processes_measure_what_one_does(make, tmp_path):
     train("blip", make("one", **settings))
     (one,), (two,) = (read_evaluations(tmp_path / count) for count in ("one", "two"))
     assert two == pytest.approx(one, abs=1e-4)
+
+
+def test_a_disk_without_room_for_one_checkpoint_is_refused_before_training(make, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100_000))
+    with pytest.raises(CaptionTrainError, match=r"0\.1 MB free, one checkpoint takes more than 0\.5 MB"):
+        prepare_training(make(), get_family("blip"))
 
 
 def test_asking_for_the_best_without_validation_images_is_refused(make):

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.families import get_family
 from caption_train.options import TrainOptions
 from caption_train.training_data import TrainingData, read_training_data
 
@@ -79,6 +80,16 @@ def test_a_relative_dataset_goes_with_an_absolute_validation_folder(folder, acce
     mixed = TrainingData([*data.train, *data.validation], digests=data.digests)
     assert mixed.describe()["pairs"] == len(data.train) + 1
     assert data.describe()["held-out pairs"] == 1
+
+
+def test_captions_that_will_be_cut_are_counted_and_the_longest_is_named(folder, accelerator, tiny_base):
+    _, processor = get_family("blip").load(str(tiny_base("blip")))
+    (folder / "1.txt").write_text("red circle, " * 10)
+    (folder / "4.txt").write_text("red circle, " * 20)
+    data = read(folder, accelerator)
+    line = data.describe_cut(processor.tokenizer, 16)
+    assert "--max_length 16: 2 captions" in line and "61 tokens in 4.txt" in line
+    assert data.describe_cut(processor.tokenizer, 61) is None
 
 
 def test_rows_that_the_metadata_holds_out_are_validated_on(folder, accelerator):
