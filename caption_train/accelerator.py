@@ -18,6 +18,8 @@ from caption_train.options import TrainOptions
 from caption_train.sharding import describe_launch, find_unsupported
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
+KINDS = ("DEEPSPEED", "MEGATRON_LM", "FSDP")
+"""Ways to share the work that the environment may ask for; plain data parallelism asks for nothing."""
 FLORA_BETA1 = 0.9
 """Momentum of Flora, the paper's. Upstream's default is none, with which `rank` would do nothing."""
 
@@ -30,6 +32,7 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
     """
     _forget_last_run()
     _choose_device(options.device)
+    _refuse(_check_launch(options))
     settings = {
         "cpu": options.device == "cpu" or _share_cpus(),
         "mixed_precision": options.mixed_precision,
@@ -43,17 +46,13 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
         accelerator = CompressedAccelerator(options.accumulation_rank, **settings)
     else:
         accelerator = Accelerator(**settings)
-    launch = describe_launch(accelerator)
     problems = check(
         options,
         device=accelerator.device.type,
         precision=accelerator.mixed_precision,
-        distributed=launch,
+        distributed=describe_launch(accelerator),
     )
-    if launch == "FSDP":
-        problems += find_unsupported()
-    if problems:
-        raise UsageError("; ".join(problems))
+    _refuse(problems)
     return accelerator
 
 
@@ -136,6 +135,23 @@ def _forget_last_run() -> None:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     AcceleratorState._reset_state(reset_partial_state=not distributed)
     GradientState._reset_state()
+
+
+def _check_launch(options: TrainOptions) -> list[str]:
+    """Check what the launcher left in the environment: over some of it accelerate ends in a traceback."""
+    asked = [kind for kind in KINDS if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true"]
+    problems = check(
+        options,
+        device=None if torch.accelerator.is_available() else "cpu",
+        precision=options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION"),
+        distributed=asked[0] if asked else None,
+    )
+    return problems + (find_unsupported() if "FSDP" in asked else [])
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise UsageError("; ".join(problems))
 
 
 def _share_cpus() -> bool:

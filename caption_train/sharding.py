@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
 from torch.distributed import broadcast
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -33,15 +33,17 @@ def describe_launch(accelerator: Accelerator) -> str:
 
 def find_unsupported() -> list[str]:
     """Return a sentence for each setting of accelerate's FSDP configuration that would not be heeded."""
-    plugin = FullyShardedDataParallelPlugin()
-    offloads = os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
+    set_to = {
+        name: os.environ.get(f"FSDP_{name}", "").lower()
+        for name in ("VERSION", "OFFLOAD_PARAMS", "ACTIVATION_CHECKPOINTING", "RESHARD_AFTER_FORWARD")
+    }
     settings = {
-        "fsdp_version: set it to 2": plugin.fsdp_version != 2,
-        "fsdp_offload_params: set it to false": offloads,
+        "fsdp_version: set it to 2": set_to["VERSION"] != "2",
+        "fsdp_offload_params: set it to false": set_to["OFFLOAD_PARAMS"] == "true",
         "fsdp_activation_checkpointing: set it to false, use --gradient_checkpointing": (
-            plugin.activation_checkpointing
+            set_to["ACTIVATION_CHECKPOINTING"] == "true"
         ),
-        "fsdp_reshard_after_forward: set it to true": plugin.reshard_after_forward is False,
+        "fsdp_reshard_after_forward: set it to true": set_to["RESHARD_AFTER_FORWARD"] == "false",
     }
     return [f"accelerate's configuration, {line}" for line, is_set in settings.items() if is_set]
 

@@ -159,6 +159,22 @@ def test_what_accelerate_resolved_is_checked_too(monkeypatch):
         make_accelerator(make_options(device=None if not torch.cuda.is_available() else "cpu"))
 
 
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DEEPSPEED.*fsdp.yaml"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "asks for MEGATRON_LM"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_RESHARD_AFTER_FORWARD": "true"}, "fsdp_version: set it to 2"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "fp8, which is not supported"),
+    ],
+)
+def test_what_the_launcher_asks_for_is_refused_in_one_line(variables, words, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=words):
+        make_accelerator(make_options())
+
+
 def test_backward_never_divides(monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     accelerator = make_accelerator(make_options(gradient_accumulation_steps=4))
