@@ -218,7 +218,11 @@ def count(name: str) -> dict:
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(make_config(name))
     nothing = Activations(0, [], [])
-    planner = Planner(model, get_family(name.partition("-")[0]).parts, {"no": nothing, "bf16": nothing})
+    planner = Planner(
+        model,
+        get_family(name.partition("-")[0]).parts,
+        {"no": nothing, "bf16": nothing, "quantized": nothing},
+    )
     whole = planner.plan(TrainOptions(**FULL))
     rows = {"parameters": sum(p.numel() for p in model.parameters()), "AdamW": whole.state}
     rows["AdamW8bit"] = planner.plan(TrainOptions(**FULL, optimizer_name="AdamW8bit")).state / whole.state

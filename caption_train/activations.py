@@ -24,10 +24,13 @@ class Activations:
     blocks: Sequence[int]
     inputs: Sequence[int]
 
-    def held(self, *, checkpointing: bool) -> int:
-        """Return the most bytes that are alive at once, in a backward pass that recomputes blocks or not."""
+    def held(self, *, checkpointing: bool, recomputing: bool = True) -> int:
+        """Return the most bytes that are alive at once, in a backward pass that recomputes blocks or not.
+
+        recomputing: False for what is held before it recomputes the first one.
+        """
         if checkpointing:
-            largest = max(self.blocks, default=0)
+            largest = max(self.blocks, default=0) if recomputing else 0
             return self.outside + sum(self.inputs) + int((1 + RECOMPUTED_GRADIENTS) * largest)
         return self.outside + sum(self.blocks)
 

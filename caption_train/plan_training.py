@@ -100,14 +100,16 @@ def make_planner(options: TrainOptions, family: Family) -> tuple[Planner, TrainO
 
 
 def _measure(model: torch.nn.Module, batch: dict[str, Any], options: TrainOptions) -> dict[str, Activations]:
-    """Return one image's activations in the run's precision and, if that is full, also in half."""
+    """Return one image's activations as each set of flags would hold them that may be planned."""
     model.train()
     measured = {}
     if options.mixed_precision not in HALF:
         measured["no"] = measure_activations(model, _cast(batch, model))
-    frozen = torch.bfloat16 if options.train_method == "lora" else torch.float32
-    with cast_frozen(model, frozen), torch.autocast("cpu", torch.bfloat16):
-        measured["bf16"] = measure_activations(model, _cast(batch, model))
+    is_lora = options.train_method == "lora"
+    frozen = {"bf16": torch.bfloat16, "quantized": torch.float32} if is_lora else {"bf16": torch.float32}
+    for kind, dtype in frozen.items():
+        with cast_frozen(model, dtype), torch.autocast("cpu", torch.bfloat16):
+            measured[kind] = measure_activations(model, _cast(batch, model))
     return measured
 
 

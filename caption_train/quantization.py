@@ -1,5 +1,6 @@
 """Holding the frozen base in 4 or 8 bits with bitsandbytes."""
 
+import ctypes
 import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -65,4 +66,14 @@ def prepare_quantized(model: "PreTrainedModel") -> "PreTrainedModel":
             # On a CPU with AVX512-BF16 an evaluation would repack the weights for itself, in place; training
             # afterwards fails and merging afterwards is silently wrong.
             module.support_avx512bf16_for_cpu = False
+    _return_freed_memory()
     return model
+
+
+def _return_freed_memory() -> None:
+    """Have glibc give back what quantizing freed, which on a CPU can be more than the quantized base."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):
+        # Another C library, another system.
+        return

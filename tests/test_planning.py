@@ -54,7 +54,9 @@ def planners(base):
     for method in ("lora", "full"):
         model = load(base, train_method=method)[2]
         measured = measure_activations(model.train(), batch)
-        found[method] = Planner(model, family.parts, {"no": measured, "bf16": measured})
+        found[method] = Planner(
+            model, family.parts, {"no": measured, "bf16": measured, "quantized": measured}
+        )
     return found
 
 
