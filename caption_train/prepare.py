@@ -1,6 +1,7 @@
 """From options to a run that is ready to train: data, model, LoRA, optimizer, and where it stood."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from caption_train.model_card import TrainingRecord, describe_options, find_vers
 from caption_train.options import TrainOptions
 from caption_train.parts import freeze_outside
 from caption_train.previews import Sampler
-from caption_train.quantization import make_quantization_config, prepare_quantized
+from caption_train.quantization import giving_back_memory, make_quantization_config, prepare_quantized
 from caption_train.resume import adopt_batch_size, check_same_run, find_resume_point, resume_run
 from caption_train.run import Run
 from caption_train.saving import Saver
@@ -158,13 +159,15 @@ def load_trainable(
     is_lora = options.train_method == "lora"
     parts = [family.parts[part] for part in options.train_parts]
     dtype = options.dtype if options.dtype != "auto" else half if is_lora else "float32"
-    model, processor = family.load(
-        options.model_id if is_lora or checkpoint is None else str(checkpoint),
-        revision=options.revision,
-        dtype=DTYPES[dtype],
-        quantization_config=make_quantization_config(options, accelerator.mixed_precision, family.parts),
-    )
-    model = prepare_quantized(model)
+    quantization = make_quantization_config(options, accelerator.mixed_precision, family.parts)
+    with giving_back_memory() if quantization else nullcontext():
+        model, processor = family.load(
+            options.model_id if is_lora or checkpoint is None else str(checkpoint),
+            revision=options.revision,
+            dtype=DTYPES[dtype],
+            quantization_config=quantization,
+        )
+        model = prepare_quantized(model)
     if is_lora:
         model = wrap_with_lora(
             model,

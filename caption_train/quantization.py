@@ -2,7 +2,8 @@
 
 import ctypes
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""glibc's names for how much free heap it keeps, and from which size an allocation has pages of its own."""
 HEADS = ("lm_head", "predictions.decoder")
 """Ends of the names of output heads, whose weights are the embedding's and stay in full precision."""
 
@@ -57,7 +60,7 @@ def prepare_quantized(model: "PreTrainedModel") -> "PreTrainedModel":
     """
     if not (getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)):
         return model
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
     from peft import prepare_model_for_kbit_training
 
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -66,14 +69,41 @@ def prepare_quantized(model: "PreTrainedModel") -> "PreTrainedModel":
             # On a CPU with AVX512-BF16 an evaluation would repack the weights for itself, in place; training
             # afterwards fails and merging afterwards is silently wrong.
             module.support_avx512bf16_for_cpu = False
-    _return_freed_memory()
+        elif isinstance(module, Linear8bitLt):
+            module.register_forward_hook(_forget_input)
     return model
 
 
-def _return_freed_memory() -> None:
-    """Have glibc give back what quantizing freed, which on a CPU can be more than the quantized base."""
+def _forget_input(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+    """Drop the input that bitsandbytes keeps for the gradient of a weight, which is frozen here.
+
+    It keeps it as an attribute, out of reach of gradient checkpointing, which then saves next to nothing.
+    """
+    node = output.grad_fn
+    if hasattr(node, "A"):  # as trained on a CPU
+        node.A = None
+    elif hasattr(node, "tensors"):
+        node.tensors = (None, None, None)
+
+
+@contextmanager
+def giving_back_memory() -> Iterator[None]:
+    """Have glibc give back at once what is freed, as weights are read and quantized one after the other.
+
+    Left to itself it keeps so much that a quantized base took more on a CPU than a whole one. Afterwards it
+    is as it was: in training, memory that it keeps makes steps twice as fast.
+    """
     try:
-        ctypes.CDLL(None).malloc_trim(0)
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_THRESHOLD, 2**16)
     except (OSError, AttributeError, TypeError):
         # Another C library, another system.
-        return
+        library = None
+    try:
+        yield
+    finally:
+        if library is not None:
+            # What it comes to by itself.
+            library.mallopt(M_MMAP_THRESHOLD, 2**25)
+            library.mallopt(M_TRIM_THRESHOLD, 2**26)
+            library.malloc_trim(0)

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import weakref
 
 import pytest
 import torch
@@ -155,6 +156,22 @@ def test_an_adapter_trained_on_a_quantized_base_merges_into_the_dequantized_one(
         torch.testing.assert_close(loaded(**batch).logits, expected, rtol=0, atol=1e-4)
         merged = copy.deepcopy(loaded).merge_and_unload()
         torch.testing.assert_close(merged(**batch).logits, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("quantize", ["4bit", "8bit"])
+def test_a_quantized_linear_keeps_no_input_for_its_frozen_weight(family, folder, quantize):
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    model, _ = load(family, folder, quantize=quantize)
+    linear = next(m for m in model.train().modules() if isinstance(m, (Linear4bit, Linear8bitLt)))
+    x = torch.randn(4, linear.in_features, requires_grad=True)
+    scaled = x * 2
+    kept = weakref.ref(scaled)
+    output = linear(scaled)
+    del scaled
+    assert kept() is None
+    output.sum().backward()
+    assert x.grad.abs().sum() > 0
 
 
 def test_eight_bits_train(family, folder):
