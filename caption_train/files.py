@@ -46,6 +46,27 @@ def hash_file(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def fingerprint_model(folder: Path | str) -> str | None:
+    """Return a hash of the model in a folder that is the same wherever it lies; None for what is no folder.
+
+    Of large files only a megabyte at either end and the size count: other weights differ there too.
+    """
+    if not Path(folder).is_dir():
+        return None
+    found = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix in (".safetensors", ".bin", ".json") and path.is_file():
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                found.update(f"{path.name} {size} ".encode() + file.read(_SAMPLE))
+                file.seek(max(size - _SAMPLE, 0))
+                found.update(file.read(_SAMPLE))
+    return found.hexdigest()[:16]
+
+
+_SAMPLE = 1 << 20
+
+
 def _mode_of(path: Path) -> int:
     if path.exists():
         return path.stat().st_mode & 0o7777

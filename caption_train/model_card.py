@@ -34,6 +34,7 @@ class TrainingRecord:
     options: dict[str, Any]
     dataset: dict[str, Any]
     versions: dict[str, str]
+    base_fingerprint: str | None = None
     trainable_parameters: int = 0
     total_parameters: int = 0
 

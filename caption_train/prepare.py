@@ -22,6 +22,7 @@ from caption_train.dataset import BatchPlan, CaptionDataset, make_train_dataload
 from caption_train.errors import UsageError
 from caption_train.evaluation import Evaluator
 from caption_train.families.base import Batch, Family
+from caption_train.files import fingerprint_model
 from caption_train.fitting import fit_batch_size
 from caption_train.launcher import notice_launcher
 from caption_train.lock import OutputLock
@@ -206,6 +207,7 @@ def make_record(options: TrainOptions, family: Family, data: TrainingData) -> Tr
         options=describe_options(options),
         dataset=data.describe(),
         versions=find_versions(),
+        base_fingerprint=fingerprint_model(options.model_id),
     )
 
 

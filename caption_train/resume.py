@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ MAY_CHANGE = {
 }
 """Options that a resumed run may change and still be the run it was; the data is known by its content."""
 
-FACTS = ("family", "base_model", "revision", "prompt", "dataset")
+FACTS = ("family", "revision", "prompt")
 
 
 def find_resume_point(options: TrainOptions, accelerator: Accelerator) -> Path | None:
@@ -51,7 +52,8 @@ def find_resume_point(options: TrainOptions, accelerator: Accelerator) -> Path |
         checkpoint, passed = find_latest(options.output_dir)
         for line in passed:
             say(accelerator, f"--resume auto: {line}")
-        say(accelerator, f"--resume auto: {checkpoint or 'no checkpoint yet; starting anew'}")
+        none = "none is whole" if passed else "no checkpoint yet"
+        say(accelerator, f"--resume auto: {checkpoint or none + '; starting anew'}")
         return checkpoint
     checkpoint = follow(Path(options.resume))
     if not checkpoint.is_dir():
@@ -175,17 +177,21 @@ def check_same_size(checkpoint: Path, record: TrainingRecord, accelerator: Accel
 
 def list_differences(saved: dict[str, Any], record: TrainingRecord) -> list[str]:
     """Return what differs between a saved record and this run's, by name. Flags new to either pass."""
-    now = {name: getattr(record, name) for name in FACTS}
-    now |= {f"dataset's {name}": value for name, value in now.pop("dataset").items()}
-    was = {name: saved.get(name) for name in FACTS}
-    was |= {f"dataset's {name}": value for name, value in (was.pop("dataset") or {}).items()}
-    now |= {f"--{name}": value for name, value in record.options.items() if name not in MAY_CHANGE}
-    was |= {f"--{name}": value for name, value in saved["options"].items() if name not in MAY_CHANGE}
+    # Of a base in a folder what is in it counts, not where it lies.
+    by_content = bool(saved.get("base_fingerprint") and record.base_fingerprint)
+    was, now = _list_facts(saved, by_content), _list_facts(vars(record), by_content)
     return [
         f"{name} was {was[name]!r}, is {value!r}"
         for name, value in now.items()
         if name in was and was[name] != value
     ]
+
+
+def _list_facts(record: Mapping[str, Any], by_content: bool) -> dict[str, Any]:
+    base = {"base_model's content": "base_fingerprint"} if by_content else {"base_model": "base_model"}
+    facts = {shown: record.get(name) for shown, name in ({name: name for name in FACTS} | base).items()}
+    facts |= {f"dataset's {name}": value for name, value in (record.get("dataset") or {}).items()}
+    return facts | {f"--{name}": v for name, v in record["options"].items() if name not in MAY_CHANGE}
 
 
 def _refuse(checkpoint: Path, differences: list[str], accelerator: Accelerator, anyway: bool) -> None:

@@ -37,7 +37,13 @@ def test_the_card_of_a_full_model_speaks_of_no_lora(tmp_path):
 @pytest.mark.parametrize(("method", "flag"), [("lora", "--peft_model"), ("full", "--base_model")])
 def test_the_last_line_of_a_run_can_be_run(tmp_path, capsys, method, flag):
     options = TrainOptions(dataset_dir=tmp_path, output_dir=tmp_path / "a b", train_method=method)
-    summary = {"global_step": 1, "train_seconds": 1.0, "images_per_second": 1.0, "loss": 0.5}
+    summary = {
+        "global_step": 1,
+        "best_step": None,
+        "wall_seconds": 1.0,
+        "images_per_second": 1.0,
+        "loss": 0.5,
+    }
     summary |= {"peak_memory_bytes": 1, "skipped_steps": 0, "skipped_files": []}
     print_summary(summary, options, "inference.py")
     assert f"  python inference.py {flag} '{tmp_path}/a b' --images FOLDER\n" in capsys.readouterr().err

@@ -82,6 +82,13 @@ def test_auto_names_what_is_damaged_and_takes_the_one_before(finished, make, cap
     assert f"--resume auto: {path.parent}: " in words and "passed over" in words
 
 
+def test_where_no_checkpoint_is_whole_the_run_starts_anew_and_says_so(finished, make, capsys):
+    for path in list_checkpoints(finished):
+        (path / "manifest.json").write_bytes(b"")
+    assert resume(make).run.plan.first_step == 0
+    assert "--resume auto: none is whole; starting anew" in capsys.readouterr().err
+
+
 def test_a_folder_without_state_or_a_missing_one_is_told_in_one_line(finished, make, tmp_path):
     adapter = shutil.copytree(find(finished, 2), tmp_path / "adapter")
     shutil.rmtree(adapter / "state")
@@ -162,11 +169,15 @@ def test_every_schedule_is_stretched_over_more_epochs_at_once(make, falling, cap
     )
 
 
-def test_the_base_may_be_named_in_another_way(finished, make, base, monkeypatch):
-    monkeypatch.chdir(base.parent)
+def test_the_base_is_known_by_what_is_in_it_not_by_its_place(finished, make, base, tmp_path):
     options = make(resume="auto")
-    options.model_id = base.name
+    options.model_id = str(shutil.copytree(base, tmp_path / "moved"))
     assert prepare_training(options, get_family("blip")).run.plan.first_step == 3
+    weights = bytearray((tmp_path / "moved" / "model.safetensors").read_bytes())
+    weights[-100_000] ^= 1
+    (tmp_path / "moved" / "model.safetensors").write_bytes(weights)
+    with pytest.raises(UsageError, match="base_model's content was"):
+        prepare_training(options, get_family("blip"))
 
 
 def test_where_links_cannot_be_a_file_names_the_checkpoint(tmp_path, monkeypatch):
