@@ -53,6 +53,13 @@ def test_an_end_that_is_expressly_not_forced_is_not():
     assert settings_of(said) == TOKENS | {"no_repeat_ngram_size": 3}
 
 
+def test_a_legacy_config_that_says_something_has_lost_nothing():
+    """The original bans nothing then, and the native file made of it must not look like a lost one."""
+    found = settings_of({"num_beams": 2})
+    assert found == TOKENS | {"num_beams": 2, "no_repeat_ngram_size": 0, "forced_eos_token_id": 2}
+    assert settings_of({}, found) == found
+
+
 def test_token_ids_come_from_the_text_config():
     said = {"bos_token_id": 7, "eos_token_id": 8, "pad_token_id": 9, "decoder_start_token_id": 8}
     assert settings_of(said).items() >= said.items()

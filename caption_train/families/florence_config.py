@@ -162,22 +162,27 @@ def make_generation_config(
     text_config: as in the file; transformers drops these settings while it parses a config.
     saved: the generation_config.json of a native checkpoint; the legacy code never used a legacy one.
 
-    The authors' values stand in where neither the n-gram ban nor the forced start is said: then the settings
-    got lost on the way.
+    The authors' values stand in where the settings got lost on the way: a legacy config says none of them, a
+    native file says neither the n-gram ban nor the forced start.
     """
     from transformers import GenerationConfig
 
-    silent = not saved and "forced_eos_token_id" not in text_config
-    ending = {"forced_eos_token_id": AUTHORS_GENERATION["forced_eos_token_id"]} if silent else {}
     said = {
         name: value
         for name, value in text_config.items()
         if (name in AUTHORS_GENERATION and value is not None)
         or (name in OTHER_GENERATION and value != OTHER_GENERATION[name])
     }
-    said |= {name: value for name, value in (saved or {}).items() if value is not None}
     tokens = {name: _said(text_config).get(name, value) for name, value in TOKEN_IDS.items()}
-    return GenerationConfig(**{**tokens, **(AUTHORS_GENERATION if is_lost(said) else ending), **said})
+    if saved:
+        said |= _said(saved)
+        return GenerationConfig(**{**tokens, **(AUTHORS_GENERATION if is_lost(said) else {}), **said})
+    # A forced end is no sign: transformers keeps it. A ban of 0 says in a native file that nothing got lost.
+    lost = said.keys().isdisjoint(AUTHORS_GENERATION.keys() - {"forced_eos_token_id"})
+    unsaid = dict(AUTHORS_GENERATION) if lost else {"no_repeat_ngram_size": 0}
+    if "forced_eos_token_id" not in text_config:
+        unsaid["forced_eos_token_id"] = AUTHORS_GENERATION["forced_eos_token_id"]
+    return GenerationConfig(**{**tokens, **unsaid, **said})
 
 
 def is_lost(settings: Mapping[str, Any]) -> bool:
