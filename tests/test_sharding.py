@@ -1,6 +1,8 @@
 """FSDP on two CPU processes: the same run as data parallelism, with each weight cut in two."""
 
 import itertools
+import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -19,6 +21,7 @@ from transformers import AutoModelForImageTextToText
 
 from caption_train.families import get_family
 from caption_train.prepare import prepare_training
+from caption_train.training import Trainer
 
 trainers = []
 SETUPS = {
@@ -135,6 +138,22 @@ def test_ranks_with_unequal_shares_validate_caption_and_preview(launch, base, tm
     assert (tmp_path / "log").read_text().count("samples at step 0") == 2
     plain = AutoModelForImageTextToText.from_pretrained(base["blip"])
     assert PeftModel.from_pretrained(plain, tmp_path / "sharded").peft_config["default"].r == 4
+
+
+def test_a_loss_that_is_no_number_in_one_process_skips_the_step_in_both(launch, tmp_path):
+    def spoil_second_step() -> None:
+        def update_spoiled(trainer, micro_batches):
+            run = trainer.run
+            spoils = run.accelerator.process_index == 1 and run.progress.global_step == 1
+            for micro_batch in micro_batches if spoils else ():
+                micro_batch.inputs["pixel_values"] *= math.nan
+            return update(trainer, micro_batches)
+
+        update, Trainer.update = Trainer.update, update_spoiled
+
+    assert launch("out", before=spoil_second_step) == [0, 0], (tmp_path / "log").read_text()
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["skipped_steps"] == 1
+    assert all(math.isfinite(line["loss"]) for line in read_log(tmp_path / "out")[2:])
 
 
 def test_a_setting_that_would_not_be_heeded_is_refused_by_name(launch, tmp_path):
