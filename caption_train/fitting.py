@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch.distributed.fsdp import FSDPModule
 
 from caption_train.accelerator import hold_gradients
 from caption_train.agreement import say
@@ -58,6 +59,9 @@ def fit_batch_size(
         tried.append(options.batch_size)
         fits = _try_step(accelerator, model, collate_fn, _open_worst(options.batch_size, data))
         optimizer.zero_grad()
+        if not fits and isinstance(model, FSDPModule):
+            # The others cannot be asked: they are in their forward pass, waiting for this one's part.
+            raise CaptionTrainError(_advise(options, tried))
         if all(gather_object([fits])):
             break
         smaller = [n for n in range(1, options.batch_size // 2 + 1) if options.batch_size % n == 0]

@@ -9,7 +9,7 @@ import torch
 from forked import start_ranks
 from tiny_runs import read_log, save_base, write_pairs
 
-from caption_train import dataset, model_card
+from caption_train import dataset, fitting, model_card
 from caption_train.cli import train_main
 from caption_train.images import ImageError
 from caption_train.training import Trainer
@@ -82,6 +82,14 @@ def test_what_one_process_alone_runs_out_of_is_told(run_script, pairs):
     assert codes == [1, 1]
     assert "process 1: out of memory with --batch_size 2" in words
     assert "another process of this run has ended" in words
+
+
+def test_a_sharded_step_that_does_not_fit_in_one_process_is_told(run_script, pairs, monkeypatch):
+    """The other one is in the middle of its forward pass then, and cannot be asked."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    codes, words = run_script(pairs, on_rank_1=lambda: setattr(fitting, "_try_step", lambda *_: False))
+    assert codes == [1, 1] and "process 1: out of memory with --batch_size 2" in words
 
 
 def test_a_machine_with_other_versions_is_named(run_script, pairs):
