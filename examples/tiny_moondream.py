@@ -69,8 +69,8 @@ def make_templates(tokenizer: PreTrainedTokenizerFast) -> dict:
 def make_config(tokenizer: PreTrainedTokenizerFast) -> MoondreamConfig:
     """27 vision layers, crops of 378 pixels and heads of 64 as the official code demands them.
 
-    Not its patches of 14 pixels: 729 image tokens made pretraining 20 times slower, and in half an
-    hour of a busy core no shape was told from another. A patch of 126 pixels sees a shape whole.
+    Not its patches of 14 pixels: a patch of 126 pixels sees a shape whole. What became of the others is in
+    examples/README.md.
     """
     return MoondreamConfig(
         text_config=make_text_config(TEXT),
