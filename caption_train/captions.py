@@ -163,12 +163,18 @@ def _read_bytes(path: Path | str) -> bytes:
 def _decode(data: bytes, encoding: str) -> str:
     plain = encoding.lower().replace("_", "-") in ("utf-8", "utf8")
     if plain and data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise ValueError("not UTF-8 but UTF-16, by its first bytes; give --encoding utf-16")
+        raise ValueError(
+            "not UTF-8 but UTF-16, by its first bytes; compile_captions.py --encoding utf-16 reads it"
+        )
     try:
         text = data.decode("utf-8-sig" if plain else encoding)
     except UnicodeError as error:
         at = f" (position {error.start})" if isinstance(error, UnicodeDecodeError) else ""
-        hint = "; give --encoding cp1252, or whatever it was written in" if plain else ""
+        hint = (
+            "; compile_captions.py --encoding cp1252, or whatever it was written in, reads it"
+            if plain
+            else ""
+        )
         raise ValueError(f"not {encoding.upper()} text{at}{hint}") from error
     refuse_odd_characters(text)
     return join_lines(text)

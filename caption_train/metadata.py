@@ -4,11 +4,19 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from caption_train.captions import CAPTION_SUFFIXES, Pair, printable, scan_folder
+from caption_train.captions import (
+    CAPTION_SUFFIXES,
+    IMAGE_SUFFIXES,
+    Folder,
+    Pair,
+    is_inside,
+    printable,
+    scan_folder,
+)
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.files import hash_file, open_atomically
 from caption_train.pairing import match_captions
@@ -140,8 +148,21 @@ def _read_pairs(
         *(f"{name}: no caption in it" for name in matches.empty),
         *(f"{name}: empty (0 bytes)" for name in sorted(void)),
         *folder.unusable,
+        *_find_bad_links(folder, (*IMAGE_SUFFIXES, *caption_extensions)),
     ]
     return [pair for name, pair in matches.pairs.items() if name not in void], problems, found
+
+
+def _find_bad_links(folder: Folder, endings: Sequence[str]) -> Iterator[str]:
+    """Yield a line for each link that was left alone and could have led to data."""
+    root, endings = os.path.realpath(folder.root), tuple(map(str.lower, endings))
+    for name in folder.links:
+        path = folder.root / name
+        counts = path.is_dir() or name.lower().endswith(endings)
+        if counts and not is_inside(os.path.realpath(path), root):
+            yield f"{name}: a link that leads out of the folder (--follow_symlinks follows it)"
+        elif counts and not path.exists():
+            yield f"{name}: a link to nothing"
 
 
 def _digest(image: Path) -> str:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from caption_train.dataset import BatchPlan, CaptionDataset, make_train_dataloader
-from caption_train.errors import CaptionTrainError
+from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import get_family
 from caption_train.options import TrainOptions
 from caption_train.training_data import read_training_data
@@ -221,5 +221,10 @@ def test_any_dataset_is_trained_on_or_refused_in_words(
     assert policy == "skip" or not data.skipped
     outside = folder.parent / "outside"
     assert follow or not any(pair.image.resolve().is_relative_to(outside) for pair in data.train)
+    if any(len(pair.prompt or "") > 1000 for pair in data.train):
+        # Longer than the model has positions: refused by name before training starts.
+        with pytest.raises(UsageError, match="--prompt"):
+            batches_of(data.train)
+        return
     for batch in batches_of(data.train):
         assert batch.label_tokens and not batch.errors and batch.inputs["labels"].shape[1] <= 16

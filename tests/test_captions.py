@@ -105,7 +105,7 @@ def test_a_caption_becomes_one_line(tmp_path, content, caption):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"caf\xe9", r"not UTF-8 text \(position 3\); give --encoding cp1252"),
+        (b"caf\xe9", r"not UTF-8 text \(position 3\); compile_captions\.py --encoding cp1252"),
         ("a cat".encode("utf-16"), "--encoding utf-16"),
         (b"a\0cat", "NUL"),
         (b"a" * 10_000_000, r"10\.0 MB, longer than any caption"),

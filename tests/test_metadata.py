@@ -157,6 +157,26 @@ def test_without_metadata_the_caption_files_are_read(tmp_path):
         read_dataset(tmp_path, caption_extensions=[".caption"])
 
 
+def test_links_left_alone_are_problems_where_they_could_lead_to_data(tmp_path):
+    folder = tmp_path / "data"
+    write_pair(folder / "a.png", "fine")
+    write_pair(tmp_path / "elsewhere" / "b.png", "x")
+    for name, target in {
+        **{"b.png": "../elsewhere/b.png", "folder": "../elsewhere", "gone.txt": "nowhere"},
+        **{"loop": ".", "notes.md": "../elsewhere/b.txt", "c.png": "a.png"},
+    }.items():
+        (folder / name).symlink_to(target)
+    _, problems = inspect_dataset(folder)
+    assert sorted(problems) == [
+        "b.png: a link that leads out of the folder (--follow_symlinks follows it)",
+        "folder: a link that leads out of the folder (--follow_symlinks follows it)",
+        "gone.txt: a link to nothing",
+    ]
+    with pytest.raises(UsageError, match=r"nothing to read.*\n.*--follow_symlinks"):
+        (folder / "a.txt").unlink()
+        inspect_dataset(folder)
+
+
 def test_bad_caption_files_are_problems_too(tmp_path):
     write_pair(tmp_path / "a.png", "fine")
     write_pair(tmp_path / "b.png", "")
