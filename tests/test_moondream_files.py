@@ -13,6 +13,7 @@ from caption_train.cli import export_main
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import get_family
 from caption_train.families.moondream_checkpoint import to_old
+from caption_train.families.moondream_config import native_dict
 from caption_train.families.moondream_official import write_official
 from examples.tiny_moondream import REGION
 
@@ -225,3 +226,10 @@ def test_exporting_there_and_back_gives_the_same_bits(official, tmp_path):
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert json.loads((again / "config.json").read_text()) == json.loads((source / "config.json").read_text())
+
+
+@pytest.mark.parametrize(("release", "space"), [("2025-01-09", False), ("2025-04-14", True), (None, True)])
+def test_a_release_knows_whether_a_space_precedes_the_question(release, space):
+    """A filled config.json has no word for it: CodeGen's releases had one, but for the first."""
+    official = {"config": {"tokenizer": {"bos_id": 50256, "eos_id": 50256}}}
+    assert native_dict(official, release)["question_space"] == space
