@@ -17,6 +17,8 @@ def interrupt(log, *numbers, processes: int = 1, pause: float = 0.0):
     """Send a process some signals; return its exit code, 0 if it would finish its step."""
 
     def work() -> None:
+        # A test run under nohup has its children ignore SIGHUP.
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         with Interrupts(SimpleNamespace(num_processes=processes)):
             for number in numbers:
                 os.kill(os.getpid(), number)
