@@ -22,8 +22,9 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 SMALLEST_8BIT = 4096
 """bitsandbytes keeps the moments of smaller tensors in 32 bits."""
 HALF = ("bf16", "fp16")
-KEPT = 0.3
-"""What glibc's allocator keeps of what was freed, on a CPU, in units of the activations; measured on BLIP."""
+KEPT = 0.4
+"""What glibc keeps of what was freed, on a CPU, in units of all activations, also of those that are recomputed;
+measured on BLIP and Florence-2 (benchmarks/plan.py)."""
 SAME_SIZE = 0.05
 """Weights are as large as their file but for the LoRA, which the file has not, and for buffers."""
 
@@ -160,7 +161,9 @@ class Planner:
             copies = sum(2 * p.numel() for p in self.model.parameters() if p.requires_grad and p.dim() > 1)
             inputs = self.activations[kind].held(checkpointing=True, recomputing=False) * options.batch_size
             held = max(held, inputs + copies)
-        return int(held * (1 + KEPT if self.device == "cpu" else 1))
+        if self.device == "cpu":
+            held += KEPT * self.activations[kind].held(checkpointing=False) * options.batch_size
+        return int(held)
 
     def count_weights(self, options: TrainOptions) -> int:
         """Return the bytes of all weights, held as `--quantize`, `--dtype` and `--mixed_precision` say."""

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import start, start_ranks
 from PIL import Image
-from tiny_runs import MODELS, save_base
+from safetensors.torch import load_file
+from tiny_runs import MODELS, save_base, train, write_pairs
+from tiny_runs import make_options as make_run_options
 
 from caption_train.accelerator import accumulate, make_accelerator, make_lr_scheduler, make_optimizer
 from caption_train.combinations import REFUSALS, check, make_table
@@ -128,3 +131,28 @@ def test_the_accelerators_own_answers_are_checked():
     assert not check(make_options(), distributed="FSDP")
     assert check(make_options(auto_batch_size=True), distributed="FSDP")
     assert not check(make_options(), distributed="MULTI_CPU", precision="bf16")
+
+
+COMPRESSED = {"optimizer_name": "Flora", "accumulation_compression": True}
+ON_RANKS = {
+    "blip": {"quantize": "8bit", "gradient_checkpointing": True, "optimizer_name": "AdamW8bit"},
+    "florence": {"quantize": "4bit", "gradient_checkpointing": True, "dora": True, "lora_plus_ratio": 4.0},
+    "moondream": {**COMPRESSED, "activation_checkpointing": True, "train_method": "full"},
+}
+
+
+@pytest.mark.parametrize("name", ON_RANKS)
+def test_savers_on_two_processes_equal_those_on_one(name, tmp_path):
+    base, pairs = save_base(name, tmp_path / "base"), write_pairs(tmp_path / "pairs", 8)
+
+    def work(output: str, batch_size: int):
+        few = {"optimizer_rank": 4, "accumulation_rank": 4, "epochs": 1, "batch_size": batch_size}
+        options = make_run_options(name, base, pairs, tmp_path / output, **few, **ON_RANKS[name])
+        return lambda: train(name, options)
+
+    children = [*start_ranks(2, work("two", 2), tmp_path / "log"), start(work("one", 4), tmp_path / "log")]
+    assert [child.wait() for child in children] == [0, 0, 0], (tmp_path / "log").read_text()[-2000:]
+    one, two = (load_file(next((tmp_path / output).glob("*model.safetensors"))) for output in ("one", "two"))
+    assert one.keys() == two.keys()
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=0, atol=3e-4)
