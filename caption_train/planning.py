@@ -23,7 +23,7 @@ SMALLEST_8BIT = 4096
 """bitsandbytes keeps the moments of smaller tensors in 32 bits."""
 HALF = ("bf16", "fp16")
 KEPT = 0.4
-"""What glibc keeps of what was freed, on a CPU, in units of all activations, also of those that are recomputed;
+"""What glibc keeps of what was freed, on a CPU, in units of all activations, recomputed ones too;
 measured on BLIP and Florence-2 (benchmarks/plan.py)."""
 SAME_SIZE = 0.05
 """Weights are as large as their file but for the LoRA, which the file has not, and for buffers."""
