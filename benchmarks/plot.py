@@ -1,9 +1,13 @@
 """Draw memory.png from memory.json and flora.json: python benchmarks/plot.py"""
 
 import json
+import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.memory import MODELS, ROWS, count
 
 HERE = Path(__file__).parent
 PARTS = {"weights": "tab:blue", "gradients": "tab:orange", "state": "tab:green", "rest": "lightgray"}
@@ -12,7 +16,7 @@ FULL_STATE = "AdamW"
 
 def draw_peaks(axes, rows: dict[str, dict], title: str) -> None:
     """One bar a row, as long as the measured peak, of which the counted parts are coloured."""
-    rows = {name: row for name, row in rows.items() if "peak" in row}
+    rows = {name: rows[name] for name in ROWS if "peak" in rows.get(name, {})}
     names = list(rows)[::-1]
     left = [0.0] * len(names)
     for part, colour in PARTS.items():
@@ -67,15 +71,28 @@ def draw_quality(axes, results: dict[str, dict]) -> None:
     axes.legend(fontsize=7)
 
 
+def draw_ranks(axes) -> None:
+    """Bytes of Flora's state and of compressed gradients against the rank, in units of AdamW's."""
+    for name in MODELS:
+        rows = count(name)
+        ranks = [int(row.split()[1]) for row in rows if row.startswith("Flora")]
+        for index, style in enumerate(("-", ":")):
+            shares = [100 * rows[f"Flora {rank}"][index] for rank in ranks]
+            label = f"{name}, {('state', 'gradients')[index]}"
+            axes.plot(ranks, shares, style, marker="o", ms=3, label=label, color=f"C{MODELS.index(name)}")
+    axes.set(title="Every weight trained, true size", xlabel="rank", ylabel="% of AdamW's", xscale="log")
+    axes.legend(fontsize=7)
+
+
 def main() -> None:
     results = json.loads((HERE / "memory.json").read_text())
     figure = Figure(figsize=(13, 12), layout="constrained")
     grid = figure.subplots(3, 2)
     for axes, (name, rows) in zip(grid.flat, results.items(), strict=False):
         draw_peaks(axes, rows, name)
-    grid[0][0].legend(fontsize=7, loc="lower right")
+    grid[0][0].legend(fontsize=7, loc="center right")
     draw_quality(grid[2][0], json.loads((HERE / "flora.json").read_text()))
-    grid[2][1].axis("off")
+    draw_ranks(grid[2][1])
     figure.savefig(HERE / "memory.png", dpi=90)
 
 
