@@ -20,6 +20,7 @@ class Setup:
     quantize: str | None
     train_method: str
     dora: bool
+    rslora: bool
     lora_plus_ratio: float | None
     init_lora_weights: str | None
     quantize_parts: tuple[str, ...]
@@ -63,6 +64,10 @@ REFUSALS = (
     Refusal(
         lambda s: s.dora and s.train_method == "full",
         "--dora cannot be combined with --train_method full, which has no LoRA: drop one of them",
+    ),
+    Refusal(
+        lambda s: s.rslora and s.train_method == "full",
+        "--rslora cannot be combined with --train_method full, which has no LoRA: drop one of them",
     ),
     Refusal(
         lambda s: s.dora and s.quantize == "8bit",
@@ -154,6 +159,7 @@ def check(
         quantize=options.quantize,
         train_method=options.train_method,
         dora=options.dora,
+        rslora=options.rslora,
         lora_plus_ratio=options.lora_plus_ratio,
         init_lora_weights=options.init_lora_weights,
         quantize_parts=tuple(options.quantize_parts),
@@ -174,6 +180,7 @@ _PLAIN = Setup(
     quantize=None,
     train_method="lora",
     dora=False,
+    rslora=False,
     lora_plus_ratio=None,
     init_lora_weights=None,
     quantize_parts=(),
@@ -198,6 +205,7 @@ _CHOICES: dict[str, tuple[dict, dict]] = {
     "mixed_precision fp16": ({}, {"precision": "fp16"}),
     "train_method full": ({}, {"train_method": "full"}),
     "dora": ({}, {"dora": True}),
+    "rslora": ({}, {"rslora": True}),
     "lora_plus_ratio": ({}, {"lora_plus_ratio": 16.0}),
     "init_lora_weights pissa, olora": ({}, {"init_lora_weights": "pissa"}),
     "init_lora_weights eva, gaussian": ({}, {"init_lora_weights": "eva"}),

@@ -30,6 +30,7 @@ AXES = {
     "mixed_precision": ("no", "bf16", "fp16"),
     "train_method": ("lora", "full"),
     "dora": (False, True),
+    "rslora": (False, True),
     "lora_plus_ratio": (None, 4.0),
     "init_lora_weights": (None, "gaussian", "pissa", "eva"),
 }

@@ -27,7 +27,12 @@ trainers = []
 SETUPS = {
     "clipped, accumulated, dropout": {**HARD, "max_grad_norm": 0.2},
     "checkpointed in bf16": {**HARD, "gradient_checkpointing": True, "mixed_precision": "bf16"},
-    "DoRA and LoRA+": {"dora": True, "lora_plus_ratio": 16.0, "init_lora_weights": "gaussian"},
+    "DoRA, rsLoRA and LoRA+": {
+        "dora": True,
+        "rslora": True,
+        "lora_plus_ratio": 16.0,
+        "init_lora_weights": "gaussian",
+    },
     "every weight": {"train_method": "full", "learning_rate": 1e-4, "gradient_accumulation_steps": 2},
     "the language model's weights in bf16": {
         **{"train_method": "full", "train_parts": ["language"], "mixed_precision": "bf16"},
