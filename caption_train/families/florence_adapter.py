@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caption_train.errors import CaptionTrainError
-from caption_train.families.florence_files import open_weights, read_object
+from caption_train.families.florence_files import open_tensors
 from caption_train.families.florence_names import LEGACY_STARTS, LOGITS_BIAS, legacy_name, native_name
 from caption_train.families.loading import shorten
+from caption_train.families.weights import read_object
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +87,7 @@ def read_adapter_files(folder: Path | str) -> Adapter:
     path = next((path for name in WEIGHTS if (path := folder / name).is_file()), None)
     if path is None:
         raise CaptionTrainError(f"--peft_model {folder}: there are no weights: none of {', '.join(WEIGHTS)}")
-    tensors = {name.removeprefix(PREFIX): tensor[...] for name, tensor in open_weights(path).items()}
+    tensors = {name.removeprefix(PREFIX): tensor[...] for name, tensor in open_tensors(path).items()}
     return Adapter(config, tensors)
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from caption_train.errors import CaptionTrainError
 from caption_train.families.florence_names import LEGACY_STARTS
 from caption_train.families.loading import explained, find_side_files, shorten
+from caption_train.families.weights import open_weights, read_object
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +39,7 @@ class Checkpoint:
     @cached_property
     def tensors(self) -> dict[str, Any]:
         """Name → tensor, or a slice of a safetensors file that is read when indexed with `[...]`."""
-        return {name: tensor for path in self.weights for name, tensor in open_weights(path).items()}
+        return {name: tensor for path in self.weights for name, tensor in open_tensors(path).items()}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,17 +102,6 @@ def find_checkpoint(model_id: str, revision: str | None = None) -> Checkpoint:
     return Checkpoint(model_id, folder, tuple(weights.values()))
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; CaptionTrainError if it holds anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise CaptionTrainError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CaptionTrainError(f"{path} holds no JSON object")
-    return content
-
-
 def shape_of(tensor: Any) -> list[int]:
     """Return the shape of a tensor or of a slice of a safetensors file."""
     return list(tensor.shape) if hasattr(tensor, "shape") else tensor.get_shape()
@@ -126,24 +113,13 @@ def _dtype_of(tensor: Any) -> torch.dtype:
     return tensor.dtype if isinstance(tensor, torch.Tensor) else tensor[:0].dtype
 
 
-def open_weights(path: Path) -> dict[str, Any]:
-    """Return name → tensor of a `.bin` file, weights only, or name → slice of a safetensors file.
-
-    Raises CaptionTrainError for a damaged file, and for one that holds anything but tensors.
-    """
+def open_tensors(path: Path) -> dict[str, Any]:
+    """Return what `open_weights` does; CaptionTrainError for a file that holds anything but tensors."""
     import torch
-    from safetensors import SafetensorError, safe_open
 
-    damaged = f"{path} is damaged, or holds other things than tensors"
-    try:
-        if path.suffix != ".bin":
-            file = safe_open(path, framework="pt")
-            return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
-        raise CaptionTrainError(damaged) from error
-    if not isinstance(tensors, dict):
-        raise CaptionTrainError(damaged)
-    if other := [str(name) for name, value in tensors.items() if not isinstance(value, torch.Tensor)]:
+    contents = open_weights(path)
+    if path.suffix == ".safetensors":
+        return contents
+    if other := [str(name) for name, value in contents.items() if not isinstance(value, torch.Tensor)]:
         raise CaptionTrainError(f"{path} holds other things than tensors: {shorten(other)}")
-    return tensors
+    return contents

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caption_train.errors import CaptionTrainError
-from caption_train.families.florence_files import read_object
+from caption_train.families.weights import read_object
 
 if TYPE_CHECKING:
     from transformers import Florence2Processor, PreTrainedTokenizerBase

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import zipfile
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families.moondream_revisions import RELEASES, TOKENIZER_NAMES
+from caption_train.families.weights import open_weights, read_object
 
 END_OF_TEXT = "<|endoftext|>"
 STARMIE = ("moondream/starmie-v1", "35192e10a54e36eabe0a7cc57a2c1aab371cafc5")
@@ -42,7 +39,7 @@ def find_weight_files(folder: Path) -> list[Path]:
     """
     for name in _WEIGHTS:
         if (index := folder / f"{name}.index.json").is_file():
-            return [folder / shard for shard in sorted(set(read_json(index)["weight_map"].values()))]
+            return [folder / shard for shard in sorted(set(read_object(index)["weight_map"].values()))]
         if (folder / name).is_file():
             return [folder / name]
     for pattern in ("*.safetensors", "*.pt"):
@@ -96,14 +93,6 @@ def read_tokenizer(model_id: str | Path, revision: str | None, bos_token_id: int
     return tokenizer
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return what a JSON file holds."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CaptionTrainError(f"{path}: cannot be read: {error}") from error
-
-
 def _find_tokenizer(model_id: str | Path, revision: str | None, bos_token_id: int) -> Path:
     if Path(model_id).is_dir():
         return Path(model_id) / "tokenizer.json"
@@ -125,11 +114,5 @@ def _tokenizer_name(bos_token_id: int | None) -> str:
 
 
 def _read_file(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        return {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
-        raise CaptionTrainError(f"{path} is damaged, or holds other things than tensors") from error
+    contents, is_safe = open_weights(path), path.suffix == ".safetensors"
+    return {n: value[...] for n, value in contents.items() if is_safe or isinstance(value, torch.Tensor)}

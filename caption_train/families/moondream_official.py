@@ -27,8 +27,9 @@ from caption_train.families.moondream_config import (
     native_dict,
     official_dict,
 )
-from caption_train.families.moondream_files import find_folder, find_weight_files, read_json, read_weights
+from caption_train.families.moondream_files import find_folder, find_weight_files, read_weights
 from caption_train.families.moondream_revisions import RELEASES, REVISIONS
+from caption_train.families.weights import read_object
 from caption_train.files import write_atomically
 
 _NOT_WEIGHTS = re.compile(r"kv_cache|attn_mask|freqs_cis|inv_freq")
@@ -76,7 +77,7 @@ def read_official(
     tensors = {new: raw[name] for new, name in names.items()}
     if old := any(name.startswith("text_model.") for name in raw):
         tensors = transpose_features(tensors)
-    official = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    official = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
     _check_release(model_id, revision, official)
     try:
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}

@@ -1,0 +1,43 @@
+"""Reading a checkpoint's files by hand, where a layout is not one that transformers knows."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+from caption_train.errors import CaptionTrainError
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; CaptionTrainError if it holds anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise CaptionTrainError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CaptionTrainError(f"{path} holds no JSON object")
+    return content
+
+
+def open_weights(path: Path) -> dict[str, Any]:
+    """Return name → slice of a safetensors file, or name → what another file holds, read as weights only.
+
+    Raises CaptionTrainError for a damaged file, and for one that holds code or no names.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    damaged = f"{path} is damaged, or holds other things than tensors"
+    try:
+        if path.suffix == ".safetensors":
+            file = safe_open(path, framework="pt")
+            return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+        raise CaptionTrainError(damaged) from error
+    if not isinstance(contents, dict):
+        raise CaptionTrainError(damaged)
+    return contents
