@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from caption_train.combinations import check
 from caption_train.errors import UsageError
 from caption_train.options import TrainOptions
+from caption_train.processes import is_one_of_several
 from caption_train.sharding import describe_launch, find_unsupported
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -156,7 +157,7 @@ def _refuse(problems: list[str]) -> None:
 
 def _share_cpus() -> bool:
     """Tell several processes without a GPU, of which accelerate would make as many runs, each on its own."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
+    return is_one_of_several() and not torch.accelerator.is_available()
 
 
 def _choose_device(device: str | None) -> None:

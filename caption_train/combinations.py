@@ -39,6 +39,13 @@ class Refusal:
     sentence: str
 
 
+def _refuse_without_lora(flag: str, shown: str = "") -> Refusal:
+    return Refusal(
+        lambda s: getattr(s, flag) not in (None, False) and s.train_method == "full",
+        f"--{flag}{shown} cannot be combined with --train_method full, which has no LoRA: drop one of them",
+    )
+
+
 REFUSALS = (
     Refusal(
         lambda s: s.accumulation_compression and s.optimizer_name != "Flora",
@@ -61,28 +68,15 @@ REFUSALS = (
         "--quantize {quantize} cannot be combined with --train_method full: quantized weights have no "
         "gradient; drop --quantize, or train a LoRA on the quantized base with --train_method lora",
     ),
-    Refusal(
-        lambda s: s.dora and s.train_method == "full",
-        "--dora cannot be combined with --train_method full, which has no LoRA: drop one of them",
-    ),
-    Refusal(
-        lambda s: s.rslora and s.train_method == "full",
-        "--rslora cannot be combined with --train_method full, which has no LoRA: drop one of them",
-    ),
+    _refuse_without_lora("dora"),
+    _refuse_without_lora("rslora"),
     Refusal(
         lambda s: s.dora and s.quantize == "8bit",
         "--dora cannot be combined with --quantize 8bit, whose weights cannot be read back to measure them: "
         "use --quantize 4bit, or drop --dora",
     ),
-    Refusal(
-        lambda s: s.lora_plus_ratio is not None and s.train_method == "full",
-        "--lora_plus_ratio cannot be combined with --train_method full, which has no LoRA: drop one of them",
-    ),
-    Refusal(
-        lambda s: s.init_lora_weights is not None and s.train_method == "full",
-        "--init_lora_weights {init_lora_weights} cannot be combined with --train_method full, which has no "
-        "LoRA: drop one of them",
-    ),
+    _refuse_without_lora("lora_plus_ratio"),
+    _refuse_without_lora("init_lora_weights", " {init_lora_weights}"),
     Refusal(
         lambda s: s.init_lora_weights in PRINCIPAL and s.quantize is not None,
         "--init_lora_weights {init_lora_weights} cannot be combined with --quantize {quantize}: it changes "

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +35,15 @@ class MicroBatch:
     def pin_memory(self) -> "MicroBatch":
         """Copy the tensors to page-locked memory; the DataLoader calls this."""
         return replace(self, inputs={name: tensor.pin_memory() for name, tensor in self.inputs.items()})
+
+
+def open_items(pairs: Iterable[Pair]) -> Iterator[dict[str, Any]]:
+    """Yield what a collator reads of each pair, whose caption stays as it is; leave out unreadable images."""
+    for pair in pairs:
+        try:
+            yield pair.texts | {"image": open_image(pair.image)}
+        except ImageError:
+            continue
 
 
 class CaptionDataset(Dataset):

@@ -13,9 +13,9 @@ from torch.distributed.fsdp import FSDPModule
 from caption_train.accelerator import hold_gradients
 from caption_train.agreement import say
 from caption_train.collate import find_dtype, move_batch
+from caption_train.dataset import open_items
 from caption_train.errors import CaptionTrainError, is_out_of_memory
 from caption_train.families.base import Batch
-from caption_train.images import ImageError, open_image
 from caption_train.options import TrainOptions
 from caption_train.saving import peak_memory
 from caption_train.training_data import TrainingData
@@ -113,12 +113,7 @@ def _try_step(
 
 def _open_worst(count: int, data: TrainingData) -> list[dict]:
     """Return the `count` items that need the most memory; a small dataset is repeated."""
-    items = []
-    for pair in data.find_worst(count):
-        try:
-            items.append({"image": open_image(pair.image)} | pair.texts)
-        except ImageError:
-            continue
+    items = list(open_items(data.find_worst(count)))
     if not items:
         raise CaptionTrainError("none of the largest images can be read any more")
     return (items * count)[:count]

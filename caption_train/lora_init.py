@@ -20,8 +20,6 @@ from caption_train.errors import UsageError
 OVERSAMPLED = 8
 """Directions looked for beyond those wanted; so many make a randomized SVD close to the exact one."""
 FLAG = "--init_lora_weights"
-Start = dict[str, torch.Tensor]
-"""A0 and B0 by their names in the adapter's file."""
 
 
 def start_from_weights(model: PeftModel, init: str, device: torch.device) -> None:

@@ -1,6 +1,6 @@
 """A LoRA's first weights in a run: new, from the base, from the data, or those of a checkpoint."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,8 +11,8 @@ from peft import PeftModel, load_peft_weights
 from caption_train.captions import Pair
 from caption_train.collate import find_dtype, move_batch
 from caption_train.combinations import PRINCIPAL
+from caption_train.dataset import open_items
 from caption_train.families.base import Batch
-from caption_train.images import ImageError, open_image
 from caption_train.lora import fill_adapter
 from caption_train.lora_init import resume_start, start_from_inputs, start_from_weights
 from caption_train.options import TrainOptions
@@ -45,19 +45,11 @@ def look_at_data(
     """Start a new LoRA from images spread over the dataset, the same ones on every process."""
     device, model = accelerator.device, accelerator.unwrap_model(model)
     dtype = find_dtype(model)
-    batches = (move_batch(collate_fn([item]), device, dtype) for item in _choose(pairs))
+    chosen = pairs[:: max(len(pairs) // DATA_IMAGES, 1)][:DATA_IMAGES]
+    batches = (move_batch(collate_fn([item]), device, dtype) for item in open_items(chosen))
     with torch.random.fork_rng([device] if device.type == "cuda" else []), accelerator.autocast():
         start_from_inputs(model, batches)
     if accelerator.num_processes > 1:
         # A GPU's kernels need not give the same bits twice.
         for p in (p for p in model.parameters() if p.requires_grad):
             broadcast(p.data)
-
-
-def _choose(pairs: Sequence[Pair]) -> Iterator[dict]:
-    for pair in pairs[:: max(len(pairs) // DATA_IMAGES, 1)][:DATA_IMAGES]:
-        try:
-            yield {"image": open_image(pair.image)} | pair.texts
-        except ImageError:
-            # Training says so; here one image more or less is nothing.
-            continue
