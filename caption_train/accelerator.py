@@ -12,11 +12,11 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
+from caption_train import sharding, zero
 from caption_train.combinations import check
 from caption_train.errors import UsageError
 from caption_train.options import TrainOptions
 from caption_train.processes import is_one_of_several
-from caption_train.sharding import describe_launch, find_unsupported
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 KINDS = ("DEEPSPEED", "MEGATRON_LM", "FSDP")
@@ -46,12 +46,12 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
 
         accelerator = CompressedAccelerator(options.accumulation_rank, **settings)
     else:
-        accelerator = Accelerator(**settings)
+        accelerator = (zero.ZeroAccelerator if zero.is_asked_for() else Accelerator)(**settings)
     problems = check(
         options,
         device=accelerator.device.type,
         precision=accelerator.mixed_precision,
-        distributed=describe_launch(accelerator),
+        distributed=sharding.describe_launch(accelerator),
     )
     _refuse(problems)
     return accelerator
@@ -147,7 +147,9 @@ def _check_launch(options: TrainOptions) -> list[str]:
         precision=options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION"),
         distributed=asked[0] if asked else None,
     )
-    return problems + (find_unsupported() if "FSDP" in asked else [])
+    for kind, room in (("FSDP", sharding), ("DEEPSPEED", zero)):
+        problems += room.find_unsupported() if kind in asked else []
+    return problems
 
 
 def _refuse(problems: list[str]) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 PRINCIPAL = ("pissa", "pissa_niter_16", "olora")
 """Values of `--init_lora_weights` that take a part out of the base's weights."""
+SHARDED = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed"}
+"""Ways to hold only a part of what is trained in each process, and their names."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,10 @@ class Setup:
     precision: str | None
     distributed: str | None = None
     auto_batch_size: bool = False
+
+    @property
+    def sharded(self) -> str | None:
+        return SHARDED.get(self.distributed)
 
 
 @dataclass(frozen=True)
@@ -105,9 +111,9 @@ REFUSALS = (
         "accelerate's configuration asks for fp8, which is not supported: use --mixed_precision bf16",
     ),
     Refusal(
-        lambda s: s.distributed == "FSDP" and s.optimizer_name != "AdamW",
-        "--optimizer_name {optimizer_name} cannot be combined with FSDP: it reads whole weights, of which "
-        "each process holds a part; use --optimizer_name AdamW, whose state is sharded too",
+        lambda s: s.distributed in SHARDED and s.optimizer_name != "AdamW",
+        "--optimizer_name {optimizer_name} cannot be combined with {sharded}: it works on whole matrices, of "
+        "which each process holds a part; use --optimizer_name AdamW, whose state is sharded too",
     ),
     Refusal(
         lambda s: s.distributed == "FSDP" and s.quantize is not None,
@@ -115,22 +121,27 @@ REFUSALS = (
         "or launch with plain data parallelism (--multi_gpu)",
     ),
     Refusal(
-        lambda s: s.distributed == "FSDP" and s.init_lora_weights in (*PRINCIPAL, "eva"),
+        lambda s: s.distributed == "FSDP" and s.init_lora_weights in PRINCIPAL,
         "--init_lora_weights {init_lora_weights} cannot be combined with FSDP: it is found from whole "
         "weights; drop it, or launch with plain data parallelism (--multi_gpu)",
     ),
     Refusal(
-        lambda s: s.distributed == "FSDP" and s.precision == "fp16",
-        "--mixed_precision fp16 cannot be combined with FSDP, where its loss scaler is not tested: use "
+        lambda s: s.distributed in SHARDED and s.init_lora_weights == "eva",
+        "--init_lora_weights eva cannot be combined with {sharded}: it changes weights that are shared out "
+        "already; drop it, or launch with plain data parallelism (--multi_gpu)",
+    ),
+    Refusal(
+        lambda s: s.distributed in SHARDED and s.precision == "fp16",
+        "--mixed_precision fp16 cannot be combined with {sharded}, where its loss scaler is not tested: use "
         "--mixed_precision bf16",
     ),
     Refusal(
-        lambda s: s.distributed == "FSDP" and s.auto_batch_size,
-        "--auto_batch_size cannot be combined with FSDP: a process that runs out of memory would leave the "
-        "others waiting for its part; use a smaller --batch_size",
+        lambda s: s.distributed in SHARDED and s.auto_batch_size,
+        "--auto_batch_size cannot be combined with {sharded}: a process that runs out of memory would leave "
+        "the others waiting for its part; use a smaller --batch_size",
     ),
     Refusal(
-        lambda s: s.distributed not in (None, "NO", "MULTI_CPU", "MULTI_GPU", "FSDP"),
+        lambda s: s.distributed not in (None, "NO", "MULTI_CPU", "MULTI_GPU", *SHARDED),
         "accelerate's configuration asks for {distributed}, which is not supported: launch with plain data "
         "parallelism (--multi_gpu) or with --config_file examples/accelerate/fsdp.yaml",
     ),
@@ -163,7 +174,11 @@ def check(
         distributed=distributed,
         auto_batch_size=options.auto_batch_size,
     )
-    return [refusal.sentence.format(**vars(setup)) for refusal in REFUSALS if refusal.applies(setup)]
+    return [
+        refusal.sentence.format(**vars(setup), sharded=setup.sharded)
+        for refusal in REFUSALS
+        if refusal.applies(setup)
+    ]
 
 
 _PLAIN = Setup(
@@ -202,10 +217,12 @@ _CHOICES: dict[str, tuple[dict, dict]] = {
     "rslora": ({}, {"rslora": True}),
     "lora_plus_ratio": ({}, {"lora_plus_ratio": 16.0}),
     "init_lora_weights pissa, olora": ({}, {"init_lora_weights": "pissa"}),
-    "init_lora_weights eva, gaussian": ({}, {"init_lora_weights": "eva"}),
+    "init_lora_weights gaussian": ({}, {"init_lora_weights": "gaussian"}),
+    "init_lora_weights eva": ({}, {"init_lora_weights": "eva"}),
     "device cpu": ({}, {"device": "cpu"}),
     "several processes": ({}, {"distributed": "MULTI_GPU"}),
     "FSDP": ({}, {"distributed": "FSDP"}),
+    "DeepSpeed": ({}, {"distributed": "DEEPSPEED"}),
 }
 
 

@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch.distributed.fsdp import FSDPModule
 
 from caption_train.accelerator import hold_gradients
 from caption_train.agreement import say
 from caption_train.collate import find_dtype, move_batch
+from caption_train.combinations import SHARDED
 from caption_train.dataset import open_items
 from caption_train.errors import CaptionTrainError, is_out_of_memory
 from caption_train.families.base import Batch
 from caption_train.options import TrainOptions
 from caption_train.saving import peak_memory
+from caption_train.sharding import describe_launch
 from caption_train.training_data import TrainingData
 
 GIB = 1024**3
@@ -59,8 +60,8 @@ def fit_batch_size(
         tried.append(options.batch_size)
         fits = _try_step(accelerator, model, collate_fn, _open_worst(options.batch_size, data))
         optimizer.zero_grad()
-        if not fits and isinstance(model, FSDPModule):
-            # The others cannot be asked: they are in their forward pass, waiting for this one's part.
+        if not fits and describe_launch(accelerator) in SHARDED:
+            # The others cannot be asked: they are in the middle of the step, waiting for this one's part.
             raise CaptionTrainError(_advise(options, tried))
         if all(gather_object([fits])):
             break

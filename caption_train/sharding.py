@@ -21,10 +21,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from caption_train.checkpointing import find_blocks
+from caption_train.zero import ZeroAccelerator
 
 
 def describe_launch(accelerator: Accelerator) -> str:
-    """Return accelerate's name for how processes share the work; on CPUs it does not know FSDP's."""
+    """Return accelerate's name for how processes share the work, also where it knows nothing of it."""
+    if isinstance(accelerator, ZeroAccelerator):
+        return DistributedType.DEEPSPEED.value
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if asked and accelerator.distributed_type == DistributedType.MULTI_CPU:
         return DistributedType.FSDP.value
@@ -126,6 +129,8 @@ def gather_state(accelerator: Accelerator, state: Any) -> Any:
 def scatter_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     """Return a `state_dict` with each tensor cut like the parameter it belongs to; every process reads it."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not any(isinstance(p, DTensor) for p in parameters):
+        return state
     for index, values in state["state"].items():
         p = parameters[index]
         for name, value in values.items():

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -159,10 +160,16 @@ def test_what_accelerate_resolved_is_checked_too(monkeypatch):
         make_accelerator(make_options(device=None if not torch.cuda.is_available() else "cpu"))
 
 
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
+
+
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DEEPSPEED.*fsdp.yaml"),
+        (DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "zero_stage: set it to 2, or use examples"),
+        (DEEPSPEED | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "zero.json"}, "deepspeed_config_file: is not read"),
+        (DEEPSPEED | {"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, "use --max_grad_norm"),
+        (DEEPSPEED, "num_processes: one has nothing to share out"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "asks for MEGATRON_LM"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_RESHARD_AFTER_FORWARD": "true"}, "fsdp_version: set it to 2"),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "fp8, which is not supported"),
@@ -172,6 +179,14 @@ def test_what_the_launcher_asks_for_is_refused_in_one_line(variables, words, mon
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=words):
+        make_accelerator(make_options())
+
+
+def test_a_launch_with_deepspeed_says_how_to_install_it(monkeypatch):
+    for name, value in (DEEPSPEED | {"WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(UsageError, match=r"asks for DeepSpeed.*pip install deepspeed.*fsdp\.yaml"):
         make_accelerator(make_options())
 
 

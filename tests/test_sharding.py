@@ -1,5 +1,6 @@
-"""FSDP on two CPU processes: the same run as data parallelism, with each weight cut in two."""
+"""FSDP and DeepSpeed on two CPU processes: the data-parallel run, with what is trained cut in two."""
 
+import importlib.util
 import itertools
 import json
 import math
@@ -23,6 +24,10 @@ from caption_train.families import get_family
 from caption_train.prepare import prepare_training
 from caption_train.training import Trainer
 
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: it is an extra"
+)
+WAYS = ["fsdp", pytest.param("deepspeed", marks=needs_deepspeed)]
 trainers = []
 SETUPS = {
     "clipped, accumulated, dropout": {**HARD, "max_grad_norm": 0.2},
@@ -55,26 +60,40 @@ def pairs(tmp_path_factory):
 
 @pytest.fixture
 def launch(base, pairs, tmp_path):
-    """`launch("out", sharded=True, …)` trains on two ranks; returns their exit codes."""
+    """`launch("out", way="fsdp", …)` trains on two ranks, on "ddp" unsharded; returns their exit codes."""
 
-    def launch(output, *, sharded=True, family="blip", before=lambda: None, **changes) -> list[int]:
+    def launch(output, *, way, family="blip", before=lambda: None, **changes) -> list[int]:
         options = make_options(family, base[family], pairs, tmp_path / output, **changes)
 
         def work() -> None:
-            os.environ |= {"ACCELERATE_USE_FSDP": str(sharded).lower(), "FSDP_VERSION": "2"}
+            os.environ |= {"ACCELERATE_USE_FSDP": str(way == "fsdp").lower(), "FSDP_VERSION": "2"}
+            os.environ |= {"ACCELERATE_USE_DEEPSPEED": str(way == "deepspeed").lower()}
             before()
             trainer = prepare_training(options, get_family(family))
-            parameters = [*trainer.run.model.parameters()]
-            assert all(isinstance(p, DTensor) == sharded for p in parameters)
-            held = sum((p.to_local() if sharded else p).numel() for p in parameters)
-            assert held < (0.6 if sharded else 1.1) * trainer.run.record.total_parameters
             # A rank must not take its group apart while the other still holds on to it.
             trainers.append(trainer)
             trainer.train()
+            check_share(trainer, way)
 
         return [rank.wait() for rank in start_ranks(2, work, tmp_path / "log")]
 
     return launch
+
+
+def check_share(trainer: Trainer, way: str) -> None:
+    """Hold a rank to about half of all weights under FSDP, and of the optimizer's state under both."""
+    run = trainer.run
+    parameters = [*run.model.parameters()]
+    assert all(isinstance(p, DTensor) == (way == "fsdp") for p in parameters)
+    held = sum((p.to_local() if way == "fsdp" else p).numel() for p in parameters)
+    share = held / run.record.total_parameters
+    assert 0.4 < share < 0.6 if way == "fsdp" else share > 0.9
+    optimizer = getattr(run.optimizer, "adamw", run.optimizer)
+    states = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
+    moments = [state[name] for state in states if state for name in ("exp_avg", "exp_avg_sq")]
+    held = sum((m.to_local() if isinstance(m, DTensor) else m).numel() for m in moments)
+    share = held / 2 / run.record.trainable_parameters
+    assert share > 0.9 if way == "ddp" else 0.4 < share < 0.6
 
 
 def resemble_gpus() -> None:
@@ -100,21 +119,35 @@ def hold_to(one: Path, other: Path, tolerance: float) -> None:
         torch.testing.assert_close(weight, others[name], atol=tolerance, rtol=0)
 
 
+def compare(launch, folder: Path, way: str, **changes) -> None:
+    """Hold a sharded run to the data-parallel one."""
+    for output, chosen in (("whole", "ddp"), ("sharded", way)):
+        before = resemble_gpus if chosen == "fsdp" else int
+        codes = launch(output, way=chosen, before=before, validation_split=0.3, **changes)
+        assert codes == [0, 0], (folder / "log").read_text()
+    hold_to(folder / "whole", folder / "sharded", TOLERANCE[changes.get("mixed_precision", "no")])
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("name", "family"), [*zip(SETUPS, itertools.cycle(("blip", "florence")), strict=False)]
 )
-def test_a_sharded_run_is_the_data_parallel_run(name, family, launch, tmp_path):
-    changes = {"family": family, "validation_split": 0.3, **SETUPS[name]}
-    for output in ("whole", "sharded"):
-        sharded = output == "sharded"
-        codes = launch(output, sharded=sharded, before=resemble_gpus if sharded else int, **changes)
-        assert codes == [0, 0], (tmp_path / "log").read_text()
-    hold_to(tmp_path / "whole", tmp_path / "sharded", TOLERANCE[changes.get("mixed_precision", "no")])
+def test_a_sharded_run_is_the_data_parallel_run(name, family, way, launch, tmp_path):
+    compare(launch, tmp_path, way, family=family, **SETUPS[name])
 
 
+@needs_deepspeed
+@pytest.mark.parametrize(
+    "changes", [{"quantize": "4bit"}, {"quantize": "8bit"}, {"init_lora_weights": "pissa"}]
+)
+def test_deepspeed_takes_what_needs_whole_weights(changes, launch, tmp_path):
+    compare(launch, tmp_path, "deepspeed", **changes)
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_sharded_run_killed_and_resumed_ends_with_the_same_bits(method, launch, tmp_path):
-    changes = {**HARD, "epochs": 1, "save_every_n_steps": 1, "train_method": method}
+def test_a_sharded_run_killed_and_resumed_ends_with_the_same_bits(method, way, launch, tmp_path):
+    changes = {**HARD, "epochs": 1, "save_every_n_steps": 1, "train_method": method, "way": way}
     assert launch("whole", **changes) == [0, 0], (tmp_path / "log").read_text()
     moment = lambda: die_at("after the gradient", 2)  # noqa: E731
     assert launch("killed", before=moment, **changes) == [-signal.SIGKILL] * 2, (tmp_path / "log").read_text()
@@ -122,22 +155,26 @@ def test_a_sharded_run_killed_and_resumed_ends_with_the_same_bits(method, launch
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_a_checkpoint_is_the_same_however_the_run_was_launched(launch, tmp_path):
+@pytest.mark.parametrize("way", WAYS)
+def test_a_checkpoint_is_the_same_however_the_run_was_launched(way, launch, tmp_path):
     changes = {"epochs": 1, "save_every_n_steps": 1}
-    assert launch("whole", sharded=False, **changes) == [0, 0], (tmp_path / "log").read_text()
+    assert launch("whole", way="ddp", **changes) == [0, 0], (tmp_path / "log").read_text()
     before = lambda: die_at("after the gradient", 2)  # noqa: E731
-    assert launch("mixed", before=before, **changes) == [-signal.SIGKILL] * 2, (tmp_path / "log").read_text()
-    assert launch("mixed", sharded=False, resume="auto", **changes) == [0, 0], (tmp_path / "log").read_text()
+    assert launch("mixed", way=way, before=before, **changes) == [-signal.SIGKILL] * 2, (
+        tmp_path / "log"
+    ).read_text()
+    assert launch("mixed", way="ddp", resume="auto", **changes) == [0, 0], (tmp_path / "log").read_text()
     hold_to(tmp_path / "whole", tmp_path / "mixed", TOLERANCE["no"])
 
 
-def test_ranks_with_unequal_shares_validate_caption_and_preview(launch, base, tmp_path):
+@pytest.mark.parametrize("way", WAYS)
+def test_ranks_with_unequal_shares_validate_caption_and_preview(way, launch, base, tmp_path):
     changes = {
         **{"validation_split": 0.15, "metrics": ["exact_match"], "sample_every_n_steps": 1},
         **{"eval_every_n_steps": 1, "batch_size": 3, "num_workers": 1},
     }
     for output in ("whole", "sharded"):
-        codes = launch(output, sharded=output == "sharded", **changes)
+        codes = launch(output, way=way if output == "sharded" else "ddp", **changes)
         assert codes == [0, 0], (tmp_path / "log").read_text()
     hold_to(tmp_path / "whole", tmp_path / "sharded", TOLERANCE["no"])
     assert (tmp_path / "log").read_text().count("samples at step 0") == 2
@@ -145,7 +182,8 @@ def test_ranks_with_unequal_shares_validate_caption_and_preview(launch, base, tm
     assert PeftModel.from_pretrained(plain, tmp_path / "sharded").peft_config["default"].r == 4
 
 
-def test_a_loss_that_is_no_number_in_one_process_skips_the_step_in_both(launch, tmp_path):
+@pytest.mark.parametrize("way", WAYS)
+def test_a_loss_that_is_no_number_in_one_process_skips_the_step_in_both(way, launch, tmp_path):
     def spoil_second_step() -> None:
         def update_spoiled(trainer, micro_batches):
             run = trainer.run
@@ -156,7 +194,7 @@ def test_a_loss_that_is_no_number_in_one_process_skips_the_step_in_both(launch, 
 
         update, Trainer.update = Trainer.update, update_spoiled
 
-    assert launch("out", before=spoil_second_step) == [0, 0], (tmp_path / "log").read_text()
+    assert launch("out", way=way, before=spoil_second_step) == [0, 0], (tmp_path / "log").read_text()
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["skipped_steps"] == 1
     assert all(math.isfinite(line["loss"]) for line in read_log(tmp_path / "out")[2:])
 
@@ -166,10 +204,10 @@ def test_a_setting_that_would_not_be_heeded_is_refused_by_name(launch, tmp_path)
         **{"FSDP_OFFLOAD_PARAMS": "true", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
         **{"FSDP_RESHARD_AFTER_FORWARD": "false"},
     }
-    assert launch("out", before=lambda: os.environ.update(unheeded), quantize="4bit") == [2, 2]
+    assert launch("out", way="fsdp", before=lambda: os.environ.update(unheeded), quantize="4bit") == [2, 2]
     words = (tmp_path / "log").read_text()
     for name in ("--quantize 4bit cannot be combined with FSDP", *map(str.lower, unheeded)):
         assert name in words
     assert "Traceback" not in words
-    assert launch("out", before=lambda: os.environ.update(FSDP_VERSION="1")) == [2, 2]
+    assert launch("out", way="fsdp", before=lambda: os.environ.update(FSDP_VERSION="1")) == [2, 2]
     assert "fsdp_version: set it to 2" in (tmp_path / "log").read_text()

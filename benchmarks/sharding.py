@@ -1,0 +1,88 @@
+"""Measure what each of two CPU processes holds in full fine-tuning: under DDP, FSDP and DeepSpeed.
+
+python benchmarks/sharding.py                    BLIP-base at true size, random weights
+python benchmarks/sharding.py --ways ddp fsdp    without DeepSpeed, which is an extra
+
+Two steps of one picture a process, float32, recomputed blocks. `held` is what the system counts after them,
+about half a GiB of libraries with it, `most` the most from the first step on; nothing is saved.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.memory import MODELS  # noqa: E402
+from benchmarks.plan import copy_images, save_base  # noqa: E402
+
+WAYS = {
+    "ddp": {},
+    "fsdp": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    "deepspeed": {"ACCELERATE_USE_DEEPSPEED": "true"},
+}
+
+
+def measure(way: str, base: Path, data: Path, output: Path) -> None:
+    """Train in this process, one of several, and print what it held in GiB."""
+    from caption_train.families import get_family
+    from caption_train.options import TrainOptions
+    from caption_train.prepare import prepare_training
+
+    name = "blip" if "blip" in base.name else "florence"
+    options = TrainOptions(
+        model_id=str(base),
+        dataset_dir=data,
+        output_dir=output,
+        device="cpu",
+        train_method="full",
+        gradient_checkpointing=True,
+        batch_size=1,
+        epochs=1,
+    )
+    trainer = prepare_training(options, get_family(name))
+    trainer.saver.after_step = lambda step: None
+    trainer.saver.finish = dict
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the highest VmRSS
+    started = time.perf_counter()
+    trainer.train()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    held, most = (
+        int(next(line for line in lines if line.startswith(field)).split()[1]) / 2**20
+        for field in ("VmRSS", "VmHWM")
+    )
+    rank, seconds = trainer.run.accelerator.process_index, time.perf_counter() - started
+    print(f"{way} process {rank}: held {held:.2f}, most {most:.2f} GiB, {seconds:.1f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=MODELS, default="blip-base")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "random-bases")
+    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        way, *paths = arguments.measure
+        measure(way, *map(Path, paths))
+        return
+    base = save_base(arguments.model, arguments.folder)
+    for way in arguments.ways:
+        with tempfile.TemporaryDirectory() as folder:
+            data = copy_images("--batch_size 4", Path(folder, "data"))
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+            command += [__file__, "--measure", way, str(base), str(data), str(Path(folder, "out"))]
+            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | WAYS[way])
+            lines = [line for line in done.stdout.splitlines() if f"{way} process" in line]
+            print("\n".join(sorted(lines)) if done.returncode == 0 else done.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
