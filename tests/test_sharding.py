@@ -81,19 +81,21 @@ def launch(base, pairs, tmp_path):
 
 
 def check_share(trainer: Trainer, way: str) -> None:
-    """Hold a rank to about half of all weights under FSDP, and of the optimizer's state under both."""
+    """Hold a rank to half of all weights under FSDP, and to half of the optimizer's state unless under DDP."""
     run = trainer.run
     parameters = [*run.model.parameters()]
     assert all(isinstance(p, DTensor) == (way == "fsdp") for p in parameters)
-    held = sum((p.to_local() if way == "fsdp" else p).numel() for p in parameters)
-    share = held / run.record.total_parameters
-    assert 0.4 < share < 0.6 if way == "fsdp" else share > 0.9
+    if way == "fsdp":
+        assert 0.4 < count_held(parameters) / run.record.total_parameters < 0.6
     optimizer = getattr(run.optimizer, "adamw", run.optimizer)
     states = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
     moments = [state[name] for state in states if state for name in ("exp_avg", "exp_avg_sq")]
-    held = sum((m.to_local() if isinstance(m, DTensor) else m).numel() for m in moments)
-    share = held / 2 / run.record.trainable_parameters
+    share = count_held(moments) / 2 / run.record.trainable_parameters
     assert share > 0.9 if way == "ddp" else 0.4 < share < 0.6
+
+
+def count_held(tensors: list[torch.Tensor]) -> int:
+    return sum((t.to_local() if isinstance(t, DTensor) else t).numel() for t in tensors)
 
 
 def resemble_gpus() -> None:
