@@ -81,7 +81,7 @@ def launch(base, pairs, tmp_path):
 
 
 def check_share(trainer: Trainer, way: str) -> None:
-    """Hold a rank to half of all weights under FSDP, and to half of the optimizer's state unless under DDP."""
+    """Hold a rank to half of all weights under FSDP, of the optimizer's state unless under DDP."""
     run = trainer.run
     parameters = [*run.model.parameters()]
     assert all(isinstance(p, DTensor) == (way == "fsdp") for p in parameters)
