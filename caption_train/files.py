@@ -67,6 +67,16 @@ def fingerprint_model(folder: Path | str) -> str | None:
 _SAMPLE = 1 << 20
 
 
+def find_commit(model_id: str, revision: str | None = None) -> str | None:
+    """Return the commit that the hub's cache holds of a model, None for a folder. Asks no network."""
+    if Path(model_id).is_dir():
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model_id, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
 def _mode_of(path: Path) -> int:
     if path.exists():
         return path.stat().st_mode & 0o7777

@@ -35,6 +35,7 @@ class TrainingRecord:
     dataset: dict[str, Any]
     versions: dict[str, str]
     base_fingerprint: str | None = None
+    base_commit: str | None = None
     trainable_parameters: int = 0
     total_parameters: int = 0
 

@@ -22,7 +22,7 @@ from caption_train.dataset import BatchPlan, CaptionDataset, make_train_dataload
 from caption_train.errors import UsageError
 from caption_train.evaluation import Evaluator
 from caption_train.families.base import Batch, Family
-from caption_train.files import fingerprint_model
+from caption_train.files import find_commit, fingerprint_model
 from caption_train.fitting import fit_batch_size
 from caption_train.launcher import notice_launcher
 from caption_train.lock import OutputLock
@@ -75,6 +75,7 @@ def _prepare(options: TrainOptions, family: Family, accelerator: Accelerator, lo
         # A prompt too long for this model is better refused here than in a process that reads images.
         longest = max((pair.prompt or "" for pair in data.train + data.validation), key=len)
         family.encode(processor, [Image.new("RGB", (32, 32))] * 2, [record.prompt, longest or record.prompt])
+    record.base_commit = find_commit(options.model_id, options.revision)
     record.trainable_parameters, record.total_parameters = count_parameters(model)
     plan = _make_plan(options, len(data.train), accelerator)
     if describe_launch(accelerator) == "FSDP":

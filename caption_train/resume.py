@@ -70,7 +70,7 @@ def find_resume_point(options: TrainOptions, accelerator: Accelerator) -> Path |
 def resume_run(run: Run, checkpoint: Path) -> None:
     """Put a prepared run where its checkpoint stood. Random numbers come last, when the loop starts."""
     options, accelerator, plan = run.options, run.accelerator, run.plan
-    check_same_size(checkpoint, run.record, accelerator, options.resume_anyway)
+    check_same_model(checkpoint, run.record, accelerator, options.resume_anyway)
     run.progress = progress = Progress.read(checkpoint / STATE)
     plan.first_step = progress.global_step
     if plan.total_steps < plan.first_step:
@@ -168,10 +168,17 @@ def check_same_run(checkpoint: Path, record: TrainingRecord, accelerator: Accele
     _refuse(checkpoint, list_differences(saved, record), accelerator, anyway)
 
 
-def check_same_size(checkpoint: Path, record: TrainingRecord, accelerator: Accelerator, anyway: bool) -> None:
-    """Refuse to resume when another number of parameters would be trained."""
-    was, now = read_record(checkpoint)["trainable_parameters"], record.trainable_parameters
+def check_same_model(
+    checkpoint: Path, record: TrainingRecord, accelerator: Accelerator, anyway: bool
+) -> None:
+    """Refuse to resume when the hub has another base by now, or another number of parameters is trained."""
+    saved = read_record(checkpoint)
+    was, now = saved["trainable_parameters"], record.trainable_parameters
     differences = [] if was == now else [f"{was:,} parameters were trained, now it is {now:,}"]
+    was, now = saved.get("base_commit"), record.base_commit
+    # A model trained whole goes on from its checkpoint alone.
+    if was and now and was != now and record.options["train_method"] == "lora":
+        differences.append(f"the commit of {record.base_model} was {was}, is {now}: add --revision {was}")
     _refuse(checkpoint, differences, accelerator, anyway)
 
 
@@ -180,6 +187,8 @@ def list_differences(saved: dict[str, Any], record: TrainingRecord) -> list[str]
     # Of a base in a folder what is in it counts, not where it lies.
     by_content = bool(saved.get("base_fingerprint") and record.base_fingerprint)
     was, now = _list_facts(saved, by_content), _list_facts(vars(record), by_content)
+    if record.revision is not None and record.revision == saved.get("base_commit"):
+        was["revision"] = was["--revision"] = record.revision
     return [
         f"{name} was {was[name]!r}, is {value!r}"
         for name, value in now.items()

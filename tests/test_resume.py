@@ -74,6 +74,27 @@ def test_another_setting_is_refused_by_name(resume, changes, words):
     assert words in str(error.value) and "--resume_anyway" in str(error.value)
 
 
+def test_a_base_that_changed_on_the_hub_is_refused_and_its_old_commit_goes_on(
+    base, pairs, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    cache, commits = tmp_path / "hub" / "models--our--base", ("a" * 40, "b" * 40)
+    (cache / "refs").mkdir(parents=True)
+    for commit in commits:
+        shutil.copytree(base, cache / "snapshots" / commit)
+
+    def run(commit, epochs, **changes):
+        (cache / "refs" / "main").write_text(commit)
+        return train(
+            "blip", make_options("blip", "our/base", pairs, tmp_path / "out", epochs=epochs, **changes)
+        )
+
+    run(commits[0], 1)
+    with pytest.raises(UsageError, match=rf"commit of our/base was {commits[0]}, .*--revision {commits[0]}"):
+        run(commits[1], 2, resume="auto")
+    assert run(commits[1], 2, resume="auto", revision=commits[0])["global_step"] == 10
+
+
 def test_other_data_is_refused_unless_it_is_insisted_on(resume, pairs, tmp_path, capsys):
     other = shutil.copytree(pairs, tmp_path / "other")
     (other / "00.txt").write_text("something else")
