@@ -9,9 +9,11 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 
+from caption_train.combinations import SHARDED
 from caption_train.dataset import BatchPlan
 from caption_train.model_card import TrainingRecord, name_flag
 from caption_train.options import TrainOptions
+from caption_train.sharding import describe_launch
 
 GIB = 1024**3
 
@@ -34,6 +36,7 @@ def print_settings(
     console = Console(stderr=True, markup=False, highlight=False)
     console.print(table)
     console.print("defaults: " + " · ".join(defaults), style="dim")
+    sharded = SHARDED.get(describe_launch(accelerator))
     share = record.trainable_parameters / record.total_parameters
     console.print(
         f"{record.trainable_parameters:,} of {record.total_parameters:,} parameters are trained "
@@ -41,7 +44,7 @@ def print_settings(
         f"{record.dataset['pairs']:,} image/caption pairs, effective batch size {plan.effective_batch_size} "
         f"({plan.batch_size} images × {plan.accumulation_steps} micro-batches × {plan.num_processes} "
         f"processes), {plan.total_steps:,} steps in {plan.epochs} epochs\n"
-        f"on {accelerator.device}, mixed precision {accelerator.mixed_precision}, "
+        f"on {accelerator.device}{', sharded by ' + sharded if sharded else ''}, mixed precision {accelerator.mixed_precision}, "
         f"prompt {record.prompt or 'none'}"
     )
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -102,5 +103,7 @@ def test_a_run_launched_with_a_configuration_trains_also_on_cpus(name, tmp_path)
     ]
     words = [process.communicate(timeout=240)[0] for process in started]
     assert [process.returncode for process in started] == [0] * machines, "\n".join(words)
+    way = {"fsdp.yaml": "FSDP", "deepspeed.yaml": "DeepSpeed"}.get(name)
+    assert re.findall(r"sharded by (\w+)", words[0]) == ([way] if way else [])
     assert f"{processes} processes" in " ".join(words[0].split()) or processes == 1
     assert json.loads((output / "summary.json").read_text())["global_step"] == 4 // (2 * processes)
