@@ -36,7 +36,8 @@ def print_settings(
     console = Console(stderr=True, markup=False, highlight=False)
     console.print(table)
     console.print("defaults: " + " · ".join(defaults), style="dim")
-    sharded = SHARDED.get(describe_launch(accelerator))
+    way = SHARDED.get(describe_launch(accelerator))
+    sharded = f", sharded by {way}" if way else ""
     share = record.trainable_parameters / record.total_parameters
     console.print(
         f"{record.trainable_parameters:,} of {record.total_parameters:,} parameters are trained "
@@ -44,7 +45,7 @@ def print_settings(
         f"{record.dataset['pairs']:,} image/caption pairs, effective batch size {plan.effective_batch_size} "
         f"({plan.batch_size} images × {plan.accumulation_steps} micro-batches × {plan.num_processes} "
         f"processes), {plan.total_steps:,} steps in {plan.epochs} epochs\n"
-        f"on {accelerator.device}{', sharded by ' + sharded if sharded else ''}, mixed precision {accelerator.mixed_precision}, "
+        f"on {accelerator.device}{sharded}, mixed precision {accelerator.mixed_precision}, "
         f"prompt {record.prompt or 'none'}"
     )
 
