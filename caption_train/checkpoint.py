@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from caption_train.errors import CaptionTrainError
-from caption_train.files import hash_file, write_atomically
+from caption_train.files import copy_atomically, hash_file, write_atomically
 from caption_train.model_card import TRAINING_FILE
 from caption_train.pointers import TEMPORARY as PARTIAL
 from caption_train.pointers import point
@@ -67,7 +67,7 @@ def publish(checkpoint: Path, output_dir: Path) -> None:
         for file in sorted(files, key=lambda file: (file.name == TRAINING_FILE, file.name)):
             if file.name == TRAINING_FILE:
                 _delete_other_method(file, output_dir)
-            write_atomically(output_dir / file.name, file.read_bytes())
+            copy_atomically(file, output_dir / file.name)
 
 
 def _delete_other_method(training_file: Path, output_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,12 @@ def write_atomically(path: Path | str, content: str | bytes) -> None:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
+def copy_atomically(source: Path | str, path: Path | str) -> None:
+    """Copy a file's bytes to `path`, all of them or nothing, a piece at a time: a model may be large."""
+    with Path(source).open("rb") as content, open_atomically(path, "wb") as file:
+        shutil.copyfileobj(content, file, _PIECE)
+
+
 def hash_file(path: Path | str) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with Path(path).open("rb") as file:
@@ -58,13 +65,13 @@ def fingerprint_model(folder: Path | str) -> str | None:
         if path.suffix in (".safetensors", ".bin", ".json") and path.is_file():
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                found.update(f"{path.name} {size} ".encode() + file.read(_SAMPLE))
-                file.seek(max(size - _SAMPLE, 0))
-                found.update(file.read(_SAMPLE))
+                found.update(f"{path.name} {size} ".encode() + file.read(_PIECE))
+                file.seek(max(size - _PIECE, 0))
+                found.update(file.read(_PIECE))
     return found.hexdigest()[:16]
 
 
-_SAMPLE = 1 << 20
+_PIECE = 1 << 20
 
 
 def find_commit(model_id: str, revision: str | None = None) -> str | None:

@@ -22,7 +22,7 @@ from caption_train.checkpoint import (
     write_checkpoint,
 )
 from caption_train.errors import CaptionTrainError, UsageError
-from caption_train.files import write_atomically
+from caption_train.files import copy_atomically
 from caption_train.model_card import TRAINING_FILE, TrainingRecord
 from caption_train.options import TrainOptions
 from caption_train.pointers import BEST, LAST, follow, point
@@ -116,7 +116,7 @@ def _settle(run: Run, checkpoint: Path) -> None:
             here = _bring(checkpoint, output_dir)
             log = checkpoint.parent / LOG_FILE
             if here.parent.resolve() != checkpoint.parent and log.is_file():
-                write_atomically(output_dir / LOG_FILE, log.read_bytes())
+                copy_atomically(log, output_dir / LOG_FILE)
             point(output_dir, LAST, here)
             if progress.best_step is not None:
                 found = find_step(checkpoint.parent, progress.run_id, progress.best_step)

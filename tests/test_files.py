@@ -1,12 +1,13 @@
 """A reader sees the old file or the new one, never half of one."""
 
 import stat
+import tracemalloc
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caption_train.files import hash_file, open_atomically, write_atomically
+from caption_train.files import copy_atomically, hash_file, open_atomically, write_atomically
 
 
 @given(st.text() | st.binary())
@@ -35,6 +36,16 @@ def test_the_new_file_is_not_seen_before_it_is_whole(tmp_path):
         file.flush()
         assert not path.exists()
     assert path.read_text() == "half"
+
+
+def test_a_copy_holds_a_piece_of_the_file_at_a_time(tmp_path):
+    source, path = tmp_path / "model", tmp_path / "copy"
+    source.write_bytes(b"weights " * 4_000_000)
+    tracemalloc.start()
+    copy_atomically(source, path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4_000_000 and hash_file(path) == hash_file(source)
 
 
 def test_permissions_stay(tmp_path):
