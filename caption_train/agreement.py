@@ -14,6 +14,9 @@ from caption_train.checkpoint import describe_latest
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.model_card import TrainingRecord
 
+LISTED = 10
+"""Differences that are named: a dataset may have thousands."""
+
 
 def say(accelerator: Accelerator, line: str) -> None:
     """Print a line to stderr, once for all processes."""
@@ -70,10 +73,9 @@ def speak_as_one(accelerator: Accelerator) -> Iterator[None]:
 
 
 def list_facts(record: TrainingRecord, checkpoint: Path | None) -> dict[str, Any]:
-    """Return what must be the same in every process: machines may differ in files, programs, checkpoints."""
+    """Return what must be the same in every process, beside its flags: machines may differ in these."""
     return {
         **{f"dataset's {name}": value for name, value in record.dataset.items()},
-        **record.options,
         **record.versions,
         "the checkpoint to go on from": checkpoint and checkpoint.name,
     }
@@ -90,4 +92,5 @@ def check_agreement(accelerator: Accelerator, facts: Mapping[str, Any]) -> None:
             if theirs.get(name) != everyone[0].get(name)
         ]
         if differences:
-            raise UsageError("the processes of this run disagree: " + "; ".join(differences))
+            more = f"; and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
+            raise UsageError(f"the processes of this run disagree: {'; '.join(differences[:LISTED])}{more}")

@@ -58,6 +58,7 @@ def prepare_training(options: TrainOptions, family: Family) -> Trainer:
 
 
 def _prepare(options: TrainOptions, family: Family, accelerator: Accelerator, lock: OutputLock) -> Trainer:
+    check_agreement(accelerator, describe_options(options))
     data = read_training_data(options, accelerator)
     with fail_together(accelerator):
         if accelerator.is_main_process:
@@ -88,9 +89,9 @@ def _prepare(options: TrainOptions, family: Family, accelerator: Accelerator, lo
     collate_fn = family.make_collator(processor, prompt=record.prompt, max_length=options.max_length)
     if line := data.describe_cut(processor.tokenizer, options.max_length):
         say(accelerator, line)
-    if checkpoint is None and options.init_lora_weights == "eva":
-        look_at_data(model, accelerator, data.train, collate_fn)
     if checkpoint is None:
+        if options.init_lora_weights == "eva":
+            look_at_data(model, accelerator, data.train, collate_fn)
         fit_batch_size(options, accelerator, model, optimizer, collate_fn, data)
         plan = _make_plan(options, len(data.train), accelerator)
         record.options = describe_options(options)

@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from caption_train.agreement import fail_together, say
+from caption_train.agreement import check_agreement, fail_together, say
 from caption_train.captions import Pair, printable
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.images import ImageError, inspect_image
@@ -83,6 +84,9 @@ def read_training_data(options: TrainOptions, accelerator: Accelerator) -> Train
     """
     with fail_together(accelerator):
         data = _read(options)
+    if accelerator.num_processes > 1:
+        # Each image is read by one process for all, so they must mean the same ones.
+        check_agreement(accelerator, _list_rows(data))
     _inspect_images(data, accelerator)
     with fail_together(accelerator):
         if options.validation_split:
@@ -134,6 +138,19 @@ def _inspect(options: TrainOptions, folder: Path) -> tuple[list[Pair], list[str]
         follow_symlinks=options.follow_symlinks,
         split=None,
     )
+
+
+def _list_rows(data: TrainingData) -> dict[str, str]:
+    """Return image → a hash of its size and what is said of it: what no process can see of another's disk."""
+    rows: dict[str, list] = {}
+    for pair in data.train + data.validation:
+        with suppress(OSError):
+            rows.setdefault(str(pair.image), [pair.image.stat().st_size])
+        rows.setdefault(str(pair.image), []).append((pair.caption, pair.prompt, pair.split))
+    return {
+        f"{name} with its caption": hashlib.sha256(repr(row).encode()).hexdigest()[:8]
+        for name, row in rows.items()
+    }
 
 
 def _inspect_images(data: TrainingData, accelerator: Accelerator) -> None:

@@ -3,13 +3,14 @@
 import os
 import signal
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from forked import start_ranks
 from tiny_runs import read_log, save_base, write_pairs
 
-from caption_train import dataset, fitting, model_card
+from caption_train import cli, dataset, fitting, model_card, training_data
 from caption_train.cli import train_main
 from caption_train.images import ImageError
 from caption_train.training import Trainer
@@ -98,6 +99,43 @@ def test_a_machine_with_other_versions_is_named(run_script, pairs):
 
     codes, words = run_script(pairs, on_rank_1=change)
     assert codes == [2, 2] and "caption-train is '99' in process 1" in words
+
+
+def test_processes_told_of_different_folders_are_refused_by_flag(run_script, pairs, tmp_path):
+    other = write_pairs(tmp_path / "other", 10, seed=1)
+
+    def look_elsewhere() -> None:
+        read = cli.parse_options
+
+        def parse(options_class, argv, **keywords):
+            return read(options_class, [str(other), *argv[1:]], **keywords)
+
+        cli.parse_options = parse
+
+    codes, words = run_script(pairs, on_rank_1=look_elsewhere)
+    assert codes == [2, 2]
+    assert f"dataset_dir is '{other}' in process 1, '{pairs}' in process 0" in words
+
+
+@pytest.mark.parametrize("change", ["caption", "image", "file"])
+def test_a_machine_whose_folder_holds_other_data_is_named(change, run_script, pairs):
+    def change_own(data):
+        row = data.train[0]
+        if change == "caption":
+            data.train[0] = replace(row, caption="something else")
+        elif change == "image":
+            data.train[0] = replace(row, image=data.train[1].image)
+        else:
+            del data.train[0]
+        return data
+
+    def see_otherwise() -> None:
+        read = training_data._read
+        training_data._read = lambda options: change_own(read(options))
+
+    codes, words = run_script(pairs, on_rank_1=see_otherwise)
+    assert codes == [2, 2]
+    assert f"{pairs / '00.png'} with its caption is " in words and "in process 1" in words
 
 
 def test_a_machine_that_lacks_the_checkpoint_is_named(run_script, pairs, tmp_path):
