@@ -1,23 +1,22 @@
 """Checkpoints that are whole or not there: written beside their place, synced, renamed; damage is found."""
 
 import errno
-import itertools
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from caption_train.errors import CaptionTrainError
-from caption_train.files import copy_atomically, hash_file, write_atomically
+from caption_train.files import clear_temporary, copy_atomically, find_free_name, hash_file, write_atomically
 from caption_train.model_card import TRAINING_FILE
+from caption_train.pointers import LAST, follow, point
 from caption_train.pointers import TEMPORARY as PARTIAL
-from caption_train.pointers import point
 from caption_train.progress import PROGRESS_FILE
 
 MANIFEST = "manifest.json"
@@ -42,7 +41,8 @@ def write_checkpoint(output_dir: Path, name: str, write: Callable[[Path], None],
         write(partial)
         _write_manifest(partial)
         sync_folder(partial)
-        final = _find_free_name(output_dir / name)
+        # Nothing whole is ever replaced.
+        final = find_free_name(output_dir / name)
         partial.rename(final)
         _sync(output_dir)
         for pointer in pointers:
@@ -87,12 +87,13 @@ def _read_train_method(training_file: Path) -> str | None:
 
 
 def clear_partial(output_dir: Path) -> None:
-    """Delete what saves that were cut short have left; call it only while no other run writes here."""
+    """Delete what was cut short in saving or deleting; call it only while no other run writes here."""
     for path in output_dir.glob(f"{PARTIAL}*"):
         if path.is_symlink():
             path.unlink()
         else:
             shutil.rmtree(path, ignore_errors=True)
+    clear_temporary(output_dir)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -132,8 +133,11 @@ def find_damage(checkpoint: Path) -> str | None:
 
 def find_latest(output_dir: Path) -> tuple[Path | None, list[str]]:
     """Return the newest whole checkpoint, or None, and a line for every damaged one passed over."""
-    passed = []
-    for checkpoint in list_checkpoints(output_dir):
+    passed, found = [], list_checkpoints(output_dir)
+    last = follow(output_dir / LAST)
+    if os.path.lexists(output_dir / LAST) and last.name not in {path.name for path in found}:
+        passed.append(f"{output_dir / LAST}: leads to {last.name}, which is no checkpoint; passed over")
+    for checkpoint in found:
         damage = find_damage(checkpoint)
         if damage is None:
             return checkpoint, passed
@@ -151,7 +155,9 @@ def prune(output_dir: Path, run_id: str, keep: int, protected: Collection[Path] 
     """Delete all but the `keep` newest checkpoints of a run; never one in `protected` nor another run's."""
     for old in _list_of_run(output_dir, run_id)[keep:]:
         if old not in protected:
-            shutil.rmtree(old, ignore_errors=True)
+            # Renamed first: one cut short would leave a damaged checkpoint.
+            with suppress(OSError):
+                shutil.rmtree(old.rename(old.with_name(f"{PARTIAL}{old.name}")), ignore_errors=True)
 
 
 def find_step(output_dir: Path, run_id: str, step: int) -> Path | None:
@@ -187,12 +193,6 @@ def _write_manifest(folder: Path) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     sums = {p.relative_to(folder).as_posix(): hash_file(p) for p in files}
     write_atomically(folder / MANIFEST, json.dumps(sums, indent=1) + "\n")
-
-
-def _find_free_name(path: Path) -> Path:
-    """Return `path`, with a number behind it where something is there: nothing whole is ever replaced."""
-    names = itertools.chain([path], (path.with_name(f"{path.name}-{count}") for count in itertools.count(2)))
-    return next(name for name in names if not name.exists())
 
 
 def _list_of_run(output_dir: Path, run_id: str) -> list[Path]:

@@ -1,6 +1,7 @@
 """Writing files so that a reader never sees half of one. Standard library only."""
 
 import hashlib
+import itertools
 import os
 import shutil
 import tempfile
@@ -8,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+TEMPORARY = ".tmp"
 
 
 @contextmanager
@@ -20,7 +23,7 @@ def open_atomically(path: Path | str, mode: str = "w", encoding: str | None = "u
     # A rename replaces a symlink itself; people who link their captions mean the file behind the link.
     path = path.resolve() if path.is_symlink() else path
     binary = "b" in mode
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:80]}.", suffix=".tmp", dir=path.parent)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:80]}.", suffix=TEMPORARY, dir=path.parent)
     try:
         with os.fdopen(
             handle, mode, encoding=None if binary else encoding, newline=None if binary else ""
@@ -45,6 +48,18 @@ def copy_atomically(source: Path | str, path: Path | str) -> None:
     """Copy a file's bytes to `path`, all of them or nothing, a piece at a time: a model may be large."""
     with Path(source).open("rb") as content, open_atomically(path, "wb") as file:
         shutil.copyfileobj(content, file, _PIECE)
+
+
+def clear_temporary(folder: Path) -> None:
+    """Delete what writes that were cut short have left in `folder`."""
+    for path in folder.glob(f".*.{'?' * 8}{TEMPORARY}"):
+        path.unlink(missing_ok=True)
+
+
+def find_free_name(path: Path) -> Path:
+    """Return `path`, with a number behind it where something is there."""
+    names = itertools.chain([path], (path.with_name(f"{path.name}-{count}") for count in itertools.count(2)))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def hash_file(path: Path | str) -> str:

@@ -3,7 +3,7 @@
 import errno
 from pathlib import Path
 
-from caption_train.files import write_atomically
+from caption_train.files import find_free_name, write_atomically
 
 LAST, BEST = "last", "best"
 TEMPORARY = ".partial-"
@@ -21,7 +21,11 @@ def point(output_dir: Path, pointer: str, checkpoint: Path) -> None:
         if error.errno not in NO_LINKS:
             raise
         write_atomically(temporary, checkpoint.name)
-    temporary.replace(output_dir / pointer)
+    target = output_dir / pointer
+    if target.is_dir() and not target.is_symlink():
+        # A copy that followed links has left a checkpoint of this name.
+        target.rename(find_free_name(target))
+    temporary.replace(target)
 
 
 def follow(path: Path) -> Path:
@@ -29,6 +33,7 @@ def follow(path: Path) -> Path:
     try:
         if path.is_file() and path.stat().st_size < 1000:
             path = path.with_name(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return path.resolve()
+    # RuntimeError: links that lead round in a loop.
+    except (OSError, ValueError, RuntimeError):
         return path
-    return path.resolve()

@@ -133,14 +133,16 @@ def _settle(run: Run, checkpoint: Path) -> None:
 
 
 def _bring(checkpoint: Path, output_dir: Path) -> Path:
-    """Return a checkpoint that lies in `output_dir`: this one, or a copy of it."""
-    if checkpoint.parent.resolve() == output_dir.resolve():
+    """Return a checkpoint in `output_dir`, under a name of its own: this one, or a copy of it."""
+    is_pointer = checkpoint.name in (LAST, BEST)
+    if checkpoint.parent.resolve() == output_dir.resolve() and not is_pointer:
         return output_dir / checkpoint.name
+    name = f"step-{Progress.read(checkpoint / STATE).global_step:06d}" if is_pointer else checkpoint.name
 
     def copy(folder: Path) -> None:
         shutil.copytree(checkpoint, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
 
-    return write_checkpoint(output_dir, checkpoint.name, copy)
+    return write_checkpoint(output_dir, name, copy)
 
 
 def read_record(checkpoint: Path) -> dict[str, Any]:

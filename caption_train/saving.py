@@ -1,6 +1,7 @@
 """When a run saves, and what: checkpoints, `last` and `best`, and the finished LoRA in `output_dir`."""
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -89,7 +90,8 @@ class Saver:
             "epochs": run.plan.epoch_of(max(progress.global_step - 1, 0)),
             "loss": progress.last_loss,
             "loss_running_mean": progress.loss_mean,
-            **{f"validation_{name}": value for name, value in progress.evaluation.items()},
+            # Not-a-number, as of a validation without images, is no JSON.
+            **{f"validation_{k}": v if math.isfinite(v) else None for k, v in progress.evaluation.items()},
             "best_step": progress.best_step,
             f"best_{run.options.metric_for_best}": progress.best_value,
             "stopped_early": progress.stopped_early,

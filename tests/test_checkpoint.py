@@ -77,6 +77,32 @@ def test_a_save_cut_short_is_never_picked_and_is_cleared(tmp_path):
     assert not (tmp_path / ".partial-step-2").exists()
 
 
+def test_a_checkpoint_that_is_being_deleted_is_no_damaged_one(tmp_path, monkeypatch):
+    saved = [write(tmp_path, f"step-{step}", step) for step in (1, 2)]
+
+    def be_cut_short(folder, **settings):
+        (folder / "state" / "progress.json").unlink()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.shutil, "rmtree", be_cut_short)
+        prune(tmp_path, "run", 1)
+    assert checkpoint.list_checkpoints(tmp_path) == [saved[1]]
+    clear_partial(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-2", "last"}
+
+
+def test_what_a_kill_left_of_a_finished_file_is_cleared(tmp_path):
+    process_id = os.fork()
+    if process_id == 0:
+        files.os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+        files.write_atomically(tmp_path / "adapter_model.safetensors", b"weights")
+    os.waitpid(process_id, 0)
+    assert list(tmp_path.iterdir())
+    (tmp_path / ".notes").touch()
+    clear_partial(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".notes"]
+
+
 def test_a_save_replaces_nothing(tmp_path):
     first, second = write(tmp_path, "step-1", 1), write(tmp_path, "step-1", 1)
     assert (first.name, second.name) == ("step-1", "step-1-2")

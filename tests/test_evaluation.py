@@ -103,6 +103,7 @@ def test_without_an_image_left_to_validate_on_nothing_is_the_best(make, held_out
     shutil.rmtree(own)
     summary = trainer.train()
     assert summary["best_step"] is None and len(summary["skipped_files"]) == 5
+    json.loads((trainer.run.options.output_dir / "summary.json").read_text(), parse_constant=pytest.fail)
 
 
 def test_samples_are_of_validation_images_before_the_first_step_too(make, capsys):

@@ -82,6 +82,39 @@ def test_auto_names_what_is_damaged_and_takes_the_one_before(finished, make, cap
     assert f"--resume auto: {path.parent}: " in words and "passed over" in words
 
 
+@pytest.mark.parametrize("emptied", [True, False])
+def test_auto_says_when_last_leads_to_nothing(finished, make, capsys, emptied):
+    path = (finished / "last").resolve()
+    shutil.rmtree(path)
+    if emptied:
+        path.mkdir()
+    assert resume(make).run.plan.first_step == 2
+    words = capsys.readouterr().err
+    assert f"last: leads to {path.name}, which is no checkpoint; passed over" in words
+
+
+def test_a_copy_in_which_last_is_a_folder_goes_on(finished, make, monkeypatch, tmp_path):
+    monkeypatch.setattr(Evaluator, "evaluate", lambda self: {"loss": 9.0})
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    assert not (copy / "last").is_symlink()
+    assert train("blip", make("copy", resume="auto", epochs=2))["global_step"] == 6
+    assert (copy / "last").is_symlink() and (copy / "best").is_symlink()
+
+
+def test_a_checkpoint_copied_as_last_goes_on_elsewhere(finished, make, tmp_path):
+    copy = shutil.copytree(finished / "last", tmp_path / "usb" / "last")
+    train("blip", make("new", resume=str(copy)))
+    assert (tmp_path / "new" / "last").resolve().name == "step-000003"
+
+
+def test_links_that_lead_round_in_a_loop_are_no_checkpoint(finished, make):
+    (finished / "best").unlink()
+    (finished / "best").symlink_to("best")
+    with pytest.raises(UsageError, match="there is no folder"):
+        resume(make, resume=str(finished / "best"))
+    assert resume(make).train()["best_step"] == 2
+
+
 def test_where_no_checkpoint_is_whole_the_run_starts_anew_and_says_so(finished, make, capsys):
     for path in list_checkpoints(finished):
         (path / "manifest.json").write_bytes(b"")
