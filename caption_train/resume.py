@@ -1,6 +1,7 @@
 """Which checkpoint a run goes on from, whether it is still the same run, and putting it where it stood."""
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,6 +43,12 @@ MAY_CHANGE = {
 """Options that a resumed run may change and still be the run it was; the data is known by its content."""
 
 FACTS = ("family", "revision", "prompt")
+
+FIXED = {
+    *("family", "--train_method", "--train_parts", "--target_modules", "--rank", "--dora"),
+    *("--optimizer_name", "--optimizer_rank", "--accumulation_compression", "--accumulation_rank"),
+}
+"""What decides which weights and what optimizer state there are: with another one nothing fits."""
 
 
 def find_resume_point(options: TrainOptions, accelerator: Accelerator) -> Path | None:
@@ -156,8 +163,10 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
 def adopt_batch_size(options: TrainOptions, checkpoint: Path) -> None:
     """Go on with the batch that `--auto_batch_size` found when the run started."""
     saved = read_record(checkpoint)["options"]
-    options.batch_size = saved["batch_size"]
-    options.gradient_accumulation_steps = saved["gradient_accumulation_steps"]
+    found = saved["batch_size"], saved["gradient_accumulation_steps"]
+    # Another effective batch is another run, and refused as one.
+    if math.prod(found) == options.batch_size * options.gradient_accumulation_steps:
+        options.batch_size, options.gradient_accumulation_steps = found
 
 
 def check_same_run(checkpoint: Path, record: TrainingRecord, accelerator: Accelerator, anyway: bool) -> None:
@@ -167,7 +176,12 @@ def check_same_run(checkpoint: Path, record: TrainingRecord, accelerator: Accele
         was, now = saved["versions"].get(name), record.versions.get(name)
         if was != now:
             say(accelerator, f"--resume: {name} was {was}, is {now}; numbers may differ")
-    _refuse(checkpoint, list_differences(saved, record), accelerator, anyway)
+    differences = list_differences(saved, record)
+    if anyway and (fixed := [line for name, line in differences.items() if name in FIXED]):
+        raise UsageError(
+            f"--resume {checkpoint}: what was saved does not fit, --resume_anyway or not: {'; '.join(fixed)}"
+        )
+    _refuse(checkpoint, list(differences.values()), accelerator, anyway)
 
 
 def check_same_model(
@@ -184,18 +198,18 @@ def check_same_model(
     _refuse(checkpoint, differences, accelerator, anyway)
 
 
-def list_differences(saved: dict[str, Any], record: TrainingRecord) -> list[str]:
-    """Return what differs between a saved record and this run's, by name. Flags new to either pass."""
+def list_differences(saved: dict[str, Any], record: TrainingRecord) -> dict[str, str]:
+    """Return name → what differs between a saved record and this run's. Flags new to either pass."""
     # Of a base in a folder what is in it counts, not where it lies.
     by_content = bool(saved.get("base_fingerprint") and record.base_fingerprint)
     was, now = _list_facts(saved, by_content), _list_facts(vars(record), by_content)
     if record.revision is not None and record.revision == saved.get("base_commit"):
         was["revision"] = was["--revision"] = record.revision
-    return [
-        f"{name} was {was[name]!r}, is {value!r}"
+    return {
+        name: f"{name} was {was[name]!r}, is {value!r}"
         for name, value in now.items()
         if name in was and was[name] != value
-    ]
+    }
 
 
 def _list_facts(record: Mapping[str, Any], by_content: bool) -> dict[str, Any]:

@@ -95,6 +95,26 @@ def test_a_base_that_changed_on_the_hub_is_refused_and_its_old_commit_goes_on(
     assert run(commits[1], 2, resume="auto", revision=commits[0])["global_step"] == 10
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"train_method": "full"}, {"rank": 8}, {"optimizer_name": "Flora"}, {"target_modules": ["fc1"]}],
+)
+def test_what_nothing_saved_would_fit_is_refused_though_it_is_insisted_on(resume, changes):
+    (name,) = changes
+    with pytest.raises(
+        UsageError, match=f"what was saved does not fit, --resume_anyway or not: --{name} was "
+    ):
+        resume(resume_anyway=True, **changes)
+
+
+def test_a_batch_size_is_adopted_only_for_the_same_effective_batch(resume, tmp_path):
+    options = resume(auto_batch_size=True, batch_size=1, gradient_accumulation_steps=4).run.options
+    assert (options.batch_size, options.gradient_accumulation_steps) == (4, 1)
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(UsageError, match="--batch_size was 4, is 8"):
+        resume(auto_batch_size=True, batch_size=8)
+
+
 def test_other_data_is_refused_unless_it_is_insisted_on(resume, pairs, tmp_path, capsys):
     other = shutil.copytree(pairs, tmp_path / "other")
     (other / "00.txt").write_text("something else")
