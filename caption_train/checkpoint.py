@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -97,11 +98,11 @@ def clear_partial(output_dir: Path) -> None:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Return the checkpoints in `output_dir`, whole or damaged: the newest run's, its last saved, first."""
+    """Return the checkpoints in `output_dir`, whole or damaged, of any run: the last saved first."""
     if not output_dir.is_dir():
         return []
     found = [p for p in output_dir.iterdir() if not p.is_symlink() and not p.name.startswith(PARTIAL)]
-    return sorted(filter(is_checkpoint, found), key=lambda p: (*_place(p), p.name), reverse=True)
+    return sorted(filter(is_checkpoint, found), key=lambda p: (_place(p), p.name), reverse=True)
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -166,9 +167,10 @@ def find_step(output_dir: Path, run_id: str, step: int) -> Path | None:
     return next((path for path in found if find_damage(path) is None), None)
 
 
-def count_saves(output_dir: Path, run_id: str) -> int:
-    """Return how many checkpoints a run has saved by those that are there, damaged or abandoned ones too."""
-    return max((_place(path)[1] for path in _list_of_run(output_dir, run_id)), default=0)
+def count_saves(output_dir: Path) -> int:
+    """Return how many checkpoints were saved in a folder, by those that are there and can be read."""
+    places = map(_place, list_checkpoints(output_dir))
+    return int(max((place for place in places if math.isfinite(place)), default=0))
 
 
 def sync_folder(folder: Path) -> None:
@@ -196,17 +198,16 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _list_of_run(output_dir: Path, run_id: str) -> list[Path]:
-    return [path for path in list_checkpoints(output_dir) if _place(path)[0] == run_id]
+    return [p for p in list_checkpoints(output_dir) if _read_progress(p).get("run_id") == run_id]
 
 
-def _place(checkpoint: Path) -> tuple[str, int]:
-    """Return the run that saved a checkpoint and how many it had saved by then."""
-    progress = _read_progress(checkpoint)
+def _place(checkpoint: Path) -> float:
+    """Return which one of the saves in its folder a checkpoint was."""
     try:
-        return str(progress["run_id"]), int(progress["saves"])
-    except (ValueError, KeyError, TypeError):
+        return int(_read_progress(checkpoint)["saves"])
+    except (ValueError, KeyError, TypeError, OverflowError):
         # First in any list, so that it is looked at, found damaged, and named.
-        return "\uffff", -1
+        return math.inf
 
 
 def _read_progress(checkpoint: Path) -> dict[str, Any]:

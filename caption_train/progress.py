@@ -22,7 +22,7 @@ def make_run_id() -> str:
 class Progress:
     """Everything a run has counted and found so far.
 
-    run_id: stays the same over resumes. saves: checkpoints so far. total_steps: of the plan when it was last
+    run_id: stays the same over resumes. saves: in its folder. total_steps: of the plan when it was last
     saved. global_step: optimizer steps. bad_steps: steps in a row not taken for a loss or gradient that was
     not finite, skipped_steps: all of them. images, seconds of steps, wall_seconds with validation and saving,
     peak_memory_bytes: over all processes and resumes. skipped_files: path → why. loss_mean, loss_variance:

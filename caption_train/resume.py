@@ -120,7 +120,7 @@ def _settle(run: Run, checkpoint: Path) -> None:
     best = None
     with fail_together(accelerator):
         if accelerator.is_main_process:
-            here = _bring(checkpoint, output_dir)
+            here = _bring(checkpoint, output_dir, is_newest=True)
             log = checkpoint.parent / LOG_FILE
             if here.parent.resolve() != checkpoint.parent and log.is_file():
                 copy_atomically(log, output_dir / LOG_FILE)
@@ -131,7 +131,6 @@ def _settle(run: Run, checkpoint: Path) -> None:
             if best is not None:
                 best = _bring(best, output_dir)
                 point(output_dir, BEST, best)
-            progress.saves = count_saves(output_dir, progress.run_id)
     if progress.best_step is not None and gather_object([best])[0] is None:
         say(
             accelerator, f"--resume: the best checkpoint, of step {progress.best_step}, is gone; seeking anew"
@@ -139,15 +138,23 @@ def _settle(run: Run, checkpoint: Path) -> None:
         progress.best_step = progress.best_value = None
 
 
-def _bring(checkpoint: Path, output_dir: Path) -> Path:
-    """Return a checkpoint in `output_dir`, under a name of its own: this one, or a copy of it."""
+def _bring(checkpoint: Path, output_dir: Path, *, is_newest: bool = False) -> Path:
+    """Return a checkpoint in `output_dir`, under a name of its own: this one, or a copy of it.
+
+    is_newest: it must be what `--resume auto` finds, even if this run is killed before it saves.
+    """
     is_pointer = checkpoint.name in (LAST, BEST)
     if checkpoint.parent.resolve() == output_dir.resolve() and not is_pointer:
-        return output_dir / checkpoint.name
+        here = output_dir / checkpoint.name
+        if not is_newest or find_latest(output_dir)[0] == here:
+            return here
     name = f"step-{Progress.read(checkpoint / STATE).global_step:06d}" if is_pointer else checkpoint.name
 
     def copy(folder: Path) -> None:
         shutil.copytree(checkpoint, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
+        progress = Progress.read(folder / STATE)
+        progress.saves = count_saves(output_dir) + 1 if is_newest else 0
+        progress.write(folder / STATE)
 
     return write_checkpoint(output_dir, name, copy)
 

@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import gather_object
 
 from caption_train.agreement import fail_together
-from caption_train.checkpoint import explain_failure, prune, publish, write_checkpoint
+from caption_train.checkpoint import count_saves, explain_failure, prune, publish, write_checkpoint
 from caption_train.curve import draw_curve
 from caption_train.errors import CaptionTrainError
 from caption_train.files import write_atomically
@@ -58,7 +58,6 @@ class Saver:
         """
         run = self.run
         name = f"{run.options.name}-{name}" if run.options.name else name
-        run.progress.saves += 1
         run.progress.total_steps = run.plan.total_steps
         run.progress.peak_memory_bytes = self._find_peak()
         random_states = capture_random_state(run.accelerator)
@@ -66,6 +65,7 @@ class Saver:
         weights = gather_weights(run.accelerator, run.model)
         with fail_together(run.accelerator):
             if run.accelerator.is_main_process:
+                run.progress.saves = count_saves(self.output_dir) + 1
                 pointers = (LAST, BEST) if is_best else (LAST,)
                 write_checkpoint(
                     self.output_dir,

@@ -153,11 +153,28 @@ def test_a_best_that_is_lost_is_sought_anew(finished, make, capsys):
 
 def test_after_going_back_auto_goes_on_from_the_new_branch(finished, make, monkeypatch):
     monkeypatch.setattr(Evaluator, "evaluate", lambda self: {"loss": 9.0})
-    back = resume(make, resume=str(find(finished, 1)))
-    assert (finished / "best").resolve() == find(finished, 1)
+    first = find(finished, 1)
+    back = resume(make, resume=str(first))
+    assert (finished / "best").resolve().name == f"{first.name}-2"
     back.saver.after_step = lambda step: back.saver.save("branched") if step == 1 else None
     back.train()
     assert find_latest(finished)[0].name == "branched"
+
+
+def test_auto_goes_on_from_where_a_run_went_back_to_before_it_has_saved(finished, make, monkeypatch):
+    monkeypatch.setattr(Evaluator, "evaluate", lambda self: {"loss": 9.0})
+    back = resume(make, resume=str(find(finished, 1)))
+    back.lock.abandon()
+    assert resume(make).run.plan.first_step == 1
+    train("blip", make(resume="auto"))
+    assert [line["step"] for line in read_log(finished) if "loss" in line] == [1, 2, 3]
+
+
+def test_a_checkpoint_of_an_older_run_goes_before_those_of_a_newer_one(finished, make, monkeypatch):
+    monkeypatch.setattr(Evaluator, "evaluate", lambda self: {"loss": 9.0})
+    train("blip", make("newer", name="newer"))
+    resume(make, output="newer", resume=str(find(finished, 2))).lock.abandon()
+    assert resume(make, output="newer").run.plan.first_step == 2
 
 
 def test_a_checkpoint_from_elsewhere_brings_its_best_and_its_log_along(finished, make, tmp_path):
