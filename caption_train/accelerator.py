@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from caption_train import sharding, zero
 from caption_train.combinations import check
+from caption_train.counting import find_embeddings
 from caption_train.errors import UsageError
 from caption_train.options import TrainOptions
 from caption_train.processes import is_one_of_several
@@ -85,7 +86,7 @@ def group_parameters(options: TrainOptions, model: torch.nn.Module) -> list[dict
     left whole, as in Flora's paper.
     """
     is_flora = options.optimizer_name == "Flora"
-    embeddings = {p for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    embeddings = find_embeddings(model)
     groups: dict[tuple, list[torch.nn.Parameter]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:

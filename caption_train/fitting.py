@@ -13,9 +13,11 @@ from caption_train.accelerator import hold_gradients
 from caption_train.agreement import say
 from caption_train.collate import find_dtype, move_batch
 from caption_train.combinations import SHARDED
+from caption_train.counting import count_state, find_embeddings
 from caption_train.dataset import open_items
 from caption_train.errors import CaptionTrainError, is_out_of_memory
 from caption_train.families.base import Batch
+from caption_train.heap import give_back_freed
 from caption_train.options import TrainOptions
 from caption_train.saving import peak_memory
 from caption_train.sharding import describe_launch
@@ -58,7 +60,8 @@ def fit_batch_size(
     tried: list[int] = []
     while True:
         tried.append(options.batch_size)
-        fits = _try_step(accelerator, model, collate_fn, _open_worst(options.batch_size, data))
+        items = _open_worst(options.batch_size, data)
+        fits = _try_step(accelerator, model, collate_fn, items, _count_state(options, model))
         optimizer.zero_grad()
         if not fits and describe_launch(accelerator) in SHARDED:
             # The others cannot be asked: they are in the middle of the step, waiting for this one's part.
@@ -70,6 +73,7 @@ def fit_batch_size(
             raise CaptionTrainError(_advise(options, tried))
         options.gradient_accumulation_steps *= options.batch_size // smaller[-1]
         options.batch_size = smaller[-1]
+    give_back_freed()
     if len(tried) > 1:
         say(
             accelerator,
@@ -86,17 +90,18 @@ def _try_step(
     model: torch.nn.Module,
     collate_fn: Callable[[Sequence[dict]], Batch],
     items: Sequence[dict],
+    state: int,
 ) -> bool:
-    """Return whether a step fits, with room for two moments per trained parameter beside it."""
+    """Return whether a step fits, with room for `state` bytes of the optimizer's beside it."""
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     model.train()
-    inputs = moments = None
+    inputs = room = None
     try:
         with torch.random.fork_rng(devices), hold_gradients(accelerator, model):
-            moments = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
+            room = torch.empty(state, dtype=torch.uint8, device=accelerator.device)
             inputs = move_batch(collate_fn(items), accelerator.device, find_dtype(model))
             accelerator.backward(model(**inputs).loss.float())
-            moments = None
+            room = None
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -105,11 +110,16 @@ def _try_step(
         fits = True
     # Outside the handler, whose traceback would keep the step's tensors alive.
     if not fits:
-        del inputs, moments
+        del inputs, room
         gc.collect()
         if devices:
             torch.cuda.empty_cache()
     return fits
+
+
+def _count_state(options: TrainOptions, model: torch.nn.Module) -> int:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return count_state(options, trained, find_embeddings(model))
 
 
 def _open_worst(count: int, data: TrainingData) -> list[dict]:

@@ -11,6 +11,14 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from flora_opt.optimizers.torch import flora as upstream
 
+from caption_train.flora_step import step_weight
+
+
+def take_gradient(p: torch.Tensor) -> torch.Tensor | None:
+    """Return the gradient of `p`, which forgets it."""
+    gradient, p.grad = p.grad, None
+    return gradient
+
 
 class Flora(upstream.Flora):
     """Adafactor whose momentum is kept at `rank`, resampling its projection every `kappa` steps."""
@@ -27,13 +35,14 @@ class Flora(upstream.Flora):
         return factored, has_momentum, factored and has_momentum and shrinks(param_shape, param_group["rank"])
 
     @torch.no_grad()
-    def step(self, closure=None, take_gradient: Callable = lambda p: p.grad) -> None:
+    def step(self, closure=None, take_gradient: Callable = take_gradient) -> None:
         """Step one parameter at a time; `take_gradient` gives its gradient, or None to leave it as it is."""
         for group in self.param_groups:
             for p in group["params"]:
-                gradient = take_gradient(p)
-                if gradient is not None:
-                    upstream.flora_step_(self, group, p, gradient)
+                # In a list, from which the step takes it, so that no name here keeps it alive meanwhile.
+                held = [take_gradient(p)]
+                if held[0] is not None:
+                    step_weight(p, held, self.state[p], group, self._get_options(group, p.shape)[2])
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load, keeping the state's own dtype: torch would round float32 state to a bf16 weight's."""

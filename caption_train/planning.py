@@ -14,13 +14,12 @@ from torch import nn
 
 from caption_train.activations import Activations
 from caption_train.combinations import check
+from caption_train.counting import count_gradients, count_state, find_embeddings
 from caption_train.options import TrainOptions
 from caption_train.quantization import HEADS
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a weight: 4 bits, an 8-bit scale for every 64 weights, a 32-bit one for every 256 of those."""
-SMALLEST_8BIT = 4096
-"""bitsandbytes keeps the moments of smaller tensors in 32 bits."""
 HALF = ("bf16", "fp16")
 KEPT = 0.4
 """What glibc keeps of what was freed, on a CPU, in units of all activations, recomputed ones too;
@@ -112,12 +111,12 @@ class Planner:
         self.file = file
         self.device = device
         self.processes = processes
-        self.embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        self.embeddings = find_embeddings(model)
 
     def plan(self, options: TrainOptions) -> Plan:
         """Return what a run with these options holds."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        gradients = sum(_gradient_bytes(options, p) for p in trained)
+        gradients = count_gradients(options, trained)
         # DistributedDataParallel holds all gradients a second time, in the buckets it sends.
         buckets = gradients if self.processes > 1 and not options.accumulation_compression else 0
         weights = self.count_weights(options)
@@ -128,7 +127,7 @@ class Planner:
             loading=weights + (self.file if is_copied else 0),
             weights=weights,
             gradients=gradients + buckets,
-            state=sum(_state_bytes(options, p, is_embedding=p in self.embeddings) for p in trained),
+            state=count_state(options, trained, self.embeddings),
             activations=self._count_activations(options),
             stepping=_stepping_bytes(options, trained),
             accumulates=options.gradient_accumulation_steps > 1,
@@ -199,29 +198,11 @@ class Planner:
         return found
 
 
-def _gradient_bytes(options: TrainOptions, p: nn.Parameter) -> int:
-    return 4 * _compressed(p, options.accumulation_rank if options.accumulation_compression else None)
-
-
-def _state_bytes(options: TrainOptions, p: nn.Parameter, *, is_embedding: bool) -> int:
-    if options.optimizer_name == "Flora":
-        second_moment = sum(p.shape) if p.dim() == 2 else p.numel()
-        return 4 * (second_moment + _compressed(p, None if is_embedding else options.optimizer_rank))
-    if options.optimizer_name.endswith("8bit") and p.numel() >= SMALLEST_8BIT:
-        return 2 * (p.numel() + 4 * -(-p.numel() // 256))
-    return 8 * p.numel()
-
-
 def _stepping_bytes(options: TrainOptions, trained: Sequence[nn.Parameter]) -> int:
     """Flora and the 8-bit optimizers work on about three copies of a weight, the fused AdamW on none."""
     if options.optimizer_name in ("AdamW", "PagedAdamW"):
         return 0
     return 12 * max((p.numel() for p in trained), default=0)
-
-
-def _compressed(p: nn.Parameter, rank: int | None) -> int:
-    shrinks = p.dim() == 2 and rank is not None and rank < min(p.shape)
-    return rank * max(p.shape) if shrinks else p.numel()
 
 
 def _subsets(savers: Sequence[Saver]) -> Iterator[tuple[Saver, ...]]:

@@ -24,6 +24,7 @@ from caption_train.evaluation import Evaluator
 from caption_train.families.base import Batch, Family
 from caption_train.files import find_commit, fingerprint_model
 from caption_train.fitting import fit_batch_size
+from caption_train.heap import giving_back_memory
 from caption_train.launcher import notice_launcher
 from caption_train.lock import OutputLock
 from caption_train.lora import count_parameters, wrap_with_lora
@@ -31,7 +32,7 @@ from caption_train.model_card import TrainingRecord, describe_options, find_vers
 from caption_train.options import TrainOptions
 from caption_train.parts import freeze_outside
 from caption_train.previews import Sampler
-from caption_train.quantization import giving_back_memory, make_quantization_config, prepare_quantized
+from caption_train.quantization import make_quantization_config, prepare_quantized
 from caption_train.resume import adopt_batch_size, check_same_run, find_resume_point, resume_run
 from caption_train.run import Run
 from caption_train.saving import Saver

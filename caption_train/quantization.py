@@ -1,9 +1,7 @@
 """Holding the frozen base in 4 or 8 bits with bitsandbytes."""
 
-import ctypes
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,8 +12,6 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""glibc's names for how much free heap it keeps, and from which size an allocation has pages of its own."""
 HEADS = ("lm_head", "predictions.decoder")
 """Ends of the names of output heads, whose weights are the embedding's and stay in full precision."""
 
@@ -84,26 +80,3 @@ def _forget_input(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) 
         node.A = None
     elif hasattr(node, "tensors"):
         node.tensors = (None, None, None)
-
-
-@contextmanager
-def giving_back_memory() -> Iterator[None]:
-    """Have glibc give back at once what is freed, as weights are read and quantized one after the other.
-
-    Left to itself it keeps so much that a quantized base took more on a CPU than a whole one. Afterwards it
-    is as it was: in training, memory that it keeps makes steps twice as fast.
-    """
-    try:
-        library = ctypes.CDLL(None)
-        library.mallopt(M_MMAP_THRESHOLD, 2**16)
-    except (OSError, AttributeError, TypeError):
-        # Another C library, another system.
-        library = None
-    try:
-        yield
-    finally:
-        if library is not None:
-            # What it comes to by itself.
-            library.mallopt(M_MMAP_THRESHOLD, 2**25)
-            library.mallopt(M_TRIM_THRESHOLD, 2**26)
-            library.malloc_trim(0)

@@ -20,6 +20,7 @@ from caption_train.errors import CaptionTrainError
 from caption_train.evaluation import Evaluator
 from caption_train.fitting import explain_out_of_memory
 from caption_train.health import Health
+from caption_train.heap import give_back_freed
 from caption_train.interrupts import Interrupts
 from caption_train.lock import OutputLock
 from caption_train.previews import Sampler
@@ -50,6 +51,7 @@ class Trainer:
         self.health = Health(run)
         self.parameters = [p for p in run.model.parameters() if p.requires_grad]
         self.dtype = find_dtype(run.model)
+        self.trains_all = run.options.train_method == "full"
 
     def train(self) -> dict[str, Any]:
         """Run the loop, save the LoRA to `output_dir`, and return the summary saved beside it."""
@@ -125,6 +127,9 @@ class Trainer:
         good = self.health.is_good(loss, grad_norm)
         # Under fp16 an overflow is ordinary: the scaler skips the step itself and lowers its scale.
         if good or scaled:
+            if self.trains_all and run.accelerator.device.type == "cpu":
+                # What the backward pass freed would be held beside the step's own.
+                give_back_freed()
             run.optimizer.step()
         if good and not run.optimizer.step_was_skipped:
             run.progress.last_loss = loss

@@ -9,6 +9,7 @@ from tiny_runs import assert_same_run, make_options, save_base, train, write_pai
 
 from caption_train import prepare
 from caption_train.captions import Pair
+from caption_train.counting import count_state, find_embeddings
 from caption_train.errors import CaptionTrainError
 from caption_train.families import get_family
 from caption_train.fitting import explain_out_of_memory, is_out_of_memory
@@ -127,3 +128,12 @@ def test_measuring_leaves_the_run_as_it_was(make, tmp_path, monkeypatch, capsys,
     monkeypatch.setattr(prepare, "fit_batch_size", lambda *arguments: None)
     train("blip", make("not measured", dropout=0.1, **changes))
     assert_same_run(tmp_path / "measured", tmp_path / "not measured")
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer_name": "AdamW8bit"}, FLORA])
+def test_a_trial_makes_room_for_the_state_its_optimizer_has(make, monkeypatch, changes):
+    rooms, empty = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: rooms.append(a[0]) or empty(*a, **k))
+    run = prepare_training(make(train_method="full", **changes), get_family("blip")).run
+    trained = [p for p in run.model.parameters() if p.requires_grad]
+    assert count_state(run.options, trained, find_embeddings(run.model)) in rooms

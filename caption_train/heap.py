@@ -1,0 +1,41 @@
+"""What glibc keeps after it was freed, and would hold beside what comes next. Elsewhere nothing is done.
+
+Its heap shrinks only from its end, so what lies below one small tensor that lives on stays with the process.
+"""
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""glibc's names for how much free heap it keeps, and from which size an allocation has pages of its own."""
+NO_GLIBC = (OSError, AttributeError, TypeError)
+"""Raised where there is another C library, or another system."""
+
+
+def give_back_freed() -> None:
+    """Give every whole free page back to the system. Pages cost time when they are needed again."""
+    with suppress(*NO_GLIBC):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextmanager
+def giving_back_memory() -> Iterator[None]:
+    """Have glibc give back at once what is freed, as weights are read and quantized one after the other.
+
+    Left to itself it keeps so much that a quantized base took more on a CPU than a whole one. Afterwards it
+    is as it was: in training, memory that it keeps makes steps twice as fast.
+    """
+    try:
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_THRESHOLD, 2**16)
+    except NO_GLIBC:
+        library = None
+    try:
+        yield
+    finally:
+        if library is not None:
+            # What it comes to by itself.
+            library.mallopt(M_MMAP_THRESHOLD, 2**25)
+            library.mallopt(M_TRIM_THRESHOLD, 2**26)
+            give_back_freed()
