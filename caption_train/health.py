@@ -27,7 +27,7 @@ class Health:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.untried = copy_lora_b(run.model) if run.progress.global_step == 0 else {}
+        self.untried = copy_lora_b(run.model) if run.progress.global_step < PATIENCE else {}
         self.tries = 0
 
     def is_good(self, loss: float, grad_norm: float) -> bool:

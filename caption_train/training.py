@@ -125,6 +125,9 @@ class Trainer:
     def _step(self, micro_batches: Sequence[MicroBatch], loss: float, grad_norm: float) -> None:
         run, scaled = self.run, self.run.accelerator.scaler is not None
         good = self.health.is_good(loss, grad_norm)
+        if not good:
+            # The scaler would take a step without a loss, of gradients that are zero, for a good one.
+            run.optimizer.zero_grad()
         # Under fp16 an overflow is ordinary: the scaler skips the step itself and lowers its scale.
         if good or scaled:
             if self.trains_all and run.accelerator.device.type == "cpu":

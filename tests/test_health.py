@@ -4,7 +4,9 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 
 from caption_train.dataset import MicroBatch
 from caption_train.health import WARM_UP, Health
@@ -18,6 +20,7 @@ def health():
         progress=Progress(global_step=1),
         accelerator=Accelerator(cpu=True),
         options=SimpleNamespace(max_bad_steps=3, output_dir=None),
+        model=torch.nn.Module(),
     )
     return Health(run)
 
@@ -58,11 +61,32 @@ def test_a_skipped_step_is_said_and_an_overflow_of_fp16_is_no_bad_step(health, c
     assert health.run.progress.bad_steps == 0 and health.run.progress.skipped_steps == 6
 
 
+def _stub(run, health: Health) -> SimpleNamespace:
+    """Return what of a Trainer takes a step."""
+    return SimpleNamespace(run=run, health=health, trains_all=False)
+
+
+@pytest.mark.parametrize(("loss", "gradient"), [(math.nan, 0.0), (math.nan, 1.0), (1.0, math.inf)])
+def test_a_step_that_is_skipped_moves_nothing_under_a_loss_scaler(health, loss, gradient):
+    weight, scaler = torch.nn.Parameter(torch.ones(3)), torch.amp.GradScaler("cpu", init_scale=4.0)
+    run = health.run
+    run.accelerator = SimpleNamespace(scaler=scaler, is_main_process=True)
+    run.optimizer = AcceleratedOptimizer(torch.optim.AdamW([weight]), scaler=scaler)
+    run.lr_scheduler = SimpleNamespace(step=lambda: None, get_last_lr=lambda: [1.0])
+    for step, (value, slope) in enumerate([(1.0, 1.0), (loss, gradient), (1.0, 1.0)]):
+        before = weight.detach().clone()
+        scaler.scale(weight.new_tensor(value))
+        weight.grad = torch.full_like(weight, slope)
+        scaler.unscale_(run.optimizer.optimizer)
+        Trainer._step(_stub(run, health), [], value, float(weight.grad.norm()))
+        assert torch.equal(weight, before) == (step == 1)
+
+
 @pytest.mark.parametrize(("scale", "bad"), [(2.0**15, 0), (0.5, 1)])
 def test_an_overflow_is_ordinary_only_while_the_scale_has_room_to_fall(health, scale, bad):
     scaler = SimpleNamespace(get_scale=lambda: scale)
     run = health.run
     run.accelerator = SimpleNamespace(scaler=scaler, is_main_process=True)
     run.optimizer = SimpleNamespace(step=lambda: None, zero_grad=lambda: None, step_was_skipped=True)
-    Trainer._step(SimpleNamespace(run=run, health=health), [MicroBatch({}, ["a"], 1, [])], 1.0, math.inf)
+    Trainer._step(_stub(run, health), [MicroBatch({}, ["a"], 1, [])], 1.0, math.inf)
     assert (run.progress.bad_steps, run.progress.skipped_steps) == (bad, 1)

@@ -12,7 +12,7 @@ from tiny_runs import assert_same_run, make_options, read_log, save_base, train,
 
 from caption_train import checkpoint, model_card
 from caption_train.accelerator import make_lr_scheduler, make_optimizer
-from caption_train.errors import UsageError
+from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import get_family
 from caption_train.lock import OutputLock
 from caption_train.prepare import prepare_training
@@ -153,6 +153,14 @@ def test_more_epochs_go_on_along_the_longer_schedule(resume, capsys):
     assert trainer.run.lr_scheduler.get_last_lr() == schedule.get_last_lr()
     trainer.train()
     assert [line["step"] for line in read_log(trainer.run.options.output_dir)] == list(range(1, 10))
+
+
+def test_a_module_that_dies_is_found_after_an_early_resume_too(resume):
+    trainer = resume(epochs=2)
+    layer = trainer.run.model.base_model.model.vision_model.encoder.layers[1].mlp.fc1
+    layer.register_forward_hook(lambda module, inputs, output: output.detach() + 0 * inputs[0].sum())
+    with pytest.raises(CaptionTrainError, match=r"get no gradient.*layers\.1\.mlp\.fc1"):
+        trainer.train()
 
 
 def test_fewer_epochs_than_are_done_are_refused(base, pairs, tmp_path):
