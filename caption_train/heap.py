@@ -4,11 +4,13 @@ Its heap shrinks only from its end, so what lies below one small tensor that liv
 """
 
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """glibc's names for how much free heap it keeps, and from which size an allocation has pages of its own."""
+VARIABLES = {M_TRIM_THRESHOLD: "MALLOC_TRIM_THRESHOLD_", M_MMAP_THRESHOLD: "MALLOC_MMAP_THRESHOLD_"}
 NO_GLIBC = (OSError, AttributeError, TypeError)
 """Raised where there is another C library, or another system."""
 
@@ -35,7 +37,8 @@ def giving_back_memory() -> Iterator[None]:
         yield
     finally:
         if library is not None:
-            # What it comes to by itself.
-            library.mallopt(M_MMAP_THRESHOLD, 2**25)
-            library.mallopt(M_TRIM_THRESHOLD, 2**26)
+            # What the user asked for, or what it comes to by itself.
+            for name, by_itself in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**26)):
+                asked = os.environ.get(VARIABLES[name], "")
+                library.mallopt(name, int(asked) if asked.isdecimal() else by_itself)
             give_back_freed()

@@ -32,7 +32,8 @@ SAME_SIZE = 0.05
 class Plan:
     """Bytes a run holds. libraries: the process without a model, on a CPU. loading: as the file is read.
 
-    stepping: what the optimizer makes of a weight while it changes it.
+    kept: what the process keeps of what was freed, until the step. stepping: what the optimizer makes of a
+    weight while it changes it.
     """
 
     libraries: int
@@ -41,18 +42,17 @@ class Plan:
     gradients: int
     state: int
     activations: int
+    kept: int
     stepping: int
     accumulates: bool
 
     @property
     def peak(self) -> int:
         """The most that is held at once: activations go as gradients come, unless earlier ones wait."""
-        if self.accumulates:
-            passing = self.activations + self.gradients
-        else:
-            passing = max(self.activations, self.gradients)
-        passing = max(passing, self.gradients + self.stepping)
-        return self.libraries + max(self.loading, self.weights + self.state + passing)
+        passing = self.activations + self.kept
+        passing = passing + self.gradients if self.accumulates else max(passing, self.gradients)
+        held = self.weights + self.state + max(passing, self.gradients + self.stepping)
+        return self.libraries + max(self.loading, held)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,8 @@ class Planner:
             gradients=gradients + buckets,
             state=count_state(options, trained, self.embeddings),
             activations=self._count_activations(options),
-            stepping=_stepping_bytes(options, trained),
+            kept=self._count_kept(options),
+            stepping=self._count_stepping(options, trained),
             accumulates=options.gradient_accumulation_steps > 1,
         )
 
@@ -152,7 +153,7 @@ class Planner:
 
     def _count_activations(self, options: TrainOptions) -> int:
         is_half = options.mixed_precision in HALF
-        kind = "no" if not is_half else "bf16" if options.quantize is None else "quantized"
+        kind = self._find_kind(options)
         checkpointing = options.gradient_checkpointing or options.activation_checkpointing
         held = self.activations[kind].held(checkpointing=checkpointing) * options.batch_size
         if checkpointing and is_half and options.train_method == "full":
@@ -160,9 +161,30 @@ class Planner:
             copies = sum(2 * p.numel() for p in self.model.parameters() if p.requires_grad and p.dim() > 1)
             inputs = self.activations[kind].held(checkpointing=True, recomputing=False) * options.batch_size
             held = max(held, inputs + copies)
-        if self.device == "cpu":
-            held += KEPT * self.activations[kind].held(checkpointing=False) * options.batch_size
         return int(held)
+
+    def _count_kept(self, options: TrainOptions) -> int:
+        if self.device != "cpu":
+            return 0
+        whole = self.activations[self._find_kind(options)].held(checkpointing=False)
+        return int(KEPT * whole * options.batch_size)
+
+    @staticmethod
+    def _find_kind(options: TrainOptions) -> str:
+        if options.mixed_precision not in HALF:
+            return "no"
+        return "bf16" if options.quantize is None else "quantized"
+
+    def _count_stepping(self, options: TrainOptions, trained: Sequence[nn.Parameter]) -> int:
+        """Return the bytes the optimizer works with on the largest weight. AdamW is fused and needs none."""
+        largest = max((p.numel() for p in trained), default=0)
+        if options.optimizer_name == "Flora":
+            # The update and what is read of the momentum; the gradient too, if it was compressed.
+            return (12 if options.accumulation_compression else 8) * largest
+        if options.optimizer_name.endswith("8bit") and self.device == "cpu":
+            # Both moments, the gradient and two steps of the update in float32; on a GPU one kernel does it.
+            return 20 * largest
+        return 0
 
     def count_weights(self, options: TrainOptions) -> int:
         """Return the bytes of all weights, held as `--quantize`, `--dtype` and `--mixed_precision` say."""
@@ -196,13 +218,6 @@ class Planner:
             if isinstance(module, nn.Linear) and ".lora_" not in name and not is_kept:
                 found.add(module.weight)
         return found
-
-
-def _stepping_bytes(options: TrainOptions, trained: Sequence[nn.Parameter]) -> int:
-    """Flora and the 8-bit optimizers work on about three copies of a weight, the fused AdamW on none."""
-    if options.optimizer_name in ("AdamW", "PagedAdamW"):
-        return 0
-    return 12 * max((p.numel() for p in trained), default=0)
 
 
 def _subsets(savers: Sequence[Saver]) -> Iterator[tuple[Saver, ...]]:
