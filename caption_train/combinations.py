@@ -1,8 +1,8 @@
 """Which savers go together: what is not refused here is supported and tested. Standard library only."""
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 PRINCIPAL = ("pissa", "pissa_niter_16", "olora")
@@ -25,7 +25,7 @@ class Setup:
     rslora: bool
     lora_plus_ratio: float | None
     init_lora_weights: str | None
-    quantize_parts: tuple[str, ...]
+    quantize_parts: Sequence[str]
     dtype: str
     device: str | None
     precision: str | None
@@ -136,6 +136,11 @@ REFUSALS = (
         "--mixed_precision bf16",
     ),
     Refusal(
+        lambda s: s.distributed == "DEEPSPEED" and s.dtype == "bfloat16" and s.train_method == "full",
+        "--dtype bfloat16 cannot be combined with DeepSpeed and --train_method full: it trains a float32 "
+        "copy of the weights, which no checkpoint holds; use --dtype float32 with --mixed_precision bf16",
+    ),
+    Refusal(
         lambda s: s.distributed in SHARDED and s.auto_batch_size,
         "--auto_batch_size cannot be combined with {sharded}: a process that runs out of memory would leave "
         "the others waiting for its part; use a smaller --batch_size",
@@ -156,29 +161,19 @@ def check(
     Called with the flags alone before anything is imported, and again with the device type, precision and
     distributed type that accelerate resolved, before the model loads.
     """
+    flags = {
+        field.name: getattr(options, field.name) for field in fields(Setup) if hasattr(options, field.name)
+    }
     setup = Setup(
-        optimizer_name=options.optimizer_name,
-        accumulation_compression=options.accumulation_compression,
-        gradient_checkpointing=options.gradient_checkpointing,
-        activation_checkpointing=options.activation_checkpointing,
-        quantize=options.quantize,
-        train_method=options.train_method,
-        dora=options.dora,
-        rslora=options.rslora,
-        lora_plus_ratio=options.lora_plus_ratio,
-        init_lora_weights=options.init_lora_weights,
-        quantize_parts=tuple(options.quantize_parts),
-        dtype=options.dtype,
-        device=device or (options.device or "").split(":")[0] or None,
-        precision=precision or options.mixed_precision,
-        distributed=distributed,
-        auto_batch_size=options.auto_batch_size,
+        **flags
+        | {
+            "device": device or (options.device or "").split(":")[0] or None,
+            "precision": precision or options.mixed_precision,
+            "distributed": distributed,
+        }
     )
-    return [
-        refusal.sentence.format(**vars(setup), sharded=setup.sharded)
-        for refusal in REFUSALS
-        if refusal.applies(setup)
-    ]
+    found = [refusal.sentence for refusal in REFUSALS if refusal.applies(setup)]
+    return [sentence.format(**vars(setup), sharded=setup.sharded) for sentence in found]
 
 
 _PLAIN = Setup(

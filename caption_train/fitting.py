@@ -61,7 +61,7 @@ def fit_batch_size(
     while True:
         tried.append(options.batch_size)
         items = _open_worst(options.batch_size, data)
-        fits = _try_step(accelerator, model, collate_fn, items, _count_state(options, model))
+        fits = _try_step(accelerator, model, collate_fn, items, count_room(options, model, optimizer))
         optimizer.zero_grad()
         if not fits and describe_launch(accelerator) in SHARDED:
             # The others cannot be asked: they are in the middle of the step, waiting for this one's part.
@@ -117,9 +117,10 @@ def _try_step(
     return fits
 
 
-def _count_state(options: TrainOptions, model: torch.nn.Module) -> int:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return count_state(options, trained, find_embeddings(model))
+def count_room(options: TrainOptions, model: torch.nn.Module, optimizer: Any) -> int:
+    """Return the bytes of state that this process's optimizer keeps: where it is sharded, of its part."""
+    changed = [p for group in optimizer.param_groups for p in group["params"]]
+    return count_state(options, changed, find_embeddings(model))
 
 
 def _open_worst(count: int, data: TrainingData) -> list[dict]:

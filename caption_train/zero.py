@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import patch_environment
+from packaging.version import Version
 
 from caption_train.errors import UsageError
 from caption_train.processes import is_one_of_several
 
 BUCKET = 20_000_000
 """Numbers sent at once, which are held a second time meanwhile. DeepSpeed's default takes 2 GB of them."""
+OLDEST = "0.19.8"
+"""0.19.7 calls the norm of a gradient that is not finite 1.0; older ones ignore settings they do not know."""
 STATE = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of each parameter, in its shape."""
 
@@ -119,12 +122,10 @@ class ZeroOptimizer:
         return self.adamw.param_groups
 
     def clip(self, max_norm: float) -> torch.Tensor:
-        """Finish the gradient; return its norm [], nan if it is not finite, and note what to scale it to."""
+        """Finish the gradient; return its norm [], infinite if it is not finite; note what to scale it to."""
         self.zero.finalize_gradient_accumulation_boundary()
         self.zero.clip_grad = 0.0 if max_norm == float("inf") else max_norm
-        norm = torch.as_tensor(self.zero.scaled_global_norm())
-        # DeepSpeed's way to say that it is not finite.
-        return torch.where(norm < 0, torch.nan, norm)
+        return self.zero.scaled_global_norm()
 
     def step(self) -> None:
         """Change the weights by the gradient that `clip` has finished."""
@@ -197,9 +198,14 @@ def _gather(p: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
 
 def _check_installed() -> None:
     try:
-        import deepspeed  # noqa: F401
-    except ImportError as error:
-        raise UsageError(
-            f"accelerate's configuration asks for DeepSpeed, which cannot be imported ({error}): "
-            "pip install deepspeed, or use --config_file examples/accelerate/fsdp.yaml"
-        ) from None
+        import deepspeed
+    except Exception as error:  # Of its own where it finds no CUDA toolkit; in one line, as all it may be.
+        problem = f"cannot be imported ({' '.join(str(error).split())})"
+    else:
+        if Version(deepspeed.__version__) >= Version(OLDEST):
+            return
+        problem = f"is of version {deepspeed.__version__}"
+    raise UsageError(
+        f"accelerate's configuration asks for DeepSpeed, which {problem}: pip install 'deepspeed>={OLDEST}', "
+        "or use --config_file examples/accelerate/fsdp.yaml"
+    )

@@ -3,6 +3,7 @@
 import copy
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,11 +183,29 @@ def test_what_the_launcher_asks_for_is_refused_in_one_line(variables, words, mon
         make_accelerator(make_options())
 
 
-def test_a_launch_with_deepspeed_says_how_to_install_it(monkeypatch):
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (None, "cannot be imported"),
+        # Its norm of a gradient that is not finite is 1.0, and the weights would be none either.
+        (SimpleNamespace(__version__="0.19.7+cu130"), r"is of version 0\.19\.7\+cu130"),
+    ],
+)
+def test_a_launch_with_deepspeed_says_how_to_install_it(module, words, monkeypatch):
     for name, value in (DEEPSPEED | {"WORLD_SIZE": "2"}).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setitem(sys.modules, "deepspeed", None)
-    with pytest.raises(UsageError, match=r"asks for DeepSpeed.*pip install deepspeed.*fsdp\.yaml"):
+    monkeypatch.setitem(sys.modules, "deepspeed", module)
+    with pytest.raises(UsageError, match=rf"DeepSpeed, which {words}.*pip install 'deepspeed>=.*fsdp\.yaml"):
+        make_accelerator(make_options())
+
+
+def test_deepspeed_that_fails_on_import_in_its_own_way_is_one_line(monkeypatch, tmp_path):
+    (tmp_path / "deepspeed.py").write_text("raise Exception('CUDA_HOME does not exist,\\nunable to compile')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
+    for name, value in (DEEPSPEED | {"WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="CUDA_HOME does not exist, unable to compile"):
         make_accelerator(make_options())
 
 

@@ -131,6 +131,9 @@ def test_the_accelerators_own_answers_are_checked():
     assert check(make_options(), distributed="MEGATRON_LM")
     assert not check(make_options(), distributed="FSDP")
     assert check(make_options(auto_batch_size=True), distributed="FSDP")
+    bf16 = make_options(train_method="full", dtype="bfloat16")
+    assert "float32" in check(bf16, distributed="DEEPSPEED")[0]
+    assert not check(bf16, distributed="FSDP")
     assert not check(make_options(), distributed="MULTI_CPU", precision="bf16")
 
 

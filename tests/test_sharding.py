@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText
 
 from caption_train.families import get_family
+from caption_train.fitting import count_room
 from caption_train.prepare import prepare_training
 from caption_train.training import Trainer
 
@@ -92,10 +93,17 @@ def check_share(trainer: Trainer, way: str) -> None:
     moments = [state[name] for state in states if state for name in ("exp_avg", "exp_avg_sq")]
     share = count_held(moments) / 2 / run.record.trainable_parameters
     assert share > 0.9 if way == "ddp" else 0.4 < share < 0.6
+    # The first step is tried beside what will be kept here, not beside the whole.
+    room = count_room(run.options, run.model, run.optimizer)
+    assert room == pytest.approx(sum(t.nbytes for t in map(to_local, moments)), rel=0.01)
 
 
 def count_held(tensors: list[torch.Tensor]) -> int:
-    return sum((t.to_local() if isinstance(t, DTensor) else t).numel() for t in tensors)
+    return sum(to_local(t).numel() for t in tensors)
+
+
+def to_local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def resemble_gpus() -> None:
