@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from accelerate.utils import gather_object
 from caption_train.accelerator import hold_gradients
 from caption_train.agreement import say
 from caption_train.collate import find_dtype, move_batch
-from caption_train.combinations import SHARDED
+from caption_train.combinations import SHARDED, check
 from caption_train.counting import count_state, find_embeddings
 from caption_train.dataset import open_items
 from caption_train.errors import CaptionTrainError, is_out_of_memory
@@ -25,21 +26,22 @@ from caption_train.training_data import TrainingData
 
 GIB = 1024**3
 SAVERS = {
-    "gradient_checkpointing": "--gradient_checkpointing",
-    "mixed_precision": "--mixed_precision bf16",
-    "quantize": "--quantize",
+    "auto_batch_size": ("--auto_batch_size", True),
+    "gradient_checkpointing": ("--gradient_checkpointing", True),
+    "mixed_precision": ("--mixed_precision bf16", "bf16"),
+    "quantize": ("--quantize", "4bit"),
 }
 
 
 @contextmanager
-def explain_out_of_memory(options: TrainOptions) -> Iterator[None]:
+def explain_out_of_memory(options: TrainOptions, accelerator: Accelerator) -> Iterator[None]:
     """Turn a want of memory into one line with what was tried and the flags that help."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise CaptionTrainError(_advise(options, [options.batch_size])) from error
+        raise CaptionTrainError(_advise(options, accelerator, [options.batch_size])) from error
 
 
 def fit_batch_size(
@@ -65,12 +67,12 @@ def fit_batch_size(
         optimizer.zero_grad()
         if not fits and describe_launch(accelerator) in SHARDED:
             # The others cannot be asked: they are in the middle of the step, waiting for this one's part.
-            raise CaptionTrainError(_advise(options, tried))
+            raise CaptionTrainError(_advise(options, accelerator, tried))
         if all(gather_object([fits])):
             break
         smaller = [n for n in range(1, options.batch_size // 2 + 1) if options.batch_size % n == 0]
         if not options.auto_batch_size or not smaller:
-            raise CaptionTrainError(_advise(options, tried))
+            raise CaptionTrainError(_advise(options, accelerator, tried))
         options.gradient_accumulation_steps *= options.batch_size // smaller[-1]
         options.batch_size = smaller[-1]
     give_back_freed()
@@ -131,10 +133,20 @@ def _open_worst(count: int, data: TrainingData) -> list[dict]:
     return (items * count)[:count]
 
 
-def _advise(options: TrainOptions, tried: Sequence[int]) -> str:
-    unused = [words for name, words in SAVERS.items() if getattr(options, name) in (None, False, "no")]
-    smaller = [] if tried[-1] == 1 else ["--auto_batch_size" if not options.auto_batch_size else ""]
+def _advise(options: TrainOptions, accelerator: Accelerator, tried: Sequence[int]) -> str:
+    unused = [
+        words
+        for name, (words, value) in SAVERS.items()
+        if getattr(options, name) in (None, False, "no")
+        and not (name == "auto_batch_size" and tried[-1] == 1)
+        and _is_allowed(replace(options, **{name: value}), accelerator)
+    ]
     return (
         f"out of memory with --batch_size {', '.join(map(str, tried))} (--max_length {options.max_length}); "
-        f"use {', '.join([*filter(None, smaller), *unused, 'a smaller --max_length or --rank'])}"
+        f"use {', '.join([*unused, 'a smaller --max_length or --rank'])}"
     )
+
+
+def _is_allowed(options: TrainOptions, accelerator: Accelerator) -> bool:
+    device, precision = accelerator.device.type, options.mixed_precision or accelerator.mixed_precision
+    return not check(options, device=device, precision=precision, distributed=describe_launch(accelerator))

@@ -57,7 +57,7 @@ class Trainer:
         """Run the loop, save the LoRA to `output_dir`, and return the summary saved beside it."""
         # What can befall one process alone lies outside of speak_as_one: no other would tell it.
         with (
-            explain_out_of_memory(self.run.options),
+            explain_out_of_memory(self.run.options, self.run.accelerator),
             self._explain_dead_worker(),
             speak_as_one(self.run.accelerator),
             Interrupts(self.run.accelerator) as interrupts,

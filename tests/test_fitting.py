@@ -114,7 +114,7 @@ def test_only_a_want_of_memory_is_called_one():
     )
     assert not is_out_of_memory(OSError(errno.ENOENT, "No such file"))
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
-    with pytest.raises(RuntimeError, match="shapes"), explain_out_of_memory(TrainOptions()):
+    with pytest.raises(RuntimeError, match="shapes"), explain_out_of_memory(TrainOptions(), None):
         raise RuntimeError("shapes do not match")
 
 

@@ -69,6 +69,15 @@ def as_the_training_script_saves(tensors):
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items()} | caches
 
 
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[]", "{"])
+def test_an_index_that_names_no_weights_is_told_in_one_line(rewrite, content):
+    folder = Path(rewrite(save=lambda tensors, folder: None))
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CaptionTrainError) as error:
+        FAMILY.load(str(folder))
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     "save",
     [

@@ -91,6 +91,8 @@ def test_a_sharded_step_that_does_not_fit_in_one_process_is_told(run_script, pai
     monkeypatch.setenv("FSDP_VERSION", "2")
     codes, words = run_script(pairs, on_rank_1=lambda: setattr(fitting, "_try_step", lambda *_: False))
     assert codes == [1, 1] and "process 1: out of memory with --batch_size 2" in words
+    assert "use --gradient_checkpointing" in words, words
+    assert "--auto_batch_size" not in words and "--quantize" not in words, "what it refuses helps nobody"
 
 
 def test_a_machine_with_other_versions_is_named(run_script, pairs):

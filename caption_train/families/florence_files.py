@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from caption_train.errors import CaptionTrainError
 from caption_train.families.florence_names import LEGACY_STARTS
 from caption_train.families.loading import explained, find_side_files, shorten
-from caption_train.families.weights import open_weights, read_object
+from caption_train.families.weights import open_weights, read_object, read_shard_names
 
 if TYPE_CHECKING:
     import torch
@@ -90,10 +90,7 @@ def find_checkpoint(model_id: str, revision: str | None = None) -> Checkpoint:
             )
         names = [found.name]
         if found.name.endswith(".index.json"):
-            weight_map = read_object(found).get("weight_map")
-            if not weight_map or not isinstance(weight_map, dict):
-                raise CaptionTrainError(f"{found} has no weight_map: copy it anew")
-            names = list(dict.fromkeys(weight_map.values()))
+            names = read_shard_names(found)
         weights = {name: find(name) for name in names}
     if absent := [name for name, path in weights.items() if path is None]:
         raise CaptionTrainError(

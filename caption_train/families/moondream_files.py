@@ -9,7 +9,7 @@ import torch
 
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families.moondream_revisions import RELEASES, TOKENIZER_NAMES
-from caption_train.families.weights import open_weights, read_object
+from caption_train.families.weights import open_weights, read_shard_names
 
 END_OF_TEXT = "<|endoftext|>"
 STARMIE = ("moondream/starmie-v1", "35192e10a54e36eabe0a7cc57a2c1aab371cafc5")
@@ -39,7 +39,7 @@ def find_weight_files(folder: Path) -> list[Path]:
     """
     for name in _WEIGHTS:
         if (index := folder / f"{name}.index.json").is_file():
-            return [folder / shard for shard in sorted(set(read_object(index)["weight_map"].values()))]
+            return [folder / shard for shard in sorted(read_shard_names(index))]
         if (folder / name).is_file():
             return [folder / name]
     for pattern in ("*.safetensors", "*.pt"):

@@ -22,6 +22,14 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_shard_names(index: Path) -> list[str]:
+    """Return the names of the weight files that an index.json names, each once."""
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CaptionTrainError(f"{index} has no weight_map: copy it anew")
+    return list(dict.fromkeys(map(str, weight_map.values())))
+
+
 def open_weights(path: Path) -> dict[str, Any]:
     """Return name → slice of a safetensors file, or name → what another file holds, read as weights only.
 
