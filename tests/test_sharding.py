@@ -20,6 +20,8 @@ from tiny_runs import assert_same_run, make_options, read_log, save_base, write_
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText
 
+from caption_train import zero
+from caption_train.dataset import CaptionDataset
 from caption_train.families import get_family
 from caption_train.fitting import count_room
 from caption_train.prepare import prepare_training
@@ -63,7 +65,7 @@ def pairs(tmp_path_factory):
 def launch(base, pairs, tmp_path):
     """`launch("out", way="fsdp", …)` trains on two ranks, on "ddp" unsharded; returns their exit codes."""
 
-    def launch(output, *, way, family="blip", before=lambda: None, **changes) -> list[int]:
+    def launch(output, *, way, family="blip", ranks=2, before=lambda: None, **changes) -> list[int]:
         options = make_options(family, base[family], pairs, tmp_path / output, **changes)
 
         def work() -> None:
@@ -74,9 +76,10 @@ def launch(base, pairs, tmp_path):
             # A rank must not take its group apart while the other still holds on to it.
             trainers.append(trainer)
             trainer.train()
-            check_share(trainer, way)
+            if ranks == 2:
+                check_share(trainer, way)
 
-        return [rank.wait() for rank in start_ranks(2, work, tmp_path / "log")]
+        return [rank.wait() for rank in start_ranks(ranks, work, tmp_path / "log")]
 
     return launch
 
@@ -147,6 +150,39 @@ def test_a_sharded_run_is_the_data_parallel_run(name, family, way, launch, tmp_p
 
 
 @needs_deepspeed
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_deepspeed_sends_weights_larger_than_a_bucket_to_an_odd_number_of_processes(method, launch, tmp_path):
+    def shrink() -> None:
+        zero.BUCKET = 100
+
+    changes = {"ranks": 3, "batch_size": 1, "gradient_accumulation_steps": 2, "max_grad_norm": 0.2}
+    changes |= (
+        {"train_method": "full", "learning_rate": 1e-4} if method == "full" else {"lora_plus_ratio": 4.0}
+    )
+    for way in ("ddp", "deepspeed"):
+        assert launch(way, way=way, before=shrink, **changes) == [0] * 3, (tmp_path / "log").read_text()
+    hold_to(tmp_path / "ddp", tmp_path / "deepspeed", TOLERANCE["no"])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_steps_in_which_no_picture_can_be_read_are_left_out(way, launch, tmp_path):
+    def lose_second_epoch() -> None:
+        def get(dataset, key):
+            return {"error": "gone"} if key[0] == 1 else get_item(dataset, key)
+
+        get_item, CaptionDataset.__getitem__ = CaptionDataset.__getitem__, get
+
+    changes = {"epochs": 3, "batch_size": 1, "gradient_accumulation_steps": 2}
+    for output in ("ddp", way):
+        codes = launch(output, way=output, before=lose_second_epoch, **changes)
+        assert codes == [0, 0], (tmp_path / "log").read_text()
+        assert json.loads((tmp_path / output / "summary.json").read_text())["skipped_steps"] == 3
+    ones, others = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ddp", way))
+    for name, weight in ones.items():
+        torch.testing.assert_close(weight, others[name], atol=TOLERANCE["no"], rtol=0)
+
+
+@needs_deepspeed
 @pytest.mark.parametrize(
     "changes", [{"quantize": "4bit"}, {"quantize": "8bit"}, {"init_lora_weights": "pissa"}]
 )
@@ -193,18 +229,26 @@ def test_ranks_with_unequal_shares_validate_caption_and_preview(way, launch, bas
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_loss_that_is_no_number_in_one_process_skips_the_step_in_both(way, launch, tmp_path):
+@pytest.mark.parametrize("spoilt", ["pictures", "gradients"])
+def test_a_loss_or_gradient_that_is_no_number_in_one_process_skips_the_step_in_both(
+    spoilt, way, launch, tmp_path
+):
     def spoil_second_step() -> None:
         def update_spoiled(trainer, micro_batches):
             run = trainer.run
             spoils = run.accelerator.process_index == 1 and run.progress.global_step == 1
-            for micro_batch in micro_batches if spoils else ():
-                micro_batch.inputs["pixel_values"] *= math.nan
+            if spoilt == "pictures":
+                for micro_batch in micro_batches if spoils else ():
+                    micro_batch.inputs["pixel_values"] *= math.nan
+                return update(trainer, micro_batches)
+            backward, factor = type(run.accelerator).backward, math.inf if spoils else 1.0
+            run.accelerator.backward = lambda loss: backward(run.accelerator, loss * factor)
             return update(trainer, micro_batches)
 
         update, Trainer.update = Trainer.update, update_spoiled
 
-    assert launch("out", way=way, before=spoil_second_step) == [0, 0], (tmp_path / "log").read_text()
+    codes = launch("out", way=way, before=spoil_second_step, lora_plus_ratio=4.0)
+    assert codes == [0, 0], (tmp_path / "log").read_text()
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["skipped_steps"] == 1
     assert all(math.isfinite(line["loss"]) for line in read_log(tmp_path / "out")[2:])
 
