@@ -54,6 +54,12 @@ FIXED = {
 def find_resume_point(options: TrainOptions, accelerator: Accelerator) -> Path | None:
     """Return the checkpoint that `--resume` means, or None to start anew. Damaged ones are named."""
     if options.resume is None:
+        if found := list_checkpoints(options.output_dir):
+            say(
+                accelerator,
+                f"--output_dir {options.output_dir}: {found[0].name} of an earlier run is there, and stays; "
+                "this run starts anew (--resume auto goes on from there)",
+            )
         return None
     if options.resume == "auto":
         checkpoint, passed = find_latest(options.output_dir)

@@ -107,6 +107,11 @@ def _judge(data: TrainingData, options: TrainOptions, accelerator: Accelerator) 
         say(accelerator, summarize(headline, data.skipped, limit=None))
     if not data.train:
         raise UsageError(f"--dataset_dir {options.dataset_dir}: no pair is left to train on")
+    if options.validation_split and not data.validation:
+        raise UsageError(
+            f"--validation_split {options.validation_split}: all images are copies of one another, which are "
+            "never split; give --validation_dir"
+        )
     asking = [name for name in NEED_VALIDATION if getattr(options, name)]
     if asking and not data.validation:
         raise UsageError(

@@ -34,6 +34,14 @@ def tiny_base(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """The folder of a BLIP with random weights and no dropout, to compare runs on."""
+    from tests.tiny_runs import save_base
+
+    return save_base("blip", tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
 def pairs_folder(tmp_path_factory):
     """A folder of four pictures with captions beside them, file names sorted as in CAPTIONS."""
     from PIL import Image

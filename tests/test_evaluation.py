@@ -9,7 +9,7 @@ import pytest
 import torch
 from forked import start_ranks
 from safetensors.torch import load_file
-from tiny_runs import make_options, read_log, save_base, train, write_pairs
+from tiny_runs import make_options, read_log, train, write_pairs
 
 from caption_train.collate import count_label_tokens
 from caption_train.errors import CaptionTrainError, UsageError
@@ -17,11 +17,6 @@ from caption_train.evaluation import Evaluator
 from caption_train.families import get_family
 from caption_train.images import open_image
 from caption_train.prepare import prepare_training
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_base("blip", tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

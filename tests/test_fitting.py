@@ -5,7 +5,7 @@ import errno
 import pytest
 import torch
 from forked import start
-from tiny_runs import assert_same_run, make_options, save_base, train, write_pairs
+from tiny_runs import assert_same_run, make_options, train, write_pairs
 
 from caption_train import prepare
 from caption_train.captions import Pair
@@ -17,11 +17,6 @@ from caption_train.options import TrainOptions
 from caption_train.prepare import prepare_training
 from caption_train.training import Trainer
 from caption_train.training_data import TrainingData
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_base("blip", tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from forked import start, start_ranks
-from tiny_runs import assert_same_run, make_options, save_base, train, write_pairs
+from tiny_runs import assert_same_run, make_options, train, write_pairs
 
 from caption_train import checkpoint, saving
 from caption_train.training import Trainer
@@ -30,11 +30,6 @@ OPTIMIZERS = {
         "accumulation_rank": 2,
     },
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_base("blip", tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

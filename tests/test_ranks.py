@@ -8,17 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from forked import start_ranks
-from tiny_runs import read_log, save_base, write_pairs
+from tiny_runs import read_log, write_pairs
 
 from caption_train import cli, dataset, fitting, model_card, training_data
 from caption_train.cli import train_main
 from caption_train.images import ImageError
 from caption_train.training import Trainer
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_base("blip", tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture

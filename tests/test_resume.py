@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from forked import start, start_ranks
-from tiny_runs import assert_same_run, make_options, read_log, save_base, train, write_pairs
+from tiny_runs import assert_same_run, make_options, read_log, train, write_pairs
 
 from caption_train import checkpoint, model_card
 from caption_train.accelerator import make_lr_scheduler, make_optimizer
@@ -17,11 +17,6 @@ from caption_train.families import get_family
 from caption_train.lock import OutputLock
 from caption_train.prepare import prepare_training
 from caption_train.training import Trainer
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_base("blip", tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +128,11 @@ def test_other_versions_are_said_not_refused(resume, monkeypatch, capsys):
     monkeypatch.setattr(model_card, "__version__", "99")
     resume()
     assert "caption-train was" in capsys.readouterr().err
+
+
+def test_a_run_that_starts_anew_beside_another_says_so(resume, finished, capsys):
+    assert resume(resume=None).run.plan.first_step == 0
+    assert f"{(finished / 'last').resolve().name} of an earlier run is there" in capsys.readouterr().err
 
 
 def test_a_finished_run_has_nothing_left_to_do(resume, finished):

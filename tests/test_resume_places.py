@@ -6,7 +6,7 @@ import os
 import shutil
 
 import pytest
-from tiny_runs import make_options, read_log, save_base, train, write_pairs
+from tiny_runs import make_options, read_log, train, write_pairs
 
 from caption_train.checkpoint import find_latest, list_checkpoints
 from caption_train.errors import CaptionTrainError, UsageError
@@ -14,11 +14,6 @@ from caption_train.evaluation import Evaluator
 from caption_train.families import get_family
 from caption_train.pointers import follow, point
 from caption_train.prepare import prepare_training
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_base("blip", tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

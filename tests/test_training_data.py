@@ -55,6 +55,13 @@ def test_what_is_unusable_is_left_out_on_request_and_named(folder, accelerator, 
     assert "1.png" in capsys.readouterr().err
 
 
+def test_copies_of_one_image_cannot_be_split(folder, accelerator):
+    for index in range(1, 6):
+        (folder / f"{index}.png").write_bytes((folder / "0.png").read_bytes())
+    with pytest.raises(UsageError, match=r"--validation_split 0\.3: all images are copies"):
+        read(folder, accelerator, validation_split=0.3)
+
+
 def test_a_dataset_with_nothing_left_is_refused(folder, accelerator):
     for image in folder.glob("*.png"):
         image.write_bytes(b"no image")
