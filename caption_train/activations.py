@@ -1,7 +1,7 @@
 """How much a forward pass keeps for its backward pass: measured by counting every tensor and dropping it."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -53,17 +53,33 @@ def measure_activations(model: nn.Module, batch: Mapping[str, Any]) -> Activatio
 
 
 @contextmanager
-def cast_frozen(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Hold what is not trained in `dtype` for a while."""
+def cast_frozen(model: nn.Module, dtype: torch.dtype, half: Collection[nn.Parameter] = ()) -> Iterator[None]:
+    """Hold what is not trained in `dtype` for a while, the weights `half` in bfloat16."""
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     before = [p.data for p in frozen]
     for p in frozen:
-        p.data = p.data.to(dtype)
+        p.data = p.data.to(torch.bfloat16 if p in half else dtype)
     try:
         yield
     finally:
         for p, data in zip(frozen, before, strict=True):
             p.data = data
+
+
+@contextmanager
+def standing_for_packed(model: nn.Module, weights: Collection[nn.Parameter]) -> Iterator[None]:
+    """Hold in float32 all that is frozen but `weights`, which are multiplied as bitsandbytes does packed.
+
+    That is in half precision, and what comes out has the dtype of what went in.
+    """
+    linears = [m for m in model.modules() if getattr(m, "weight", None) in weights]
+    handles = [m.register_forward_hook(lambda _, inputs, out: out.to(inputs[0].dtype)) for m in linears]
+    try:
+        with cast_frozen(model, torch.float32, half=weights):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Counter:

@@ -1,6 +1,6 @@
 """`--plan`: print what a run would hold in memory, and what would make it fit `--memory_budget`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,13 @@ import torch
 from rich.console import Console
 
 from caption_train.accelerator import make_accelerator
-from caption_train.activations import Activations, cast_frozen, measure_activations
+from caption_train.activations import Activations, cast_frozen, measure_activations, standing_for_packed
 from caption_train.captions import Pair
 from caption_train.families.base import Family
 from caption_train.images import open_image
 from caption_train.metadata import read_dataset
 from caption_train.options import TrainOptions, parse_bytes
-from caption_train.planning import HALF, Plan, Planner
+from caption_train.planning import HALF, Plan, Planner, find_quantized
 from caption_train.prepare import load_trainable
 from caption_train.saving import peak_memory
 
@@ -27,6 +27,8 @@ ROWS = {
     "gradients": "gradients",
     "state": "optimizer state",
     "activations": "activations",
+    "kept": "freed, but kept",
+    "stepping": "the optimizer's work",
 }
 
 
@@ -90,7 +92,7 @@ def make_planner(options: TrainOptions, family: Family) -> tuple[Planner, TrainO
     planner = Planner(
         model,
         family.parts,
-        _measure(model, batch, options),
+        _measure(model, family.parts, batch, options),
         libraries=before if on_cpu else 0,
         file=(copied if copied > held / 4 else held) if on_cpu else 0,
         device=accelerator.device.type,
@@ -99,18 +101,27 @@ def make_planner(options: TrainOptions, family: Family) -> tuple[Planner, TrainO
     return planner, options
 
 
-def _measure(model: torch.nn.Module, batch: dict[str, Any], options: TrainOptions) -> dict[str, Activations]:
+def _measure(
+    model: torch.nn.Module, parts: Mapping[str, str], batch: dict[str, Any], options: TrainOptions
+) -> dict[str, Activations]:
     """Return one image's activations as each set of flags would hold them that may be planned."""
     model.train()
     measured = {}
     if options.mixed_precision not in HALF:
         measured["no"] = measure_activations(model, _cast(batch, model))
     is_lora = options.train_method == "lora"
-    frozen = {"bf16": torch.bfloat16, "quantized": torch.float32} if is_lora else {"bf16": torch.float32}
-    for kind, dtype in frozen.items():
-        with cast_frozen(model, dtype), torch.autocast("cpu", torch.bfloat16):
-            measured[kind] = measure_activations(model, _cast(batch, model))
+    with cast_frozen(model, torch.bfloat16 if is_lora else torch.float32):
+        measured["bf16"] = _measure_half(model, batch)
+    if is_lora:
+        packed = find_quantized(model, parts, replace(options, quantize=options.quantize or "4bit"))
+        with standing_for_packed(model, packed):
+            measured["quantized"] = _measure_half(model, batch)
     return measured
+
+
+def _measure_half(model: torch.nn.Module, batch: dict[str, Any]) -> Activations:
+    with torch.autocast("cpu", torch.bfloat16):
+        return measure_activations(model, _cast(batch, model))
 
 
 def _cast(batch: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:

@@ -89,8 +89,8 @@ class Planner:
     """Plans runs from one model in memory, as `--train_method` makes it trainable and not quantized.
 
     parts: the family's. activations: of one image, in full precision ("no"), in half ("bf16"), and in half on
-    a base whose unquantized weights are full ("quantized"). file: the checkpoint's bytes, which the process
-    holds too while it reads them, on a CPU.
+    a base of which only what would be quantized is half ("quantized"). file: the checkpoint's bytes, which
+    the process holds too while it reads them, on a CPU.
     """
 
     def __init__(
@@ -193,7 +193,7 @@ class Planner:
         frozen = {"float32": 4, "bfloat16": 2, "float16": 2}.get(options.dtype, auto)
         if options.quantize:
             frozen = 4
-        quantized = self._find_quantized(options)
+        quantized = find_quantized(self.model, self.parts, options)
         total = 0.0
         for p in self.model.parameters():
             if p.requires_grad and is_lora:
@@ -206,18 +206,20 @@ class Planner:
                 total += p.numel() + 4 * p.shape[0]
         return int(total)
 
-    def _find_quantized(self, options: TrainOptions) -> set[nn.Parameter]:
-        if options.quantize is None:
-            return set()
-        names = options.quantize_parts or self.parts
-        kept = [pattern for name, pattern in self.parts.items() if name not in names]
-        found = set()
-        for name, module in self.model.named_modules():
-            plain = name.removeprefix("base_model.model.").removesuffix(".base_layer")
-            is_kept = plain.endswith(HEADS) or any(re.fullmatch(pattern, plain) for pattern in kept)
-            if isinstance(module, nn.Linear) and ".lora_" not in name and not is_kept:
-                found.add(module.weight)
-        return found
+
+def find_quantized(model: nn.Module, parts: Mapping[str, str], options: TrainOptions) -> set[nn.Parameter]:
+    """Return the weights that `--quantize` packs, in the parts it is asked for."""
+    if options.quantize is None:
+        return set()
+    names = options.quantize_parts or parts
+    kept = [pattern for name, pattern in parts.items() if name not in names]
+    found = set()
+    for name, module in model.named_modules():
+        plain = name.removeprefix("base_model.model.").removesuffix(".base_layer")
+        is_kept = plain.endswith(HEADS) or any(re.fullmatch(pattern, plain) for pattern in kept)
+        if isinstance(module, nn.Linear) and ".lora_" not in name and not is_kept:
+            found.add(module.weight)
+    return found
 
 
 def _subsets(savers: Sequence[Saver]) -> Iterator[tuple[Saver, ...]]:
