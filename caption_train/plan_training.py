@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 
 from caption_train.accelerator import make_accelerator
@@ -36,7 +37,7 @@ def plan_training(options: TrainOptions, family: Family) -> int:
     """Print the plan for these options and return the exit code: 1 when nothing fits the budget."""
     planner, options = make_planner(options, family)
     plan = planner.plan(options)
-    console = Console(markup=False, highlight=False)
+    console = Console(markup=False, highlight=False, quiet=not PartialState().is_main_process)
     console.print(f"memory on {planner.device}, batch size {options.batch_size}:")
     print_plan(plan, console)
     if options.memory_budget is None:

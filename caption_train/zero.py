@@ -67,6 +67,9 @@ class ZeroAccelerator(Accelerator):
     """
 
     def __init__(self, **settings: Any) -> None:
+        if settings["cpu"]:
+            # It looks for the device itself as it is imported, and would take a GPU.
+            os.environ["DS_ACCELERATOR"] = "cpu"
         _check_installed()
         with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):
             super().__init__(**settings)

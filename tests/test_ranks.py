@@ -42,6 +42,11 @@ def pairs(tmp_path):
     return write_pairs(tmp_path / "pairs", 10)
 
 
+def test_several_processes_print_one_plan(run_script, pairs):
+    codes, words = run_script(pairs, "--plan")
+    assert codes == [0, 0] and words.count("memory on cpu") == 1
+
+
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU, which they would use")
 def test_processes_without_a_gpu_are_one_run(run_script, pairs):
     codes, words = run_script(pairs, device=())
