@@ -24,6 +24,8 @@ HALF = ("bf16", "fp16")
 KEPT = 0.4
 """What glibc keeps of what was freed, on a CPU, in units of all activations, recomputed ones too;
 measured on BLIP and Florence-2 (benchmarks/plan.py)."""
+MARGIN = 1.2
+"""What a run may take of its plan (benchmarks/plan.py): flags are only said to fit if that much is there."""
 SAME_SIZE = 0.05
 """Weights are as large as their file but for the LoRA, which the file has not, and for buffers."""
 
@@ -32,8 +34,9 @@ SAME_SIZE = 0.05
 class Plan:
     """Bytes a run holds. libraries: the process without a model, on a CPU. loading: as the file is read.
 
-    kept: what the process keeps of what was freed, until the step. stepping: what the optimizer makes of a
-    weight while it changes it.
+    kept: what the process keeps of what was freed, until the step. first_gradient: the largest, of word
+    embeddings, whose head comes first in the backward pass. stepping: what the optimizer makes of a weight
+    while it changes it.
     """
 
     libraries: int
@@ -43,16 +46,21 @@ class Plan:
     state: int
     activations: int
     kept: int
+    first_gradient: int
     stepping: int
     accumulates: bool
 
     @property
     def peak(self) -> int:
         """The most that is held at once: activations go as gradients come, unless earlier ones wait."""
-        passing = self.activations + self.kept
+        passing = self.activations + self.kept + self.first_gradient
         passing = passing + self.gradients if self.accumulates else max(passing, self.gradients)
         held = self.weights + self.state + max(passing, self.gradients + self.stepping)
         return self.libraries + max(self.loading, held)
+
+    def fits(self, budget: int) -> bool:
+        """Tell whether a run fits even where the plan is as low as one was when it was measured."""
+        return self.peak * MARGIN <= budget
 
 
 @dataclass(frozen=True)
@@ -130,6 +138,7 @@ class Planner:
             state=count_state(options, trained, self.embeddings),
             activations=self._count_activations(options),
             kept=self._count_kept(options),
+            first_gradient=4 * max((p.numel() for p in trained), default=0),
             stepping=self._count_stepping(options, trained),
             accumulates=options.gradient_accumulation_steps > 1,
         )
@@ -144,7 +153,7 @@ class Planner:
             changed = replace(options, **{k: v for saver in chosen for k, v in saver.changes.items()})
             if not check(changed, device=self.device):
                 candidates.append((sum(saver.cost for saver in chosen), self.plan(changed), changed, chosen))
-        fitting = [candidate for candidate in candidates if candidate[1].peak <= budget]
+        fitting = [candidate for candidate in candidates if candidate[1].fits(budget)]
         if fitting:
             _, plan, changed, chosen = min(fitting, key=lambda c: (c[0], c[1].peak))
         else:
