@@ -9,8 +9,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from caption_train.captions import printable
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.files import open_atomically
+from caption_train.rows import TEXT_COLUMNS
 
 Row = dict[str, Any]
 """`file_name`, `text`, where there are any `answer` (boxes) and `remarks`; other columns stay as found"""
@@ -35,19 +37,24 @@ class CaptionFile:
         """Return what `file_name` says: relative to the file's folder for images in it, else absolute."""
         if image.parent not in self._prefixes:
             self._prefixes[image.parent] = self._prefix_of(image.parent)
-        return self._prefixes[image.parent] + image.name
+        name = self._prefixes[image.parent] + image.name
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise UsageError(
+                f"--output {self.path}: {printable(image)} has a name that is not UTF-8, which no row can "
+                "hold: rename it, or use --save_captions"
+            ) from None
+        return name
 
-    def read(self, *, with_journals: bool = True) -> dict[str, Row]:
-        """Return the rows that exist by `file_name`: the file's, then those of runs that were cut short."""
-        rows = {row["file_name"]: row for row in self._read_file()} if self.path.exists() else {}
-        for journal in self._journals() if with_journals else ():
-            for line in journal.read_text(encoding="utf-8").split("\n"):
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # The last line of a killed process.
-                rows[row["file_name"]] = row
-        return rows
+    def read(self) -> dict[str, str]:
+        """Return the captions that exist by `file_name`: the file's, then those of runs that were cut short."""
+        captions = {}
+        for row in (*self._read_file(), *self._read_journals().values()):
+            texts = (row[column] for column in TEXT_COLUMNS if isinstance(row.get(column), str))
+            if (text := next(texts, None)) is not None:
+                captions[row["file_name"]] = text
+        return captions
 
     def append(self, image: Path, text: str, *, answer: Any = None, remarks: Iterable[str] = ()) -> None:
         """Put a caption into the journal."""
@@ -66,24 +73,33 @@ class CaptionFile:
         except OSError as error:
             raise CaptionTrainError(f"{self._journal_path}: {error.strerror or error}") from error
 
-    def merge(self, images: Iterable[Path]) -> None:
-        """Write the file: rows of other images as they stood, then those of `images` in their order."""
-        before = self.read(with_journals=False)
-        now = self.read()
-        order = [name for name in map(self.name_of, images) if name in now]
-        here = set(order)
-        others = [name for name in now if name not in here]
-        kept = ("answer", "remarks", "text")
-        rows = [
-            {k: v for k, v in before.get(name, {}).items() if k not in kept} | now[name]
-            for name in (*others, *order)
-        ]
+    def merge(self, images: Iterable[Path] = ()) -> None:
+        """Write the file: rows of other images as they stood, then those of `images` in their order.
+
+        An image may have several rows; a new caption goes into all of them.
+        """
+        new, rows = self._read_journals(), []
+        for row in self._read_file():
+            if update := new.get(row["file_name"]):
+                replaced = ("answer", "remarks", "text")
+                row = {name: value for name, value in row.items() if name not in replaced} | update
+            rows.append(row)
+        known = {row["file_name"] for row in rows}
+        rows += [row for name, row in new.items() if name not in known]
+        places = {name: place for place, name in enumerate(map(self.name_of, images))}
+        rows.sort(key=lambda row: places.get(row["file_name"], -1))
         write = _write_csv if self.path.suffix == ".csv" else _write_jsonl
         try:
             with open_atomically(self.path) as file:
                 write(file, rows)
         except OSError as error:
             raise CaptionTrainError(f"--output {self.path}: {error.strerror or error}") from error
+
+    def take_over(self) -> None:
+        """Merge what runs that were cut short have left, and remove their journals."""
+        if self._journals():
+            self.merge()
+            self.discard_journals()
 
     def discard_journals(self) -> None:
         """Remove the journals of this and of earlier runs."""
@@ -113,7 +129,20 @@ class CaptionFile:
             if p.name.startswith(f".{self.path.name}.") and p.name.endswith(".part")
         )
 
+    def _read_journals(self) -> dict[str, Row]:
+        rows = {}
+        for journal in self._journals():
+            for line in journal.read_bytes().split(b"\n"):
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue  # The last line of a killed process, cut within a character perhaps.
+                rows[row["file_name"]] = row
+        return rows
+
     def _read_file(self) -> list[Row]:
+        if not self.path.exists():
+            return []
         try:
             text = self.path.read_bytes().decode("utf-8-sig")
             rows = list(_read_csv(text) if self.path.suffix == ".csv" else _read_jsonl(text))

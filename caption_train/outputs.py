@@ -38,10 +38,10 @@ class Outputs:
             return list(images)
         if self._overwrite:
             if self._file:
-                self._file.discard_journals()
+                self._file.take_over()
             return list(images)
-        rows = self._file.read() if self._file else {}
-        return [image for image in images if not self._is_done(image, rows)]
+        captions = self._file.read() if self._file else {}
+        return [image for image in images if not self._is_done(image, captions)]
 
     def write(self, image: Path, text: str, *, answer: Any = None, remarks: Iterable[str] = ()) -> None:
         """Put one caption where it goes."""
@@ -67,15 +67,15 @@ class Outputs:
             return full
         return image.with_name(image.stem + self._extension)
 
-    def _is_done(self, image: Path, rows: dict[str, dict[str, Any]]) -> bool:
-        row = rows.get(self._file.name_of(image)) if self._file else None
+    def _is_done(self, image: Path, captions: dict[str, str]) -> bool:
+        text = captions.get(self._file.name_of(image)) if self._file else None
         path = self._existing_caption(image) if self._saves else None
         if self._saves and self._file:
-            if path and row is None:
+            if path and text is None:
                 self._file.append(image, read_caption(path))
-            elif row and path is None:
-                _write_caption(self.caption_path(image), row["text"])
-        return bool(path or row)
+            elif text is not None and path is None:
+                _write_caption(self.caption_path(image), text)
+        return path is not None or text is not None
 
     def _existing_caption(self, image: Path) -> Path | None:
         names = (image.name + self._extension, image.stem + self._extension)

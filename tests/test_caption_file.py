@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,47 @@ def test_rows_after_the_half_line_of_a_killed_run_are_read(tmp_path):
     assert list(CaptionFile(path).read()) == ["b.png"]
 
 
+def test_a_journal_cut_within_a_character_is_read_up_to_there(tmp_path):
+    (tmp_path / ".captions.jsonl.0.part").write_bytes(
+        b'{"file_name": "a.png", "text": "one"}\n{"file_name": "b.png", "text": "caf\xc3'
+    )
+    assert CaptionFile(tmp_path / "captions.jsonl").read() == {"a.png": "one"}
+
+
+def test_several_rows_of_one_image_all_stay(tmp_path):
+    path = tmp_path / "metadata.jsonl"
+    rows = [{"file_name": "a.png", "text": f"{i}", "prompt": f"p{i}"} for i in range(2)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = CaptionFile(path)
+    file.append(tmp_path / "b.png", "new")
+    file.merge([tmp_path / "a.png", tmp_path / "b.png"])
+    assert rows_of(path) == [*rows, {"file_name": "b.png", "text": "new"}]
+
+
+def test_a_new_caption_goes_into_every_row_of_its_image(tmp_path):
+    path = tmp_path / "metadata.jsonl"
+    path.write_text('{"file_name": "a.png", "text": "old", "n": 1}\n' * 3)
+    file = CaptionFile(path)
+    file.append(tmp_path / "a.png", "new")
+    file.merge([tmp_path / "a.png"])
+    assert rows_of(path) == [{"file_name": "a.png", "n": 1, "text": "new"}] * 3
+
+
+def test_a_row_without_a_caption_is_none(tmp_path):
+    path = tmp_path / "metadata.jsonl"
+    path.write_text(
+        '{"file_name": "a.png", "n": 1}\n{"file_name": "b.png", "text": null}\n'
+        '{"file_name": "c.png", "caption": "old"}\n'
+    )
+    assert CaptionFile(path).read() == {"c.png": "old"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux")
+def test_a_name_that_no_row_can_hold_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"\\udcff\.png has a name that is not UTF-8"):
+        CaptionFile(tmp_path / "captions.csv").name_of(tmp_path / os.fsdecode(b"\xff.png"))
+
+
 def test_journals_of_several_processes_become_one_file(tmp_path):
     path = tmp_path / "captions.jsonl"
     for rank in range(3):
@@ -114,10 +157,10 @@ def test_any_text_comes_back_from_journal_and_file(tmp_path_factory, suffix, tex
     names = [folder / f"{i}.png" for i in range(len(texts))]
     for name, text in zip(names, texts, strict=True):
         file.append(name, text)
-    assert [row["text"] for row in file.read().values()] == texts
+    assert [*file.read().values()] == texts
     file.merge(names)
     file.discard_journals()
-    assert [row["text"] for row in CaptionFile(file.path).read().values()] == texts
+    assert [*CaptionFile(file.path).read().values()] == texts
 
 
 def test_csv_holds_answers_as_json(tmp_path):

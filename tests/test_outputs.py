@@ -71,13 +71,14 @@ def test_what_one_output_has_the_other_gets(tmp_path, images):
     assert (tmp_path / "ü😀.txt").read_text() == "in the file\n"
 
 
-def test_overwrite_replaces_rows_and_forgets_killed_runs(tmp_path, images):
+def test_overwrite_replaces_rows_and_keeps_what_killed_runs_left_of_other_images(tmp_path, images):
     output = tmp_path / "captions.jsonl"
     (tmp_path / ".captions.jsonl.4.part").write_text('{"file_name": "gone.png", "text": "x"}\n')
     output.write_text(json.dumps({"file_name": "a b.png", "text": "old"}) + "\n")
     save(images, output=output, overwrite=True)
     assert [json.loads(line)["text"] for line in output.read_text().splitlines()] == [
-        f"of {image.name}" for image in images
+        "x",
+        *(f"of {image.name}" for image in images),
     ]
 
 
