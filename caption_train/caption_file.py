@@ -48,7 +48,7 @@ class CaptionFile:
         return name
 
     def read(self) -> dict[str, str]:
-        """Return the captions that exist by `file_name`: the file's, then those of runs that were cut short."""
+        """Return the captions that exist by `file_name`: the file's, then those that killed runs left."""
         captions = {}
         for row in (*self._read_file(), *self._read_journals().values()):
             texts = (row[column] for column in TEXT_COLUMNS if isinstance(row.get(column), str))

@@ -52,15 +52,6 @@ class Folder:
     unusable: list[str] = field(default_factory=list)
 
 
-def find_images(root: Path | str, *, recursive: bool = True, follow_symlinks: bool = False) -> list[Path]:
-    """Return the images under a folder in natural order (img2 before img10), hidden ones left out.
-
-    Symbolic links that lead out of the folder are followed only on request, and never round a loop.
-    """
-    folder = scan_folder(root, (), recursive=recursive, follow_symlinks=follow_symlinks)
-    return [folder.root / name for name in folder.images]
-
-
 def scan_folder(
     root: Path | str,
     caption_extensions: Sequence[str] = CAPTION_SUFFIXES,
@@ -68,7 +59,10 @@ def scan_folder(
     recursive: bool = True,
     follow_symlinks: bool = False,
 ) -> Folder:
-    """Walk a folder once and sort its files into images and captions; extensions match in any case."""
+    """Walk a folder once and sort its files into images and captions; extensions match in any case.
+
+    Symbolic links that lead out of the folder are followed only on request, and never round a loop.
+    """
     folder = Folder(Path(root))
     if not folder.root.is_dir():
         raise UsageError(f"{printable(root)}: {'not a folder' if folder.root.exists() else 'no such folder'}")

@@ -2,10 +2,11 @@
 
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from caption_train.captions import IMAGE_SUFFIXES
+from caption_train.captions import IMAGE_SUFFIXES, printable
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.files import open_atomically
 
@@ -18,9 +19,15 @@ class Drawings:
 
     def __init__(self, folder: Path, images: Sequence[Path]) -> None:
         self.folder = folder
-        self._root = Path(os.path.commonpath([image.absolute().parent for image in images]))
-        if folder.resolve() == self._root.resolve():
-            raise UsageError(f"--visualize {folder}: would replace the images there; name another folder")
+        self._root = Path(os.path.commonpath([image.absolute().parent for image in images] or ["/"]))
+        real = cache(os.path.realpath)
+        originals = {(real(image.parent), image.name) for image in images}
+        for path in map(self.path, images):
+            if (real(path.parent), path.name) in originals:
+                raise UsageError(
+                    f"--visualize {folder}: would replace the images there, such as {printable(path)}; name "
+                    "another folder"
+                )
 
     def path(self, image: Path) -> Path:
         """Return where the drawing on an image goes."""

@@ -23,7 +23,8 @@ def open_atomically(path: Path | str, mode: str = "w", encoding: str | None = "u
     # A rename replaces a symlink itself; people who link their captions mean the file behind the link.
     path = path.resolve() if path.is_symlink() else path
     binary = "b" in mode
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:80]}.", suffix=TEMPORARY, dir=path.parent)
+    # A name may have 255 bytes, a character four.
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:50]}.", suffix=TEMPORARY, dir=path.parent)
     try:
         with os.fdopen(
             handle, mode, encoding=None if binary else encoding, newline=None if binary else ""

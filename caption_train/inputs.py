@@ -1,11 +1,12 @@
 """Which images `--images` means: files, folders, globs and list files. Standard library only."""
 
 import glob
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from caption_train.captions import IMAGE_SUFFIXES, find_images, natural_key, printable
+from caption_train.captions import IMAGE_SUFFIXES, natural_key, printable, scan_folder
 from caption_train.errors import UsageError
 
 LIST_SUFFIXES = frozenset({".txt", ".lst", ".list"})
@@ -15,7 +16,8 @@ LIST_SUFFIXES = frozenset({".txt", ".lst", ".list"})
 class Inputs:
     """The images to caption, each once, in the order given; folders and globs in natural order.
 
-    missing: lines of list files that name no file, with the list they stand in.
+    missing: lines of list files that name no file, with the list they stand in; folders that cannot be read,
+    and links named like an image that lead nowhere.
     """
 
     images: list[Path] = field(default_factory=list)
@@ -53,24 +55,45 @@ def _is_sidecar(path: Path, captions: Collection[Path]) -> bool:
 
 
 def _resolve(pattern: str, recursive: bool, missing: list[str]) -> list[Path]:
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        return find_images(path, recursive=recursive, follow_symlinks=True)
-    if path.is_file():
+    path = _expand_home(pattern)
+    # os.path's tests are False for what is too long for a name, too; Path's raise.
+    if os.path.isdir(path):  # noqa: PTH112
+        return _scan(path, recursive, missing)
+    if os.path.isfile(path):  # noqa: PTH113
         return _read_list(path, missing) if path.suffix.lower() in LIST_SUFFIXES else [path]
     # Only now: a name that exists may hold brackets and be no pattern.
     if glob.has_magic(pattern):
-        return _expand(str(path), recursive)
+        return _expand(str(path), recursive, missing)
     raise UsageError(f"--images {printable(pattern)}: there is no such file or folder")
 
 
-def _expand(pattern: str, recursive: bool) -> list[Path]:
+def _scan(root: Path, recursive: bool, missing: list[str]) -> list[Path]:
+    folder = scan_folder(root, (), recursive=recursive, follow_symlinks=True)
+    for problem in folder.unusable:
+        name, _, reason = problem.rpartition(": ")
+        path = root / name
+        if path.is_dir():
+            missing.append(f"{printable(path)}: {reason}")
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
+            missing.append(f"{printable(path)}: {'a link to nothing' if path.is_symlink() else reason}")
+    return [root / name for name in folder.images]
+
+
+def _expand_home(name: str) -> Path:
+    """Return a path with `~` or `~user` replaced; where there is no such user it is a file's name."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
+def _expand(pattern: str, recursive: bool, missing: list[str]) -> list[Path]:
     images = []
     # Path.glob takes no absolute pattern.
     for name in sorted(glob.glob(pattern, recursive=True), key=natural_key):  # noqa: PTH207
         path = Path(name)
         if path.is_dir() and recursive:
-            images += find_images(path, follow_symlinks=True)
+            images += _scan(path, recursive, missing)
         elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
             images.append(path)
     return images
@@ -86,12 +109,13 @@ def _read_list(path: Path, missing: list[str]) -> list[Path]:
         ) from error
     images = []
     for number, line in enumerate(lines, 1):
-        name = Path(line.strip()).expanduser()
-        found = next((p for p in (name, path.parent / name) if p.is_file()), None)
+        name = _expand_home(line.strip())
+        found = next((p for p in (name, path.parent / name) if os.path.isfile(p)), None)  # noqa: PTH113
         if found:
             images.append(found)
         elif line.strip():
-            missing.append(f"{printable(name)}: there is no such file ({printable(path)}:{number})")
+            shown = printable(name)[:200]
+            missing.append(f"{shown}: there is no such file ({printable(path)}:{number})")
     if not images and not missing:
         raise UsageError(f"--images {printable(path)}: the list is empty")
     return images

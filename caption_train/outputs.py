@@ -1,6 +1,7 @@
 """Where captions go: files beside the images, one file for all, the terminal. No torch."""
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,11 @@ class Outputs:
     def caption_path(self, image: Path) -> Path:
         """Return where an image's caption goes: `a.txt`; `a.png.txt` if that exists or there is an `a.jpg`.
 
-        Training reads `a.png.txt` before `a.txt` too.
+        Training reads `a.png.txt` before `a.txt` too. So `a.png.webp` beside `a.png` gets `a.png.webp.txt`.
         """
         full = image.with_name(image.name + self._extension)
-        if full.exists() or self._twins.has(image):
+        # os.path's test is False for what is too long for a name, too; Path's raises.
+        if os.path.exists(full) or self._twins.has(image):  # noqa: PTH110
             return full
         return image.with_name(image.stem + self._extension)
 
@@ -78,8 +80,9 @@ class Outputs:
         return path is not None or text is not None
 
     def _existing_caption(self, image: Path) -> Path | None:
-        names = (image.name + self._extension, image.stem + self._extension)
-        return next((path for path in map(image.with_name, names) if path.exists()), None)
+        stems = [image.name] if self._twins.is_named_as_another(image) else [image.name, image.stem]
+        paths = (image.with_name(stem + self._extension) for stem in stems)
+        return next((path for path in paths if os.path.exists(path)), None)  # noqa: PTH110
 
     def _check_writable(self, images: Sequence[Path]) -> None:
         if self._extension.lower() in IMAGE_SUFFIXES:
@@ -99,19 +102,26 @@ class Outputs:
 
 
 class _Twins:
-    """Which images share their stem with another image in the same folder. Each folder is listed once."""
+    """Which images do not have their stem to themselves in their folder. Each folder is listed once."""
 
     def __init__(self) -> None:
-        self._stems: dict[Path, dict[str, int]] = {}
+        self._images: dict[Path, tuple[set[str], Counter[str]]] = {}
 
     def has(self, image: Path) -> bool:
-        stems = self._stems.get(image.parent)
-        if stems is None:
-            stems = self._stems[image.parent] = {}
-            for path in image.parent.iterdir():
-                if path.suffix.lower() in IMAGE_SUFFIXES:
-                    stems[path.stem] = stems.get(path.stem, 0) + 1
-        return stems.get(image.stem, 0) > 1
+        """Tell whether there is another image of this stem, or one whose name it is."""
+        _, stems = self._list(image.parent)
+        return stems[image.stem] > 1 or self.is_named_as_another(image)
+
+    def is_named_as_another(self, image: Path) -> bool:
+        """Tell whether the stem is another image's name, as for `a.png.webp` beside `a.png`."""
+        names, _ = self._list(image.parent)
+        return image.stem in names
+
+    def _list(self, folder: Path) -> tuple[set[str], Counter[str]]:
+        if folder not in self._images:
+            images = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+            self._images[folder] = {path.name for path in images}, Counter(path.stem for path in images)
+        return self._images[folder]
 
 
 def wrap_caption(text: str, *, prefix: str = "", suffix: str = "", trigger: str | None = None) -> str:

@@ -38,6 +38,8 @@ class Temperature(LogitsProcessor):
 
 def make_sampler(names: Sequence[str], *, temperature: float, top_p: float, seed: int) -> LogitsProcessorList:
     """Return logits processors under which greedy search samples; row i by `seed` and `names[i]`."""
-    seeds = [int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]) for name in names]
+    # A file's name need not be UTF-8.
+    keys = [f"{seed} {name}".encode(errors="surrogatepass") for name in names]
+    seeds = [int.from_bytes(hashlib.sha256(key).digest()[:7]) for key in keys]
     warpers = [TopPLogitsWarper(top_p)] if top_p < 1 else []
     return LogitsProcessorList([Temperature(temperature), *warpers, GumbelNoise(seeds)])

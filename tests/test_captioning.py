@@ -246,8 +246,18 @@ def test_answers_are_drawn_on_copies_that_keep_names_and_formats(folder):
     with Image.open(folder / "drawn/sub/w.JPG") as image:
         assert (image.format, image.getpixel((0, 0))[0] > 250) == ("JPEG", True)
     assert (folder / "6.png").read_bytes() == original
-    with pytest.raises(UsageError, match="would replace the images"):
-        run(Drawing(), folder, visualize=folder)
+    Image.new("RGB", (4, 4)).save(folder / "sub" / "6.png")
+    for target in (folder, folder / "sub"):
+        with pytest.raises(UsageError, match="would replace the images"):
+            run(Drawing(), folder, recursive=True, visualize=target)
+
+
+def test_a_list_of_nothing_draws_nothing(folder):
+    class Drawing(FakeFamily):
+        draw_answer = None
+
+    (folder / "list.txt").write_text("gone.png\n")
+    assert run(Drawing(), folder / "list.txt", visualize=folder / "drawn") == 1
 
 
 def test_visualize_needs_a_family_that_draws(folder):

@@ -6,13 +6,17 @@ from hypothesis import strategies as st
 
 from caption_train.captions import (
     IMAGE_SUFFIXES,
-    find_images,
     natural_key,
     printable,
     read_caption,
     scan_folder,
 )
 from caption_train.errors import CaptionTrainError, UsageError
+
+
+def find_images(root, **options):
+    folder = scan_folder(root, (), **options)
+    return [folder.root / name for name in folder.images]
 
 
 def touch(folder, *names):

@@ -89,3 +89,28 @@ def test_what_a_shell_adds_to_images_is_no_list(folder):
     assert names(folder, *every, "list.txt") == ["img10.png", "img2.JPG", "sub/deep/c.webp"]
     assert names(folder, "img2.JPG", "img10.txt") == ["img2.JPG"]
     assert names(folder, "img10.txt") == ["sub/deep/c.webp"]
+
+
+def test_a_name_with_a_tilde_is_a_file_where_there_is_no_such_user(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "~tmp.png").touch()
+    (folder / "list.txt").write_text("~tmp.png\n")
+    assert [path.name for path in find_inputs(["~tmp.png"]).images] == ["~tmp.png"]
+    assert [path.name for path in find_inputs(["list.txt"]).images] == ["~tmp.png"]
+
+
+def test_a_line_too_long_for_a_name_is_named_shortened(folder):
+    (folder / "list.txt").write_text("img2.JPG\n" + "word " * 1000)
+    inputs = find_inputs([str(folder / "list.txt")])
+    assert len(inputs.images) == 1
+    assert inputs.missing[0].startswith("word word") and len(inputs.missing[0]) < 400
+    with pytest.raises(UsageError, match="no such file"):
+        find_inputs(["x" * 5000])
+
+
+def test_a_link_to_nothing_is_named(folder):
+    (folder / "b.png").symlink_to("/nowhere/b.png")
+    (folder / "b.txt").symlink_to("/nowhere/b.txt")
+    inputs = find_inputs([str(folder)])
+    assert inputs.missing == [f"{folder}/b.png: a link to nothing"]
+    assert len(inputs.images) == 2

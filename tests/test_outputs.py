@@ -38,6 +38,27 @@ def test_two_images_with_one_stem_get_a_file_each(tmp_path, images):
     assert not (tmp_path / "a b.txt").exists()
 
 
+def test_an_image_named_after_another_leaves_it_its_caption(tmp_path):
+    images = [tmp_path / name for name in ("x.jpg", "x.jpg.webp")]
+    for image in images:
+        image.touch()
+    (tmp_path / "x.jpg.txt").write_text("by hand\n")
+    save(images, save_captions=True)
+    assert (tmp_path / "x.jpg.txt").read_text() == "by hand\n"
+    assert (tmp_path / "x.jpg.webp.txt").read_text() == "of x.jpg.webp\n"
+    save(images, save_captions=True, overwrite=True)
+    assert (tmp_path / "x.jpg.txt").read_text() == "of x.jpg\n"
+    assert (tmp_path / "x.jpg.webp.txt").read_text() == "of x.jpg.webp\n"
+
+
+@pytest.mark.parametrize("stem", ["n" * 251, "😀" * 62])
+def test_the_longest_names_have_captions(tmp_path, stem):
+    image = tmp_path / f"{stem}.png"
+    image.touch()
+    save([image], save_captions=True)
+    assert (tmp_path / f"{stem}.txt").read_text() == f"of {image.name}\n"
+
+
 def test_a_caption_with_the_full_name_is_kept_and_overwritten(tmp_path, images):
     (tmp_path / "a b.png.txt").write_text("by hand")
     save(images, save_captions=True)

@@ -26,3 +26,7 @@ def test_a_row_draws_the_same_alone_and_among_others():
     alone = torch.cat([draw([name]) for name in names])
     assert torch.equal(draw(names), alone)
     assert not torch.equal(draw(names, seed=1), alone)
+
+
+def test_a_name_that_is_not_utf_8_is_a_seed_too():
+    assert torch.equal(draw(["\udcff.png"]), draw(["\udcff.png"]))
