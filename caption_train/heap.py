@@ -6,7 +6,7 @@ Its heap shrinks only from its end, so what lies below one small tensor that liv
 import ctypes
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """glibc's names for how much free heap it keeps, and from which size an allocation has pages of its own."""
@@ -41,4 +41,31 @@ def giving_back_memory() -> Iterator[None]:
             for name, by_itself in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**26)):
                 asked = os.environ.get(VARIABLES[name], "")
                 library.mallopt(name, int(asked) if asked.isdecimal() else by_itself)
+            give_back_freed()
+
+
+class LeanHeap:
+    """Holds little that is freed around optimizer steps, where they and backward passes free a model's size.
+
+    The first step makes the optimizer's state: between what steps free it would keep the heap from ever
+    shrinking. applies: only to every weight trained on a CPU; a LoRA's steps free little and would be slower.
+    """
+
+    def __init__(self, applies: bool) -> None:
+        self.applies, self.has_state = applies, False
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Run the optimizer's step without what the backward pass freed."""
+        if not self.applies:
+            yield
+            return
+        give_back_freed()
+        with nullcontext() if self.has_state else giving_back_memory():
+            yield
+        self.has_state = True
+
+    def stepped(self) -> None:
+        """Give back the gradients, which are gone by now."""
+        if self.has_state:
             give_back_freed()

@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from caption_train.errors import CaptionTrainError
 from caption_train.evaluation import Evaluator
 from caption_train.fitting import explain_out_of_memory
 from caption_train.health import Health
-from caption_train.heap import give_back_freed, giving_back_memory
+from caption_train.heap import LeanHeap
 from caption_train.interrupts import Interrupts
 from caption_train.lock import OutputLock
 from caption_train.previews import Sampler
@@ -51,7 +51,7 @@ class Trainer:
         self.health = Health(run)
         self.parameters = [p for p in run.model.parameters() if p.requires_grad]
         self.dtype = find_dtype(run.model)
-        self.has_stepped = False
+        self.heap = LeanHeap(run.options.train_method == "full" and run.accelerator.device.type == "cpu")
 
     def train(self) -> dict[str, Any]:
         """Run the loop, save the LoRA to `output_dir`, and return the summary saved beside it."""
@@ -130,7 +130,7 @@ class Trainer:
             run.optimizer.zero_grad()
         # Under fp16 an overflow is ordinary: the scaler skips the step itself and lowers its scale.
         if good or scaled:
-            with self._stepping():
+            with self.heap.stepping():
                 run.optimizer.step()
         if good and not run.optimizer.step_was_skipped:
             run.progress.last_loss = loss
@@ -141,23 +141,7 @@ class Trainer:
             overflow = scaled and math.isfinite(loss) and run.accelerator.scaler.get_scale() >= LEAST_SCALE
             self.health.note_bad(loss, micro_batches, overflow)
         run.optimizer.zero_grad()
-        if self.has_stepped:
-            give_back_freed()
-
-    @contextmanager
-    def _stepping(self) -> Iterator[None]:
-        """Hold little that is freed, on a CPU, where backward pass and step free as much as all weights are.
-
-        The first step makes the state: between what steps free it would keep the heap from ever shrinking.
-        A LoRA's steps free little and would only be slower.
-        """
-        if self.run.options.train_method != "full" or self.run.accelerator.device.type != "cpu":
-            yield
-            return
-        give_back_freed()
-        with nullcontext() if self.has_stepped else giving_back_memory():
-            yield
-        self.has_stepped = True
+        self.heap.stepped()
 
     def _count(self, micro_batches: Sequence[MicroBatch]) -> int:
         """Note what this step reads and leaves out on all processes; return how many label tokens."""

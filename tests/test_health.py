@@ -10,6 +10,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 
 from caption_train.dataset import MicroBatch
 from caption_train.health import WARM_UP, Health
+from caption_train.heap import LeanHeap
 from caption_train.progress import Progress
 from caption_train.training import Trainer
 
@@ -63,7 +64,7 @@ def test_a_skipped_step_is_said_and_an_overflow_of_fp16_is_no_bad_step(health, c
 
 def _stub(run, health: Health) -> SimpleNamespace:
     """Return what of a Trainer takes a step."""
-    return SimpleNamespace(run=run, health=health, trains_all=False)
+    return SimpleNamespace(run=run, health=health, heap=LeanHeap(False))
 
 
 @pytest.mark.parametrize(("loss", "gradient"), [(math.nan, 0.0), (math.nan, 1.0), (1.0, math.inf)])
