@@ -12,6 +12,7 @@ from typing import IO, Any
 from caption_train.captions import printable
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.files import open_atomically
+from caption_train.lock import OutputLock
 from caption_train.rows import TEXT_COLUMNS
 
 Row = dict[str, Any]
@@ -31,7 +32,16 @@ class CaptionFile:
         self._folder = path.parent.resolve()
         self._journal_path = path.with_name(f".{path.name}.{rank}.part")
         self._journal: io.FileIO | None = None
+        self._lock = OutputLock(path.parent, f".{path.name}.lock", f"--output {path}")
         self._prefixes: dict[Path, str] = {}
+
+    def lock(self) -> None:
+        """Keep other runs away, which would remove these journals; CaptionTrainError if one is at work."""
+        self._lock.acquire()
+
+    def unlock(self) -> None:
+        """Let other runs in."""
+        self._lock.release()
 
     def name_of(self, image: Path) -> str:
         """Return what `file_name` says: relative to the file's folder for images in it, else absolute."""

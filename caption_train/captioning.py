@@ -52,6 +52,7 @@ def caption_folder(options: CaptionOptions, family: Family) -> int:
         job.keep_finished()
         raise
     finally:
+        job.outputs.close()
         job.processes.leave()
 
 
@@ -109,7 +110,7 @@ class CaptionJob:
         """Say what is done, and how to go on."""
         kept = "written; the same command goes on from there" if self.outputs.exist else "printed"
         if self.options.overwrite and self.outputs.exist:
-            kept = "written; the same command without --overwrite goes on from there"
+            kept = "written; without --overwrite the same command captions those that have none yet"
         alone = self.processes.count == 1
         count = f"{self.tally.written} of {len(self.plan.pending)}" if alone else "finished"
         if self.processes.is_main:

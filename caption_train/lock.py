@@ -1,4 +1,4 @@
-"""One run at a time in an output folder."""
+"""One run at a time in an output folder, or at an output file."""
 
 import json
 import os
@@ -32,8 +32,9 @@ class OutputLock:
     preempted job comes back on may, goes by the file's age.
     """
 
-    def __init__(self, output_dir: Path) -> None:
-        self.path = output_dir / LOCK_FILE
+    def __init__(self, output_dir: Path, name: str = LOCK_FILE, output: str | None = None) -> None:
+        self.path = output_dir / name
+        self.output = output or f"--output_dir {output_dir}"
         self.file = None
         self.made_folder = False
         self.released = Event()
@@ -107,8 +108,9 @@ class OutputLock:
 
     def _refusal(self, holder: dict) -> str:
         return (
-            f"--output_dir {self.path.parent}: another run, {_name(holder)}, is writing there; choose "
-            f"another folder (or delete {self.path} if that run is gone)"
+            f"{self.output}: another run, {_name(holder)}, is writing there; choose "
+            f"another {'folder' if self.path.name == LOCK_FILE else 'file'} (or delete {self.path} if that "
+            "run is gone)"
         )
 
 

@@ -32,17 +32,18 @@ class Outputs:
         """Return the images without a caption, all of them under `--overwrite`; call it once, before writing.
 
         A caption that only one of the two outputs has is copied to the other. Raises UsageError where nothing
-        can be written, before any work is done.
+        can be written, before any work is done, and CaptionTrainError where another run is at the same file.
         """
         self._check_writable(images)
         if self._file is None and not self._saves:
             return list(images)
-        if self._overwrite:
-            if self._file:
-                self._file.take_over()
-            return list(images)
-        captions = self._file.read() if self._file else {}
-        return [image for image in images if not self._is_done(image, captions)]
+        if self._file:
+            self._file.lock()
+        try:
+            return self._find_pending(images)
+        except BaseException:
+            self.close()
+            raise
 
     def write(self, image: Path, text: str, *, answer: Any = None, remarks: Iterable[str] = ()) -> None:
         """Put one caption where it goes."""
@@ -58,6 +59,11 @@ class Outputs:
             if complete:
                 self._file.discard_journals()
 
+    def close(self) -> None:
+        """Let other runs write to the one file."""
+        if self._file:
+            self._file.unlock()
+
     def caption_path(self, image: Path) -> Path:
         """Return where an image's caption goes: `a.txt`; `a.png.txt` if that exists or there is an `a.jpg`.
 
@@ -68,6 +74,14 @@ class Outputs:
         if os.path.exists(full) or self._twins.has(image):  # noqa: PTH110
             return full
         return image.with_name(image.stem + self._extension)
+
+    def _find_pending(self, images: Sequence[Path]) -> list[Path]:
+        if self._overwrite:
+            if self._file:
+                self._file.take_over()
+            return list(images)
+        captions = self._file.read() if self._file else {}
+        return [image for image in images if not self._is_done(image, captions)]
 
     def _is_done(self, image: Path, captions: dict[str, str]) -> bool:
         text = captions.get(self._file.name_of(image)) if self._file else None

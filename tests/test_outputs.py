@@ -1,12 +1,15 @@
 """Files beside the images: which name, what is kept, what is copied from the other output."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 from caption_train.caption_options import CaptionOptions
-from caption_train.errors import UsageError
+from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.outputs import Outputs, wrap_caption
+from tests.conftest import REPOSITORY
 
 
 @pytest.fixture
@@ -22,6 +25,7 @@ def save(images, **options):
     for image in outputs.find_pending(images):
         outputs.write(image, f"of {image.name}")
     outputs.finish(images)
+    outputs.close()
 
 
 def test_caption_files_take_the_stem_of_the_image(images):
@@ -101,6 +105,30 @@ def test_overwrite_replaces_rows_and_keeps_what_killed_runs_left_of_other_images
         "x",
         *(f"of {image.name}" for image in images),
     ]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs record locks")
+def test_a_file_that_another_run_writes_is_refused_until_that_ends(tmp_path, images):
+    output = tmp_path / "captions.jsonl"
+    code = f"""if True:
+        from pathlib import Path
+        from caption_train.caption_file import CaptionFile
+        file = CaptionFile(Path({str(output)!r}))
+        file.lock()
+        file.append(Path({str(images[0])!r}), "theirs")
+        print("locked", flush=True)
+        input()
+    """
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, cwd=REPOSITORY) as other:
+        other.stdout.readline()
+        with pytest.raises(CaptionTrainError, match=r"--output .*captions.jsonl: another run"):
+            save(images, output=output)
+        assert (tmp_path / ".captions.jsonl.0.part").exists()
+        other.kill()
+    save(images, output=output)
+    assert "theirs" in output.read_text()
+    assert not list(tmp_path.glob(".captions*"))
 
 
 @pytest.mark.parametrize(
