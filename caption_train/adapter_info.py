@@ -77,8 +77,11 @@ def _check_family(what: str, trained: str | None, family: str) -> None:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise CaptionTrainError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CaptionTrainError(f"{path}: holds no JSON object")
+    return content

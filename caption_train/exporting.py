@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     from caption_train.families.base import Family, Generated
 
+ABOUT = ("training.json", "README.md")
+"""What a trained adapter or model says of itself."""
+
 _source = partial(flag, group="what to export")
 _target = partial(flag, group="how")
 _proof = partial(flag, group="checking the result")
@@ -69,7 +72,9 @@ class ExportOptions:
             problems.append(f"{used} needs an adapter, but {self.source} holds no adapter_config.json")
         if self.is_adapter and not self.merge and self.dtype != "auto":
             problems.append("--dtype is for whole models: give --merge too")
-        if self.output_dir.exists() and not self.overwrite:
+        if self.output_dir.exists() and not self.output_dir.is_dir():
+            problems.append(f"output_dir {self.output_dir} is a file, not a folder")
+        elif self.output_dir.exists() and not self.overwrite:
             problems.append(f"output_dir {self.output_dir} exists already; --overwrite replaces it")
         source = self.source.resolve()
         if self.output_dir.resolve() in (source, *source.parents):
@@ -102,6 +107,10 @@ def export(options: ExportOptions, family: Family) -> str:
     if options.layout == "legacy" and not hasattr(family, "save_legacy"):
         raise UsageError(f"--layout legacy: {family.title} has one layout only")
     model_id, revision, prompt = _find_base(options, family)
+    # What is a link stays one: the folder behind it is replaced.
+    output_dir, base = options.output_dir.resolve(), Path(model_id).resolve()
+    if base.is_dir() and output_dir in (base, *base.parents):
+        raise UsageError(f"output_dir {options.output_dir} is, or holds, the base: choose another")
     image = _open_image(options.image)
     with naming_model("--base_model" if options.is_adapter else "source"):
         model, processor = family.load(model_id, revision=revision)
@@ -110,8 +119,8 @@ def export(options: ExportOptions, family: Family) -> str:
 
         model = load_adapter(model, options.source, family)
     before = _caption(family, model, processor, image, prompt)
-    options.output_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial_folder = Path(tempfile.mkdtemp(prefix=".export-", dir=options.output_dir.parent))
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    partial_folder = Path(tempfile.mkdtemp(prefix=".export-", dir=output_dir.parent))
     try:
         partial_folder.chmod(0o755)
         whole = options.merge or not options.is_adapter
@@ -130,7 +139,7 @@ def export(options: ExportOptions, family: Family) -> str:
         _check_same(before, after, options)
         for file in partial_folder.iterdir():
             file.chmod(0o644)  # safetensors makes files that nobody else can read
-        _put_in_place(partial_folder, options.output_dir)
+        _put_in_place(partial_folder, output_dir)
     finally:
         shutil.rmtree(partial_folder, ignore_errors=True)
     return (
@@ -152,10 +161,12 @@ def _put_in_place(folder: Path, target: Path) -> None:
 
 def _find_base(options: ExportOptions, family: Family) -> tuple[str, str | None, str]:
     """Return model id, revision and prompt of what is to be loaded."""
-    if not options.is_adapter:
-        return options.source.as_posix(), options.revision, options.prompt or family.default_prompt
-    from caption_train.adapter_info import check_base, read_adapter
+    from caption_train.adapter_info import check_base, read_adapter, read_base_prompt
 
+    if not options.is_adapter:
+        model_id = options.source.as_posix()
+        prompt = options.prompt or read_base_prompt(model_id, family.name) or family.default_prompt
+        return model_id, options.revision, prompt
     adapter = read_adapter(options.source)
     model_id = options.base_model or adapter.base_model or family.model_id
     check_base(adapter, family.name, model_id, family.base_models)
@@ -166,6 +177,8 @@ def _find_base(options: ExportOptions, family: Family) -> tuple[str, str | None,
 def _write_model(
     options: ExportOptions, family: Family, model: Any, processor: Any, folder: Path, base: tuple[str, Any]
 ) -> None:
+    # The inference scripts find the prompt in training.json; an adapter's README.md is none of a model's.
+    _copy_beside(options.source, folder, *(["training.json"] if options.is_adapter else ABOUT))
     if options.is_adapter:
         getattr(family, "prepare_merge", lambda model: None)(model)
         model = model.merge_and_unload()
@@ -179,15 +192,19 @@ def _write_model(
 
 def _write_adapter(options: ExportOptions, family: Family, model: Any, folder: Path) -> None:
     """Write the adapter that `model` carries, and what lay beside the one it came from."""
-    for name in ("training.json", "README.md"):
-        if (path := options.source / name).is_file():
-            shutil.copyfile(path, folder / name)
+    _copy_beside(options.source, folder, *ABOUT)
     if hasattr(family, "save_adapter"):
         family.save_adapter(model.get_base_model(), options.source, folder, legacy=options.layout == "legacy")
     else:
         raise UsageError(
             f"{options.source} is {family.title}'s only layout already; --merge writes the model"
         )
+
+
+def _copy_beside(source: Path, folder: Path, *names: str) -> None:
+    for name in names:
+        if (path := source / name).is_file():
+            shutil.copyfile(path, folder / name)
 
 
 def _find_dtype(options: ExportOptions, family: Family, model_id: str, revision: str | None) -> torch.dtype:

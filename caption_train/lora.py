@@ -17,6 +17,7 @@ from caption_train.lora_init import join_start
 from caption_train.parts import choose_targets, outside
 
 TRAINABLE_KINDS = (nn.Linear, nn.Conv2d)
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def wrap_with_lora(
@@ -100,6 +101,9 @@ def load_adapter(model: nn.Module, folder: Path | str, family: Family) -> PeftMo
     try:
         convert = getattr(family, "convert_adapter", None)
         converted = convert(folder, model) if convert else None
+        # PEFT would look for them on the hub.
+        if converted is None and not any((Path(folder) / name).is_file() for name in WEIGHT_FILES):
+            raise OSError(f"there are no weights: none of {', '.join(WEIGHT_FILES)}")
         config, weights = converted or (
             PeftConfig.from_pretrained(str(folder)),
             load_peft_weights(str(folder), device="cpu"),

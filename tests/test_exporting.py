@@ -1,6 +1,7 @@
 """Exports say the same as what they were made from, load elsewhere, and come back bit for bit."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from caption_train import exporting
-from caption_train.cli import export_main
+from caption_train.cli import caption_main, export_main
 from caption_train.families import get_family
 from caption_train.families.base import Generated
 
@@ -157,6 +158,63 @@ def test_a_blip_adapter_is_merged(tmp_path, capsys):
     assert "tokens agree" in capsys.readouterr().out
     assert export_main([*arguments, "--overwrite"]) == 2
     assert "BLIP's only layout already" in capsys.readouterr().err
+
+
+@pytest.fixture
+def blip_lora(tmp_path):
+    """A LoRA of BLIP that says what it was trained with, on a base of its own."""
+    from peft import LoraConfig, get_peft_model
+
+    base = tmp_path / "base"
+    shutil.copytree(Path(__file__).parents[1] / "examples" / "bases" / "blip-tiny", base)
+    config = LoraConfig(target_modules=["query"], base_model_name_or_path=str(base))
+    get_peft_model(get_family("blip").load(str(base))[0], config).save_pretrained(tmp_path / "lora")
+    (tmp_path / "lora" / "training.json").write_text(
+        json.dumps({"family": "blip", "base_model": str(base), "prompt": "a large"})
+    )
+    return tmp_path / "lora"
+
+
+def test_a_merged_model_is_asked_what_its_adapter_was(tmp_path, capsys, blip_lora):
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    assert export_main([str(blip_lora), str(tmp_path / "merged"), "--merge"]) == 0
+    assert export_main([str(tmp_path / "merged"), str(tmp_path / "again"), "--family", "blip"]) == 0
+    capsys.readouterr()
+    models = [["--peft_model", str(blip_lora)]]
+    models += [["--base_model", str(tmp_path / name)] for name in ("merged", "again")]
+    for model in models:
+        assert caption_main("blip", ["--images", str(tmp_path / "a.png"), "--num_workers", "0", *model]) == 0
+    captions = capsys.readouterr().out.splitlines()
+    assert "a large" in captions[0]
+    assert captions == captions[:1] * 3
+    assert not (tmp_path / "merged" / "README.md").exists()
+
+
+def test_overwrite_replaces_the_folder_behind_a_link(tmp_path, blip_lora):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    assert export_main([str(blip_lora), str(tmp_path / "link"), "--merge", "--overwrite"]) == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "model.safetensors").is_file()
+    assert not list(tmp_path.glob(".export*"))
+
+
+@pytest.mark.parametrize(("target", "message"), [("base", "holds, the base"), ("file", "is a file")])
+def test_neither_the_base_nor_a_file_is_replaced(tmp_path, capsys, blip_lora, target, message):
+    (tmp_path / "file").touch()
+    assert export_main([str(blip_lora), str(tmp_path / target), "--merge", "--overwrite"]) == 2
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "file").is_file()
+    assert not (tmp_path / "base" / "training.json").exists()
+
+
+def test_an_adapter_without_weights_is_one_line(tmp_path, capsys, blip_lora):
+    (blip_lora / "adapter_model.safetensors").unlink()
+    assert export_main([str(blip_lora), str(tmp_path / "new"), "--merge"]) == 1
+    assert "there are no weights: none of adapter_model.safetensors" in capsys.readouterr().err
+    (blip_lora / "adapter_config.json").write_text("[]")
+    assert export_main([str(blip_lora), str(tmp_path / "new"), "--merge"]) == 1
+    assert "adapter_config.json: holds no JSON object" in capsys.readouterr().err
 
 
 def test_nothing_is_written_when_the_tokens_differ(tmp_path, monkeypatch, capsys, checkpoint):
