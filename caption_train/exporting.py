@@ -180,7 +180,13 @@ def _write_model(
     # The inference scripts find the prompt in training.json; an adapter's README.md is none of a model's.
     _copy_beside(options.source, folder, *(["training.json"] if options.is_adapter else ABOUT))
     if options.is_adapter:
+        from caption_train.lora import find_shared
+
         getattr(family, "prepare_merge", lambda model: None)(model)
+        if shared := find_shared(model):
+            raise CaptionTrainError(
+                f"an adapter of {', '.join(shared)} cannot be merged: its weights are shared"
+            )
         model = model.merge_and_unload()
     model = model.to(_find_dtype(options, family, *base))
     if options.layout == "legacy":

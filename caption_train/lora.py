@@ -1,6 +1,7 @@
 """The LoRA around a model: what it trains, whether all of it is alive, and whose base it belongs to."""
 
 import difflib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -109,11 +110,10 @@ def load_adapter(model: nn.Module, folder: Path | str, family: Family) -> PeftMo
             load_peft_weights(str(folder), device="cpu"),
         )
         config.inference_mode = True
-        wrapped = get_peft_model(model, config)
+        return fill_adapter(get_peft_model(model, config), weights, folder).eval()
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CaptionTrainError(f"--peft_model {folder}: cannot be loaded on this base: {reason}") from error
-    return fill_adapter(wrapped, weights, folder).eval()
 
 
 def fill_adapter(model: PeftModel, weights: dict[str, torch.Tensor], folder: Path | str) -> PeftModel:
@@ -124,7 +124,7 @@ def fill_adapter(model: PeftModel, weights: dict[str, torch.Tensor], folder: Pat
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     copies = {name: weights[name] for name in weights if ".base_layer." in name and name not in expected}
     weights = {name: tensor for name, tensor in weights.items() if name not in copies}
-    wrong = sorted(expected.keys() ^ weights.keys()) + _changed(copies, dict(model.named_parameters()))
+    wrong = sorted(expected.keys() ^ weights.keys()) + _changed(copies, model)
     wrong += [
         name for name in sorted(weights) if expected.get(name, weights[name]).shape != weights[name].shape
     ]
@@ -135,6 +135,25 @@ def fill_adapter(model: PeftModel, weights: dict[str, torch.Tensor], folder: Pat
         )
     set_peft_model_state_dict(model, weights)
     return model
+
+
+def find_shared(model: PeftModel) -> list[str]:
+    """Return the names of adapted modules whose weight another module has too: merging would change both."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    owners = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
+    shared = []
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, BaseTunerLayer):
+            layer = module.get_base_layer()
+        elif isinstance(module, ModulesToSaveWrapper):
+            layer = module.original_module
+        else:
+            continue
+        if owners[getattr(layer, "weight", None)] > 1:
+            shared.append(name)
+    return sorted(shared)
 
 
 def save_adapter(model: PeftModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
@@ -158,7 +177,8 @@ def save_adapter(model: PeftModel, folder: Path, weights: dict[str, torch.Tensor
     config.save_pretrained(str(folder))
 
 
-def _changed(copies: dict[str, torch.Tensor], base: dict[str, torch.Tensor]) -> list[str]:
+def _changed(copies: dict[str, torch.Tensor], model: nn.Module) -> list[str]:
+    base = dict(model.named_parameters(remove_duplicate=False))
     return [
         name
         for name, copy in copies.items()

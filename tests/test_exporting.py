@@ -208,6 +208,31 @@ def test_neither_the_base_nor_a_file_is_replaced(tmp_path, capsys, blip_lora, ta
     assert not (tmp_path / "base" / "training.json").exists()
 
 
+def test_a_head_that_is_the_embedding_is_not_merged(tmp_path, capsys, blip_lora):
+    from peft import LoraConfig, get_peft_model
+
+    # So little that the tokens agree: only the weights tell.
+    model = get_peft_model(
+        get_family("blip").load(str(tmp_path / "base"))[0], LoraConfig(target_modules=["predictions.decoder"])
+    )
+    model.save_pretrained(blip_lora)
+    assert export_main([str(blip_lora), str(tmp_path / "new"), "--merge"]) == 1
+    assert "predictions.decoder cannot be merged: its weights are shared" in capsys.readouterr().err
+
+
+def test_a_florence_head_as_peft_saves_it_is_loaded_and_merged(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = str(Path(__file__).parents[1] / "examples" / "bases" / "florence2-tiny")
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
+    get_peft_model(get_family("florence").load(base)[0], config).save_pretrained(tmp_path / "lora")
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(
+        tmp_path / "lora" / "adapter_model.safetensors"
+    )
+    assert export_main([str(tmp_path / "lora"), str(tmp_path / "new"), "--merge", "--base_model", base]) == 0
+
+
 def test_an_adapter_without_weights_is_one_line(tmp_path, capsys, blip_lora):
     (blip_lora / "adapter_model.safetensors").unlink()
     assert export_main([str(blip_lora), str(tmp_path / "new"), "--merge"]) == 1

@@ -9,18 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families.florence_adapter import (
-    EMBEDDINGS,
     PREFIX,
     Adapter,
     convert_adapter,
     drop_base_copies,
-    is_part,
     read_adapter_files,
     restore_adapter,
 )
 from caption_train.families.florence_config import restore_config
 from caption_train.families.florence_names import LOGITS_BIAS, TIED, legacy_name, native_name
-from caption_train.families.loading import shorten
 from caption_train.files import write_atomically
 
 if TYPE_CHECKING:
@@ -100,26 +97,16 @@ def save_adapter(
 def prepare_merge(model: PeftModel) -> None:
     """Make an adapter mergeable: where it changes the head, the head gets weights of its own.
 
-    A tied head is the input embedding, which a merge would change too. Raises CaptionTrainError for adapters
-    of the embedding itself, which encoder and decoder share.
+    A tied head is the input embedding, which a merge would change too.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
     from torch import nn
 
     base = model.get_base_model()
-    changed = {
-        name: module
-        for name, module in base.named_modules()
-        if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))
-    }
-    if embeddings := sorted(name for name in changed if is_part(name, *EMBEDDINGS)):
-        raise CaptionTrainError(
-            f"an adapter of {shorten(embeddings)} cannot be merged: its weights are shared"
-        )
-    if "lm_head" not in changed:
+    head = base.lm_head
+    if not isinstance(head, (BaseTunerLayer, ModulesToSaveWrapper)):
         return
-    head = changed["lm_head"]
     layer = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head.original_module
     layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
     base.config.tie_word_embeddings = False
