@@ -18,11 +18,15 @@ RECOMPUTED_GRADIENTS = 0.5
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes kept for the backward pass of one image: outside the blocks, in each block, and of its inputs."""
+    """Bytes kept for the backward pass of one image: outside the blocks, in each block, and of its inputs.
+
+    tensors: of every single one, in or outside of a block.
+    """
 
     outside: int
     blocks: Sequence[int]
     inputs: Sequence[int]
+    tensors: Sequence[int] = ()
 
     def held(self, *, checkpointing: bool, recomputing: bool = True) -> int:
         """Return the most bytes that are alive at once, in a backward pass that recomputes blocks or not.
@@ -49,7 +53,7 @@ def measure_activations(model: nn.Module, batch: Mapping[str, Any]) -> Activatio
     finally:
         for handle in handles:
             handle.remove()
-    return Activations(counter.outside, counter.blocks, counter.inputs)
+    return Activations(counter.outside, counter.blocks, counter.inputs, counter.tensors)
 
 
 @contextmanager
@@ -89,14 +93,15 @@ class _Counter:
         self.seen = {}
         for tensor in itertools.chain(model.parameters(), model.buffers()):
             self._is_new(tensor)
-        self.outside, self.blocks, self.inputs, self.inside = 0, [], [], False
+        self.outside, self.blocks, self.inputs, self.tensors, self.inside = 0, [], [], [], False
 
     def keep(self, tensor: torch.Tensor) -> None:
         if self._is_new(tensor):
+            self.tensors.append(tensor.untyped_storage().nbytes())
             if self.inside:
-                self.blocks[-1] += tensor.untyped_storage().nbytes()
+                self.blocks[-1] += self.tensors[-1]
             else:
-                self.outside += tensor.untyped_storage().nbytes()
+                self.outside += self.tensors[-1]
 
     def enter(self, module: nn.Module, args: tuple, keywords: dict) -> None:
         # What comes first flows from block to block; masks and encoder states are the same tensors for all.

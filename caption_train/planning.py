@@ -24,6 +24,8 @@ HALF = ("bf16", "fp16")
 KEPT = 0.4
 """What glibc keeps of what was freed, on a CPU, in units of all activations, recomputed ones too;
 measured on BLIP and Florence-2 (benchmarks/plan.py)."""
+MAPPED = 2**25
+"""Allocations from this size on have pages of their own."""
 MARGIN = 1.2
 """What a run may take of its plan (benchmarks/plan.py): flags are only said to fit if that much is there."""
 SAME_SIZE = 0.05
@@ -175,8 +177,11 @@ class Planner:
     def _count_kept(self, options: TrainOptions) -> int:
         if self.device != "cpu":
             return 0
-        whole = self.activations[self._find_kind(options)].held(checkpointing=False)
-        return int(KEPT * whole * options.batch_size)
+        sizes = [size * options.batch_size for size in self.activations[self._find_kind(options)].tensors]
+        if options.gradient_checkpointing or options.activation_checkpointing:
+            # A block's are freed before the next block's come, and large ones go back to the system at once.
+            sizes = [size for size in sizes if size < MAPPED]
+        return int(KEPT * sum(sizes))
 
     @staticmethod
     def _find_kind(options: TrainOptions) -> str:
