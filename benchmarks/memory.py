@@ -100,25 +100,30 @@ def save_random_model(name: str, folder: Path) -> None:
         AutoModelForImageTextToText.from_config(make_config(name)).save_pretrained(folder)
 
 
-def measure(name: str, folder: Path, flags: dict) -> dict:
-    """Take one optimizer step in this process and return what it took, in bytes and seconds."""
+def make_family(name: str) -> SimpleNamespace:
+    """Return what training asks of the model's family, for a checkpoint that has no processor."""
     from transformers import AutoModelForImageTextToText
 
-    from caption_train.accelerator import make_accelerator, make_optimizer
     from caption_train.families import get_family
-    from caption_train.options import TrainOptions
-    from caption_train.prepare import load_trainable
-
-    real = get_family(name.partition("-")[0])
 
     def load(model_id, revision=None, **keywords):
         return AutoModelForImageTextToText.from_pretrained(model_id, **keywords), None
 
+    real = get_family(name.partition("-")[0])
+    return SimpleNamespace(load=load, parts=real.parts, lora_target_modules=real.lora_target_modules)
+
+
+def measure(name: str, folder: Path, flags: dict) -> dict:
+    """Take one optimizer step in this process and return what it took, in bytes and seconds."""
+    from caption_train.accelerator import make_accelerator, make_optimizer
+    from caption_train.options import TrainOptions
+    from caption_train.prepare import load_trainable
+
+    family = make_family(name)
     options = TrainOptions(
-        model_id=str(folder), output_dir=folder, target_modules=list(real.lora_target_modules), **flags
+        model_id=str(folder), output_dir=folder, target_modules=list(family.lora_target_modules), **flags
     )
     accelerator = make_accelerator(options)
-    family = SimpleNamespace(load=load, parts=real.parts)
     model, _ = load_trainable(options, family, accelerator, None)
     config = model.config
     optimizer = make_optimizer(options, model)
@@ -188,19 +193,18 @@ class Memory:
             self.before = torch.cuda.memory_allocated(device)
         else:
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the highest VmRSS
-            self.before = self._read("VmRSS")
+            self.before = self.read("VmRSS")
 
     def peak(self) -> int:
         import torch
 
         return (
-            torch.cuda.max_memory_allocated(self.device)
-            if self.device.type == "cuda"
-            else self._read("VmHWM")
+            torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else self.read("VmHWM")
         )
 
     @staticmethod
-    def _read(field: str) -> int:
+    def read(field: str) -> int:
+        """Return a field of this process's status, in bytes."""
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.memory import MODELS  # noqa: E402
+from benchmarks.memory import MODELS, Memory  # noqa: E402
 from benchmarks.plan import copy_images, save_base  # noqa: E402
 
 WAYS = {
@@ -30,6 +30,8 @@ WAYS = {
 
 def measure(way: str, base: Path, data: Path, output: Path) -> None:
     """Train in this process, one of several, and print what it held in GiB."""
+    import torch
+
     from caption_train.families import get_family
     from caption_train.options import TrainOptions
     from caption_train.prepare import prepare_training
@@ -48,14 +50,9 @@ def measure(way: str, base: Path, data: Path, output: Path) -> None:
     trainer = prepare_training(options, get_family(name))
     trainer.saver.after_step = lambda step: None
     trainer.saver.finish = dict
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the highest VmRSS
-    started = time.perf_counter()
+    memory, started = Memory(torch.device("cpu")), time.perf_counter()
     trainer.train()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    held, most = (
-        int(next(line for line in lines if line.startswith(field)).split()[1]) / 2**20
-        for field in ("VmRSS", "VmHWM")
-    )
+    held, most = memory.read("VmRSS") / 2**30, memory.peak() / 2**30
     rank, seconds = trainer.run.accelerator.process_index, time.perf_counter() - started
     print(f"{way} process {rank}: held {held:.2f}, most {most:.2f} GiB, {seconds:.1f} s", flush=True)
 

@@ -13,14 +13,13 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.memory import MODELS, make_batch, save_random_model  # noqa: E402
+from benchmarks.memory import MODELS, make_batch, make_family, save_random_model  # noqa: E402
 
 FULL = {"train_method": "full", "mixed_precision": "bf16", "gradient_checkpointing": True, "device": "cpu"}
 RANKS = (4, 16, 64)
@@ -28,20 +27,13 @@ RANKS = (4, 16, 64)
 
 def count_step(name: str, folder: Path, flags: dict) -> int:
     """Take one step and return the bytes this process handed over."""
-    from transformers import AutoModelForImageTextToText
-
     from caption_train.accelerator import make_accelerator, make_optimizer
-    from caption_train.families import get_family
     from caption_train.options import TrainOptions
     from caption_train.prepare import load_trainable
 
-    def load(model_id, revision=None, **keywords):
-        return AutoModelForImageTextToText.from_pretrained(model_id, **keywords), None
-
     options = TrainOptions(model_id=str(folder), output_dir=folder, optimizer_name="Flora", **FULL, **flags)
     accelerator = make_accelerator(options)
-    family = SimpleNamespace(load=load, parts=get_family(name.partition("-")[0]).parts)
-    model, _ = load_trainable(options, family, accelerator, None)
+    model, _ = load_trainable(options, make_family(name), accelerator, None)
     batch = make_batch(name, model.config, 1)
     model, optimizer = accelerator.prepare(model, make_optimizer(options, model))
     sent, all_reduce = [0], dist.all_reduce

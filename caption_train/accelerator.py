@@ -16,6 +16,7 @@ from caption_train import sharding, zero
 from caption_train.combinations import check
 from caption_train.counting import find_embeddings
 from caption_train.errors import UsageError
+from caption_train.launcher import asks_for
 from caption_train.options import TrainOptions
 from caption_train.processes import is_one_of_several
 
@@ -47,7 +48,7 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
 
         accelerator = CompressedAccelerator(options.accumulation_rank, **settings)
     else:
-        accelerator = (zero.ZeroAccelerator if zero.is_asked_for() else Accelerator)(**settings)
+        accelerator = (zero.ZeroAccelerator if asks_for("DEEPSPEED") else Accelerator)(**settings)
     problems = check(
         options,
         device=accelerator.device.type,
@@ -141,7 +142,7 @@ def _forget_last_run() -> None:
 
 def _check_launch(options: TrainOptions) -> list[str]:
     """Check what the launcher left in the environment: over some of it accelerate ends in a traceback."""
-    asked = [kind for kind in KINDS if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true"]
+    asked = [kind for kind in KINDS if asks_for(kind)]
     problems = check(
         options,
         device=None if torch.accelerator.is_available() else "cpu",

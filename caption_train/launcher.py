@@ -22,6 +22,11 @@ def notice_launcher(num_processes: int) -> None:
         print(line, file=sys.stderr)
 
 
+def asks_for(kind: str) -> bool:
+    """Tell whether accelerate's configuration asks for a way to share the work: FSDP, DEEPSPEED, …"""
+    return os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true"
+
+
 def read_command(process_id: int) -> list[str]:
     """Return a process's command line, or nothing where the system does not show it (it does on Linux)."""
     try:

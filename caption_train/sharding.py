@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from caption_train.checkpointing import find_blocks
+from caption_train.launcher import asks_for
 from caption_train.zero import ZeroAccelerator
 
 
@@ -28,8 +29,7 @@ def describe_launch(accelerator: Accelerator) -> str:
     """Return accelerate's name for how processes share the work, also where it knows nothing of it."""
     if isinstance(accelerator, ZeroAccelerator):
         return DistributedType.DEEPSPEED.value
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if asked and accelerator.distributed_type == DistributedType.MULTI_CPU:
+    if asks_for("FSDP") and accelerator.distributed_type == DistributedType.MULTI_CPU:
         return DistributedType.FSDP.value
     return accelerator.distributed_type.value
 

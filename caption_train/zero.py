@@ -27,11 +27,6 @@ STATE = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of each parameter, in its shape."""
 
 
-def is_asked_for() -> bool:
-    """Tell whether accelerate's launcher was configured for DeepSpeed."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
-
-
 def find_unsupported() -> list[str]:
     """Return a sentence for each setting of accelerate's DeepSpeed configuration that would not be heeded."""
     set_to = {

@@ -14,6 +14,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from caption_train import sharding, zero
+from caption_train.launcher import asks_for
 from tests.conftest import REPOSITORY
 
 CONFIGS = {path.name: path for path in (REPOSITORY / "examples" / "accelerate").iterdir()}
@@ -66,7 +67,7 @@ def test_the_run_heeds_all_that_the_sharding_configuration_sets(name, prepare, r
     for variable, value in prepare(read(name)).items():
         monkeypatch.setenv(variable, value)
     assert room.find_unsupported() == []
-    assert zero.is_asked_for() == (room is zero)
+    assert asks_for("DEEPSPEED") == (room is zero)
 
 
 def find_port() -> str:
