@@ -42,12 +42,12 @@ def caption_folder(options: CaptionOptions, family: Family) -> int:
     """
     job = CaptionJob(options, family)
     try:
-        with _terminable():
+        with raising_terminated():
             return job.run()
     except KeyboardInterrupt as interrupt:
         job.keep_finished()
         job.say_interrupted()
-        return 143 if isinstance(interrupt, _Terminated) else 130
+        return 143 if isinstance(interrupt, Terminated) else 130
     except BaseException:
         job.keep_finished()
         raise
@@ -221,16 +221,16 @@ class CaptionJob:
         )
 
 
-class _Terminated(KeyboardInterrupt):
+class Terminated(KeyboardInterrupt):
     """SIGTERM arrived."""
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def raising_terminated() -> Iterator[None]:
     """Make SIGTERM end the work as Ctrl-C does."""
 
     def terminate(number: int, frame: Any) -> None:
-        raise _Terminated
+        raise Terminated
 
     previous = signal.signal(signal.SIGTERM, terminate)
     try:

@@ -16,8 +16,7 @@ from safetensors import SafetensorError
 from caption_train.errors import CaptionTrainError
 from caption_train.files import clear_temporary, copy_atomically, find_free_name, hash_file, write_atomically
 from caption_train.model_card import TRAINING_FILE
-from caption_train.pointers import LAST, follow, point
-from caption_train.pointers import TEMPORARY as PARTIAL
+from caption_train.pointers import LAST, PARTIAL, follow, point
 from caption_train.progress import PROGRESS_FILE
 
 MANIFEST = "manifest.json"
@@ -154,7 +153,7 @@ def describe_latest(output_dir: Path) -> str:
 
 def prune(output_dir: Path, run_id: str, keep: int, protected: Collection[Path] = ()) -> None:
     """Delete all but the `keep` newest checkpoints of a run; never one in `protected` nor another run's."""
-    for old in _list_of_run(output_dir, run_id)[keep:]:
+    for old in checkpoints_of_run(output_dir, run_id)[keep:]:
         if old not in protected:
             # Renamed first: one cut short would leave a damaged checkpoint.
             with suppress(OSError):
@@ -163,7 +162,9 @@ def prune(output_dir: Path, run_id: str, keep: int, protected: Collection[Path] 
 
 def find_step(output_dir: Path, run_id: str, step: int) -> Path | None:
     """Return the whole checkpoint that a run saved last at a step, or None."""
-    found = [p for p in _list_of_run(output_dir, run_id) if _read_progress(p).get("global_step") == step]
+    found = [
+        p for p in checkpoints_of_run(output_dir, run_id) if _read_progress(p).get("global_step") == step
+    ]
     return next((path for path in found if find_damage(path) is None), None)
 
 
@@ -197,7 +198,7 @@ def _write_manifest(folder: Path) -> None:
     write_atomically(folder / MANIFEST, json.dumps(sums, indent=1) + "\n")
 
 
-def _list_of_run(output_dir: Path, run_id: str) -> list[Path]:
+def checkpoints_of_run(output_dir: Path, run_id: str) -> list[Path]:
     return [p for p in list_checkpoints(output_dir) if _read_progress(p).get("run_id") == run_id]
 
 

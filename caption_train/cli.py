@@ -61,7 +61,7 @@ An image is captioned before and after; nothing is written unless the tokens agr
 
 def train_main(family_name: str, argv: Sequence[str] | None = None) -> int:
     """Run a training script for a family; return the exit code."""
-    family, prog = get_family(family_name), _program_name()
+    family, prog = get_family(family_name), program_name()
 
     def work() -> int:
         options = parse_options(
@@ -101,7 +101,7 @@ def train_main(family_name: str, argv: Sequence[str] | None = None) -> int:
 
 def caption_main(family_name: str, argv: Sequence[str] | None = None) -> int:
     """Run an inference script for a family; return the exit code."""
-    family, prog = get_family(family_name), _program_name()
+    family, prog = get_family(family_name), program_name()
 
     def work() -> int:
         options = parse_options(
@@ -128,7 +128,7 @@ def compile_main(argv: Sequence[str] | None = None) -> int:
         options = parse_options(
             CompileOptions,
             argv,
-            prog=_program_name(),
+            prog=program_name(),
             description=COMPILE,
             positionals=("dataset_dir", "output_dir"),
         )
@@ -143,17 +143,17 @@ def export_main(argv: Sequence[str] | None = None) -> int:
     """Run export_adapter.py; return the exit code."""
 
     def work() -> int:
-        from caption_train.exporting import ExportOptions, export
+        from caption_train.exporting import ExportOptions, export, find_family
 
         options = parse_options(
             ExportOptions,
             argv,
-            prog=_program_name(),
+            prog=program_name(),
             description=EXPORT,
             positionals=("source", "output_dir"),
             choices={"family": tuple(FAMILIES)},
         )
-        print(export(options, get_family(options.find_family("florence"))))
+        print(export(options, get_family(find_family(options, "florence"))))
         return 0
 
     return run(work)
@@ -221,7 +221,7 @@ _SAVERS = (
 def _fail(message: str, exit_code: int) -> int:
     # What all have to say the first one says; what another one says is its own.
     rank = os.environ.get("RANK", "0")
-    speaker = _program_name() if rank == "0" else f"{_program_name()}: process {rank}"
+    speaker = program_name() if rank == "0" else f"{program_name()}: process {rank}"
     for line in message.splitlines():
         print(f"{speaker}: {line}", file=sys.stderr)
     return exit_code
@@ -237,5 +237,5 @@ def _family_flags(family: Family) -> dict[str, Any]:
     return {"choices": {"task": family.tasks}, "omit": tuple(name for name in absent if absent[name])}
 
 
-def _program_name() -> str:
+def program_name() -> str:
     return Path(sys.argv[0]).name

@@ -1,6 +1,7 @@
 """Putting samples of different lengths into one batch so that the padding is never learned."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -16,14 +17,18 @@ def pad_labels(rows: Sequence[Sequence[int]]) -> torch.Tensor:
     return labels
 
 
-def move_batch(
-    batch: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """Return the batch on `device`, pixels and other floating-point tensors in the model's `dtype`."""
-    return {
-        name: tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
-        for name, tensor in batch.items()
-    }
+def move_batch(batch: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the batch on `device`, pixels and other floating-point tensors in the model's `dtype`.
+
+    What is no tensor stays as it is.
+    """
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
+
+    return {name: move(value) for name, value in batch.items()}
 
 
 def find_dtype(model: torch.nn.Module) -> torch.dtype:

@@ -36,7 +36,7 @@ def parse_options(
     argv = _complete_bare_flags(sys.argv[1:] if argv is None else argv, flags)
     given = _merge_positionals(vars(parser.parse_intermixed_args(argv)), positionals)
     config_path = given.pop("config", None)
-    config = _read_config(config_path, options_class, flags, choices) if config_path else {}
+    config = read_config_file(config_path, options_class, flags, choices) if config_path else {}
     options = options_class(**(defaults | config | given))
     options.sources = dict.fromkeys(config, str(config_path)) | dict.fromkeys(given, "command line")
     problems = options.check()
@@ -143,7 +143,7 @@ def _merge_positionals(given: dict[str, Any], positionals: Sequence[str]) -> dic
     return given
 
 
-def _read_config(
+def read_config_file(
     path: Path, options_class: type, flags: Mapping[str, Field], choices: Mapping[str, Sequence[str] | None]
 ) -> dict[str, Any]:
     import yaml

@@ -87,13 +87,14 @@ class ExportOptions:
         """Whether the source is an adapter, not a model."""
         return (self.source / "adapter_config.json").is_file()
 
-    def find_family(self, default: str) -> str:
-        """Return the family asked for, or the adapter's own, or `default`."""
-        if self.family is None and self.is_adapter:
-            from caption_train.adapter_info import read_adapter
 
-            return read_adapter(self.source).family or default
-        return self.family or default
+def find_family(options: ExportOptions, default: str) -> str:
+    """Return the family asked for, or the adapter's own, or `default`."""
+    if options.family is None and options.is_adapter:
+        from caption_train.adapter_info import read_adapter
+
+        return read_adapter(options.source).family or default
+    return options.family or default
 
 
 def export(options: ExportOptions, family: Family) -> str:
@@ -111,14 +112,14 @@ def export(options: ExportOptions, family: Family) -> str:
     output_dir, base = options.output_dir.resolve(), Path(model_id).resolve()
     if base.is_dir() and output_dir in (base, *base.parents):
         raise UsageError(f"output_dir {options.output_dir} is, or holds, the base: choose another")
-    image = _open_image(options.image)
+    image = open_proof_image(options.image)
     with naming_model("--base_model" if options.is_adapter else "source"):
         model, processor = family.load(model_id, revision=revision)
     if options.is_adapter:
         from caption_train.lora import load_adapter
 
         model = load_adapter(model, options.source, family)
-    before = _caption(family, model, processor, image, prompt)
+    before = caption_once(family, model, processor, image, prompt)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     partial_folder = Path(tempfile.mkdtemp(prefix=".export-", dir=output_dir.parent))
     try:
@@ -131,12 +132,12 @@ def export(options: ExportOptions, family: Family) -> str:
         else:
             _write_adapter(options, family, model, partial_folder)
             model = load_adapter(family.load(model_id, revision=revision)[0], partial_folder, family)
-        after = _caption(family, model, processor, image, prompt)
+        after = caption_once(family, model, processor, image, prompt)
         if before.token_ids != after.token_ids and options.merge and options.dtype == "auto":
             del model
             report = export(replace(options, dtype="float32"), family)
             return f"{report} in float32: the base's own precision rounds the merge to other tokens"
-        _check_same(before, after, options)
+        check_same_tokens(before, after, options)
         for file in partial_folder.iterdir():
             file.chmod(0o644)  # safetensors makes files that nobody else can read
         _put_in_place(partial_folder, output_dir)
@@ -222,13 +223,13 @@ def _find_dtype(options: ExportOptions, family: Family, model_id: str, revision:
     return find(model_id, revision) if find else torch.float32
 
 
-def _caption(family: Family, model: Any, processor: Any, image: Image.Image, prompt: str) -> Generated:
+def caption_once(family: Family, model: Any, processor: Any, image: Image.Image, prompt: str) -> Generated:
     batch = family.encode(processor, [image], [prompt])
     (result,) = family.generate(model, processor, batch, num_beams=1, do_sample=False, max_new_tokens=40)
     return result
 
 
-def _check_same(before: Generated, after: Generated, options: ExportOptions) -> None:
+def check_same_tokens(before: Generated, after: Generated, options: ExportOptions) -> None:
     if before.token_ids == after.token_ids:
         return
     advice = "" if options.dtype == "float32" or not options.merge else "; --dtype float32 rounds nothing"
@@ -237,7 +238,7 @@ def _check_same(before: Generated, after: Generated, options: ExportOptions) -> 
     )
 
 
-def _open_image(path: Path | None) -> Image.Image:
+def open_proof_image(path: Path | None) -> Image.Image:
     if path is None:
         return _draw_image()
     from caption_train.images import open_image

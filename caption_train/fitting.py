@@ -41,7 +41,7 @@ def explain_out_of_memory(options: TrainOptions, accelerator: Accelerator) -> It
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise CaptionTrainError(_advise(options, accelerator, [options.batch_size])) from error
+        raise CaptionTrainError(advise_savers(options, accelerator, [options.batch_size])) from error
 
 
 def fit_batch_size(
@@ -67,12 +67,12 @@ def fit_batch_size(
         optimizer.zero_grad()
         if not fits and describe_launch(accelerator) in SHARDED:
             # The others cannot be asked: they are in the middle of the step, waiting for this one's part.
-            raise CaptionTrainError(_advise(options, accelerator, tried))
+            raise CaptionTrainError(advise_savers(options, accelerator, tried))
         if all(gather_object([fits])):
             break
         smaller = [n for n in range(1, options.batch_size // 2 + 1) if options.batch_size % n == 0]
         if not options.auto_batch_size or not smaller:
-            raise CaptionTrainError(_advise(options, accelerator, tried))
+            raise CaptionTrainError(advise_savers(options, accelerator, tried))
         options.gradient_accumulation_steps *= options.batch_size // smaller[-1]
         options.batch_size = smaller[-1]
     give_back_freed()
@@ -133,7 +133,7 @@ def _open_worst(count: int, data: TrainingData) -> list[dict]:
     return (items * count)[:count]
 
 
-def _advise(options: TrainOptions, accelerator: Accelerator, tried: Sequence[int]) -> str:
+def advise_savers(options: TrainOptions, accelerator: Accelerator, tried: Sequence[int]) -> str:
     unused = [
         words
         for name, (words, value) in SAVERS.items()

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from caption_train.caption_options import CaptionOptions
+from caption_train.collate import move_batch
 from caption_train.errors import CaptionTrainError, UsageError, is_out_of_memory
 from caption_train.families.base import Family, Generated
 from caption_train.images import ImageError, open_image
@@ -84,7 +85,7 @@ def caption_images(
         batch_size=batch_size,
         collate_fn=Encode(family, processor, generation.prompt),
         num_workers=min(num_workers, len(images) // batch_size),
-        worker_init_fn=_leave_signals_to_parent,
+        worker_init_fn=leave_signals_to_parent,
         pin_memory=model.device.type == "cuda",
     )
     for batch in _read(loader):
@@ -163,7 +164,7 @@ def _read(loader: DataLoader) -> Iterator[dict[str, Any]]:
         ) from error
 
 
-def _leave_signals_to_parent(worker: int) -> None:
+def leave_signals_to_parent(worker: int) -> None:
     # Ctrl-C reaches the workers too, but it is the main process that ends them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -182,15 +183,7 @@ def _generate(
     settings = dict(generation.settings)
     if generation.make_sampler:
         settings["logits_processor"] = generation.make_sampler([image.name for image in images])
-    inputs = {name: _move(value, model) for name, value in inputs.items()}
-    return family.generate(model, processor, inputs, **settings)
-
-
-def _move(value: Any, model: PreTrainedModel) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    dtype = model.dtype if value.is_floating_point() else None
-    return value.to(model.device, dtype, non_blocking=True)
+    return family.generate(model, processor, move_batch(inputs, model.device, model.dtype), **settings)
 
 
 @contextmanager

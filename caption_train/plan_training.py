@@ -83,7 +83,7 @@ def make_planner(options: TrainOptions, family: Family) -> tuple[Planner, TrainO
         gradient_checkpointing=False,
         activation_checkpointing=False,
     )
-    before = _resident()
+    before = resident_memory()
     model, processor = load_trainable(plain, family, accelerator, None)
     prompt = options.prompt or options.task or family.default_prompt
     collate_fn = family.make_collator(processor, prompt=prompt, max_length=options.max_length)
@@ -137,7 +137,7 @@ def _find_longest(pairs: Sequence[Pair]) -> dict[str, Any]:
     return {"image": open_image(longest.image)} | longest.texts
 
 
-def _resident() -> int:
+def resident_memory() -> int:
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:

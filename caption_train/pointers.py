@@ -6,14 +6,14 @@ from pathlib import Path
 from caption_train.files import find_free_name, write_atomically
 
 LAST, BEST = "last", "best"
-TEMPORARY = ".partial-"
+PARTIAL = ".partial-"
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 """What file systems without symbolic links answer: FAT, some network and cloud drives."""
 
 
 def point(output_dir: Path, pointer: str, checkpoint: Path) -> None:
     """Make `output_dir/pointer` a link to a checkpoint beside it, or, where none can be, a file naming it."""
-    temporary = output_dir / f"{TEMPORARY}{pointer}"
+    temporary = output_dir / f"{PARTIAL}{pointer}"
     temporary.unlink(missing_ok=True)
     try:
         temporary.symlink_to(checkpoint.name, target_is_directory=True)

@@ -163,7 +163,7 @@ def _inspect_images(data: TrainingData, accelerator: Accelerator) -> None:
     images = sorted({pair.image for pair in data.train + data.validation})
     share = images[accelerator.process_index :: accelerator.num_processes]
     bad = {}
-    for image, found in gather_object(list(zip(share, _inspect_all(share, accelerator), strict=True))):
+    for image, found in gather_object(list(zip(share, check_images(share, accelerator), strict=True))):
         if isinstance(found, str):
             bad[image] = found
         else:
@@ -173,7 +173,7 @@ def _inspect_images(data: TrainingData, accelerator: Accelerator) -> None:
     data.skipped += [bad[image] for image in sorted(bad)]
 
 
-def _inspect_all(images: Sequence[Path], accelerator: Accelerator) -> list[tuple[str, int] | str]:
+def check_images(images: Sequence[Path], accelerator: Accelerator) -> list[tuple[str, int] | str]:
     """Return what `inspect_image` says of each image, or why it refuses it."""
 
     def inspect(image: Path) -> tuple[str, int] | str:
