@@ -3,7 +3,7 @@
 
 import sys
 
-from caption_train.cli import compile_main
+from caption_train.cli.commands import compile_main
 
 if __name__ == "__main__":
     sys.exit(compile_main())

@@ -2,7 +2,7 @@
 
 import sys
 
-from caption_train.cli import export_main
+from caption_train.cli.commands import export_main
 
 if __name__ == "__main__":
     sys.exit(export_main())

@@ -2,7 +2,7 @@
 
 import sys
 
-from caption_train.cli import caption_main
+from caption_train.cli.commands import caption_main
 
 if __name__ == "__main__":
     sys.exit(caption_main("florence"))

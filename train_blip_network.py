@@ -2,7 +2,7 @@
 
 import sys
 
-from caption_train.cli import train_main
+from caption_train.cli.commands import train_main
 
 if __name__ == "__main__":
     sys.exit(train_main("blip"))

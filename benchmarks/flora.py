@@ -43,9 +43,9 @@ RECIPE = {"train_method": "full", "learning_rate": 1e-3, "batch_size": 4, "gradi
 
 def measure(row: str, seed: int, epochs: int) -> dict:
     """Train one row in this process; return what it learned and held."""
+    from caption_train.config.training import TrainOptions
     from caption_train.families import get_family
-    from caption_train.options import TrainOptions
-    from caption_train.prepare import prepare_training
+    from caption_train.training.prepare import prepare_training
 
     shapes = ROOT / "examples" / "shapes"
     with tempfile.TemporaryDirectory() as folder, _without_momentum("Adafactor" in row):
@@ -80,7 +80,9 @@ def measure(row: str, seed: int, epochs: int) -> dict:
 @contextmanager
 def _without_momentum(wanted: bool) -> Iterator[None]:
     """Leave Flora's first moment out: what is left of it is Adafactor."""
-    with mock.patch("caption_train.accelerator.FLORA_BETA1", None) if wanted else mock.MagicMock():
+    with (
+        mock.patch("caption_train.training.optim.optimizer.FLORA_BETA1", None) if wanted else mock.MagicMock()
+    ):
         yield
 
 

@@ -42,8 +42,8 @@ def write_checkpoint(folder: Path, layout: str) -> Path:
     from safetensors.torch import save_file
     from transformers import Florence2ForConditionalGeneration
 
-    from caption_train.families.florence_config import convert_config
-    from caption_train.families.florence_names import TIED, legacy_name
+    from caption_train.families.florence.legacy.config import convert_config
+    from caption_train.families.florence.legacy.names import TIED, legacy_name
 
     shapes = {
         TIED["shared"]: (VOCABULARY + 1024, 1024),

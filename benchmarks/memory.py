@@ -115,9 +115,10 @@ def make_family(name: str) -> SimpleNamespace:
 
 def measure(name: str, folder: Path, flags: dict) -> dict:
     """Take one optimizer step in this process and return what it took, in bytes and seconds."""
-    from caption_train.accelerator import make_accelerator, make_optimizer
-    from caption_train.options import TrainOptions
-    from caption_train.prepare import load_trainable
+    from caption_train.config.training import TrainOptions
+    from caption_train.training.distributed.accelerator import make_accelerator
+    from caption_train.training.model import load_trainable
+    from caption_train.training.optim.optimizer import make_optimizer
 
     family = make_family(name)
     options = TrainOptions(
@@ -214,10 +215,10 @@ def count(name: str) -> dict:
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from caption_train.activations import Activations
+    from caption_train.config.training import TrainOptions
     from caption_train.families import get_family
-    from caption_train.options import TrainOptions
-    from caption_train.planning import Planner
+    from caption_train.training.memory.activations import Activations
+    from caption_train.training.memory.estimate import Planner
 
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(make_config(name))

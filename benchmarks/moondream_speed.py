@@ -16,9 +16,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from caption_train.families.moondream_config import MoondreamConfig, native_dict
-from caption_train.families.moondream_images import MoondreamImageProcessor
-from caption_train.families.moondream_model import MoondreamForConditionalGeneration
+from caption_train.families.moondream.config import MoondreamConfig, native_dict
+from caption_train.families.moondream.image_processor import MoondreamImageProcessor
+from caption_train.families.moondream.model import MoondreamForConditionalGeneration
 
 SIZES = {
     "2b": {},

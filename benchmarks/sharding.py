@@ -32,9 +32,9 @@ def measure(way: str, base: Path, data: Path, output: Path) -> None:
     """Train in this process, one of several, and print what it held in GiB."""
     import torch
 
+    from caption_train.config.training import TrainOptions
     from caption_train.families import get_family
-    from caption_train.options import TrainOptions
-    from caption_train.prepare import prepare_training
+    from caption_train.training.prepare import prepare_training
 
     name = "blip" if "blip" in base.name else "florence"
     options = TrainOptions(

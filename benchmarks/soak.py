@@ -27,9 +27,9 @@ import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from caption_train.config.training import TrainOptions  # noqa: E402
 from caption_train.families import get_family  # noqa: E402
-from caption_train.options import TrainOptions  # noqa: E402
-from caption_train.prepare import prepare_training  # noqa: E402
+from caption_train.training.prepare import prepare_training  # noqa: E402
 from examples.tiny_blip import make_model  # noqa: E402
 
 SETUPS = {

@@ -27,9 +27,10 @@ RANKS = (4, 16, 64)
 
 def count_step(name: str, folder: Path, flags: dict) -> int:
     """Take one step and return the bytes this process handed over."""
-    from caption_train.accelerator import make_accelerator, make_optimizer
-    from caption_train.options import TrainOptions
-    from caption_train.prepare import load_trainable
+    from caption_train.config.training import TrainOptions
+    from caption_train.training.distributed.accelerator import make_accelerator
+    from caption_train.training.model import load_trainable
+    from caption_train.training.optim.optimizer import make_optimizer
 
     options = TrainOptions(model_id=str(folder), output_dir=folder, optimizer_name="Flora", **FULL, **flags)
     accelerator = make_accelerator(options)

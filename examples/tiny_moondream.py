@@ -9,10 +9,14 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from caption_train.families.moondream_config import MoondreamConfig, make_text_config, make_vision_config
-from caption_train.families.moondream_generation import make_generation_config
-from caption_train.families.moondream_model import MoondreamForConditionalGeneration
-from caption_train.families.moondream_processor import CAPTION_TASKS, MoondreamProcessor
+from caption_train.families.moondream.config import (
+    MoondreamConfig,
+    make_text_config,
+    make_vision_config,
+)
+from caption_train.families.moondream.generation import make_generation_config
+from caption_train.families.moondream.model import MoondreamForConditionalGeneration
+from caption_train.families.moondream.processor import CAPTION_TASKS, MoondreamProcessor
 from examples.scenes import sample_scene
 from examples.styles import STYLES, write_caption
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from fake_family import FakeFamily
 
-from caption_train.caption_options import CaptionOptions
-from caption_train.captioning import caption_folder
-from caption_train.cli import run
+from caption_train.captioning.job import caption_folder
+from caption_train.cli.exit_codes import run
+from caption_train.config.captioning import CaptionOptions
 
 
 def main(images, output, *save):

@@ -56,7 +56,7 @@ def pairs_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def train(tiny_base, pairs_folder, tmp_path_factory):
     """`train("blip", "--epochs", "2", …)` runs the family's script in this process; returns output_dir."""
-    from caption_train.cli import train_main
+    from caption_train.cli.commands import train_main
 
     def run(family, *flags):
         output_dir = tmp_path_factory.mktemp(f"{family}-lora")
@@ -79,13 +79,13 @@ def overfitted(train):
 @pytest.fixture
 def parsed(monkeypatch):
     """Make the entry points stop when their flags are read; `parsed[-1]` are the options they were given."""
-    from caption_train import cli
+    from caption_train.cli import commands
 
-    options, parse = [], cli.parse_options
+    options, parse = [], commands.parse_options
 
     def parse_and_stop(*args, **keywords):
         options.append(parse(*args, **keywords))
         raise UsageError("stopped after the flags")
 
-    monkeypatch.setattr(cli, "parse_options", parse_and_stop)
+    monkeypatch.setattr(commands, "parse_options", parse_and_stop)
     return options

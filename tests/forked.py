@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from caption_train.cli import run
+from caption_train.cli.exit_codes import run
 
 _groups = itertools.count()
 PATIENCE = 240

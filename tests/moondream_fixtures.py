@@ -51,9 +51,13 @@ def write_folder(folder: Path, tensors: dict, config: dict, shards: int = 1) -> 
 
 def make_small_model(**changes):
     """A model of two vision layers and 9 image tokens, and its processor: fast, but otherwise all there."""
-    from caption_train.families.moondream_config import MoondreamConfig, make_text_config, make_vision_config
-    from caption_train.families.moondream_model import MoondreamForConditionalGeneration
-    from caption_train.families.moondream_processor import MoondreamProcessor
+    from caption_train.families.moondream.config import (
+        MoondreamConfig,
+        make_text_config,
+        make_vision_config,
+    )
+    from caption_train.families.moondream.model import MoondreamForConditionalGeneration
+    from caption_train.families.moondream.processor import MoondreamProcessor
     from examples.tiny_moondream import REGION, VOCABULARY, make_templates, make_tokenizer
 
     tokenizer = make_tokenizer()

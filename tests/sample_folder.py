@@ -7,8 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from caption_train.compile_options import CompileOptions
-from caption_train.compiling import compile_captions
+from caption_train.compiling.compile import compile_captions
+from caption_train.config.compiling import CompileOptions
 
 
 def write_image(path: Path, color: str | tuple = "red", size: tuple[int, int] = (4, 3)) -> Path:

@@ -4,8 +4,9 @@ import math
 
 import torch
 
-from caption_train.accelerator import accumulate, make_accelerator, make_lr_scheduler, make_optimizer
-from caption_train.options import TrainOptions
+from caption_train.config.training import TrainOptions
+from caption_train.training.distributed.accelerator import accumulate, make_accelerator
+from caption_train.training.optim.optimizer import make_lr_scheduler, make_optimizer
 
 
 class Network(torch.nn.Module):

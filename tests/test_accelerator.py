@@ -9,8 +9,9 @@ import pytest
 import torch
 from small_network import Run, make_network, make_options, make_updates
 
-from caption_train.accelerator import accumulate, make_accelerator, make_lr_scheduler, make_optimizer
 from caption_train.errors import UsageError
+from caption_train.training.distributed.accelerator import accumulate, make_accelerator
+from caption_train.training.optim.optimizer import make_lr_scheduler, make_optimizer
 
 FLORA = {"optimizer_name": "Flora", "accumulation_compression": True}
 EXACT = {"optimizer_rank": 1000, "accumulation_rank": 1000}

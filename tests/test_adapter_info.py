@@ -6,9 +6,9 @@ import pytest
 from fake_family import FakeFamily
 from PIL import Image
 
-from caption_train.adapter_info import check_base, read_adapter
-from caption_train.caption_options import CaptionOptions
-from caption_train.captioning import caption_folder
+from caption_train.adapters.record import check_base, read_adapter
+from caption_train.captioning.job import caption_folder
+from caption_train.config.captioning import CaptionOptions
 from caption_train.errors import UsageError
 
 

@@ -16,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from caption_train.dataset import BatchPlan, CaptionDataset, make_train_dataloader
+from caption_train.config.training import TrainOptions
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import get_family
-from caption_train.options import TrainOptions
-from caption_train.training_data import read_training_data
+from caption_train.training.run.batch_plan import BatchPlan
+from caption_train.training.run.batches import CaptionDataset, make_train_dataloader
+from caption_train.training.run.data import read_training_data
 
 
 def encode(image: Image.Image, kind: str, **settings) -> bytes:

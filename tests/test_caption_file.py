@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caption_train.caption_file import CaptionFile
+from caption_train.captioning.caption_file import CaptionFile
 from caption_train.errors import CaptionTrainError, UsageError
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from caption_train.cli import caption_main
-from caption_train.cli import run as run_safely
+from caption_train.cli.commands import caption_main
+from caption_train.cli.exit_codes import run as run_safely
 from caption_train.families import get_family
 from tests.conftest import REPOSITORY
 from tests.test_compile_script import blocks_of
@@ -25,7 +25,7 @@ LAUNCHED = [command for command in COMMANDS if command not in IN_PROCESS]
 @pytest.fixture(scope="module")
 def workplace(tiny_base, tmp_path_factory):
     """A folder with the images and the LoRAs that the page speaks of."""
-    from caption_train.lora import wrap_with_lora
+    from caption_train.adapters.lora import wrap_with_lora
 
     folder = tmp_path_factory.mktemp("work place")
     for name in ("a.jpg", "b.png", "2024-01.jpg", "sub/c.png"):

@@ -10,8 +10,8 @@ import pytest
 from fake_family import FakeFamily
 from PIL import Image
 
-from caption_train.caption_options import CaptionOptions
-from caption_train.captioning import caption_folder
+from caption_train.captioning.job import caption_folder
+from caption_train.config.captioning import CaptionOptions
 from caption_train.errors import CaptionTrainError, UsageError
 
 
@@ -155,7 +155,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(folder, monkeypatch):
     def fill(path, content):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("caption_train.outputs.write_atomically", fill)
+    monkeypatch.setattr("caption_train.captioning.outputs.write_atomically", fill)
     output = folder / "captions.jsonl"
     with pytest.raises(CaptionTrainError, match=r"0\.txt: cannot be written: No space left on device"):
         run(FakeFamily(), folder, save_captions=True, output=output)
@@ -209,7 +209,7 @@ def adapter(tmp_path):
 def test_an_adapter_brings_its_base_revision_and_prompt(folder, adapter, monkeypatch, capsys):
     # Importing PEFT takes longer than all other tests here.
     lora = SimpleNamespace(load_adapter=lambda model, folder, family: model)
-    monkeypatch.setitem(sys.modules, "caption_train.lora", lora)
+    monkeypatch.setitem(sys.modules, "caption_train.adapters.lora", lora)
     family = FakeFamily()
     run(family, folder / "0.png", peft_model=adapter)
     assert [loaded[:2] for loaded in family.loaded] == [("fake/large", "abc")]

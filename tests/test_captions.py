@@ -4,14 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caption_train.captions import (
-    IMAGE_SUFFIXES,
-    natural_key,
-    printable,
-    read_caption,
-    scan_folder,
-)
+from caption_train.data.formats import IMAGE_SUFFIXES, natural_key
+from caption_train.data.scan import scan_folder
+from caption_train.data.text import read_caption
 from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.system.console import printable
 
 
 def find_images(root, **options):

@@ -12,19 +12,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from caption_train import checkpoint, files
-from caption_train.checkpoint import (
-    STATE,
+from caption_train.errors import CaptionTrainError
+from caption_train.system import files
+from caption_train.training.checkpoints import store
+from caption_train.training.checkpoints.find import STATE, find_damage, find_latest
+from caption_train.training.checkpoints.progress import Progress
+from caption_train.training.checkpoints.store import (
     clear_partial,
-    find_damage,
-    find_latest,
     point,
     prune,
     publish,
     write_checkpoint,
 )
-from caption_train.errors import CaptionTrainError
-from caption_train.progress import Progress
 
 
 def write(output_dir: Path, name: str, step: int, run_id: str = "run", size: int = 10) -> Path:
@@ -68,7 +67,7 @@ def test_a_save_cut_short_is_never_picked_and_is_cleared(tmp_path):
     good = write(tmp_path, "step-1", 1)
     process_id = os.fork()
     if process_id == 0:
-        checkpoint.sync_folder = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
+        store.sync_folder = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
         write(tmp_path, "step-2", 2)
     os.waitpid(process_id, 0)
     assert (tmp_path / ".partial-step-2").is_dir()
@@ -84,9 +83,9 @@ def test_a_checkpoint_that_is_being_deleted_is_no_damaged_one(tmp_path, monkeypa
         (folder / "state" / "progress.json").unlink()
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint.shutil, "rmtree", be_cut_short)
+        patched.setattr(store.shutil, "rmtree", be_cut_short)
         prune(tmp_path, "run", 1)
-    assert checkpoint.list_checkpoints(tmp_path) == [saved[1]]
+    assert store.list_checkpoints(tmp_path) == [saved[1]]
     clear_partial(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"step-2", "last"}
 
@@ -242,7 +241,7 @@ def test_publishing_cut_short_is_cleaned_by_the_next(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "gone")
 
     with monkeypatch.context() as patched, pytest.raises(CaptionTrainError):
-        patched.setattr(checkpoint, "_delete_other_method", fail)
+        patched.setattr(store, "_delete_other_method", fail)
         publish_method(tmp_path, "full", FULL)
     publish_method(tmp_path, "full", FULL)
     assert not LORA & {path.name for path in tmp_path.iterdir()}

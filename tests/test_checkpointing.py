@@ -8,9 +8,12 @@ import torch
 from PIL import Image
 from tiny_runs import MODELS, save_base
 
-from caption_train.checkpointing import enable_checkpointing, find_unreached_blocks
+from caption_train.adapters.lora import wrap_with_lora
 from caption_train.families import get_family
-from caption_train.lora import wrap_with_lora
+from caption_train.training.memory.gradient_checkpointing import (
+    enable_checkpointing,
+    find_unreached_blocks,
+)
 
 
 @pytest.fixture(scope="module", params=MODELS)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from caption_train.cli import run
+from caption_train.cli.exit_codes import run
 from caption_train.errors import CaptionTrainError, UsageError
 from tests.conftest import REPOSITORY
 

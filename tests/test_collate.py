@@ -2,7 +2,8 @@
 
 import torch
 
-from caption_train.collate import IGNORE_INDEX, count_label_tokens, find_dtype, move_batch, pad_labels
+from caption_train.families.labels import IGNORE_INDEX, count_label_tokens, pad_labels
+from caption_train.system.devices import find_dtype, move_batch
 
 
 def test_labels_are_padded_right_with_what_the_loss_ignores():

@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from tiny_runs import MODELS, save_base, train, write_pairs
 from tiny_runs import make_options as make_run_options
 
-from caption_train.accelerator import accumulate, make_accelerator, make_lr_scheduler, make_optimizer
-from caption_train.combinations import REFUSALS, check, make_table
+from caption_train.adapters.initialization import start_from_inputs
+from caption_train.config.compatibility import REFUSALS, check, make_table
+from caption_train.config.training import OPTIMIZERS, TrainOptions
 from caption_train.families import get_family
-from caption_train.lora_init import start_from_inputs
-from caption_train.options import OPTIMIZERS, TrainOptions
-from caption_train.prepare import load_trainable
+from caption_train.training.distributed.accelerator import accumulate, make_accelerator
+from caption_train.training.model import load_trainable
+from caption_train.training.optim.optimizer import make_lr_scheduler, make_optimizer
 
 AXES = {
     "optimizer_name": OPTIMIZERS,

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caption_train.command_line import parse_options
+from caption_train.cli.arguments import parse_options
+from caption_train.config.fields import flag
 from caption_train.errors import UsageError
-from caption_train.flags import flag
 
 
 @dataclass

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from caption_train.cli import compile_main
+from caption_train.cli.commands import compile_main
 from tests.sample_folder import make_folder, rows_of, write_image, write_pair
 
 ROOT = Path(__file__).parent.parent

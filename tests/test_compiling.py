@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from caption_train.data.dataset import read_dataset
 from caption_train.errors import CaptionTrainError, UsageError
-from caption_train.metadata import read_dataset
 from tests.sample_folder import compile_folder, counted, make_folder, rows_of, write_image, write_pair
 
 

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from caption_train.captions import Pair
-from caption_train.collate import IGNORE_INDEX
-from caption_train.dataset import BatchPlan, CaptionDataset, Collate, make_train_dataloader
+from caption_train.data.pairs import Pair
+from caption_train.families.labels import IGNORE_INDEX
+from caption_train.training.run.batch_plan import BatchPlan
+from caption_train.training.run.batches import CaptionDataset, Collate, make_train_dataloader
 
 SHAPES = {
     "num_samples": st.integers(1, 40),

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from caption_train.cli import caption_main, compile_main, export_main, train_main
+from caption_train.cli.commands import caption_main, compile_main, export_main, train_main
 from tests.conftest import CAPTIONS, REPOSITORY
 
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("examples/*.md")])

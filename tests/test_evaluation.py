@@ -11,12 +11,12 @@ from forked import start_ranks
 from safetensors.torch import load_file
 from tiny_runs import make_options, read_log, train, write_pairs
 
-from caption_train.collate import count_label_tokens
+from caption_train.data.images import open_image
 from caption_train.errors import CaptionTrainError, UsageError
-from caption_train.evaluation import Evaluator
 from caption_train.families import get_family
-from caption_train.images import open_image
-from caption_train.prepare import prepare_training
+from caption_train.families.labels import count_label_tokens
+from caption_train.training.monitor.validation import Evaluator
+from caption_train.training.prepare import prepare_training
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from legacy_florence import (
 from PIL import Image
 from safetensors.torch import load_file
 
-from caption_train import exporting
-from caption_train.cli import caption_main, export_main
+from caption_train.cli.commands import caption_main, export_main
+from caption_train.exporting import export
 from caption_train.families import get_family
 from caption_train.families.base import Generated
 
@@ -91,7 +91,7 @@ def test_a_merge_that_half_precision_rounds_to_other_tokens_is_in_float32(tmp_pa
     base = ["--base_model", str(shrink_images(write_checkpoint(tmp_path / "base", tensors)))]
     answers = [Generated("a car", [3, 2]), Generated("a cat", [4, 2])]
     sequence = iter([*answers, answers[0], answers[0]])
-    monkeypatch.setattr(exporting, "caption_once", lambda *arguments: next(sequence))
+    monkeypatch.setattr(export, "caption_once", lambda *arguments: next(sequence))
     arguments = [str(FIXTURES / "lora_attention"), str(tmp_path / "merged"), "--merge", *base]
     assert export_main(arguments) == 0
     assert "in float32: the base's own precision rounds" in capsys.readouterr().out
@@ -244,7 +244,7 @@ def test_an_adapter_without_weights_is_one_line(tmp_path, capsys, blip_lora):
 
 def test_nothing_is_written_when_the_tokens_differ(tmp_path, monkeypatch, capsys, checkpoint):
     answers = iter([Generated("a car", [3, 2]), Generated("a cat", [4, 2])])
-    monkeypatch.setattr(exporting, "caption_once", lambda *arguments: next(answers))
+    monkeypatch.setattr(export, "caption_once", lambda *arguments: next(answers))
     assert export_main([checkpoint, str(tmp_path / "native")]) == 1
     assert "'a cat' instead of 'a car'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -257,7 +257,7 @@ def test_the_image_and_prompt_of_the_check_can_be_given(tmp_path, monkeypatch, c
         seen.append((image.size, prompt))
         return Generated("", [2])
 
-    monkeypatch.setattr(exporting, "caption_once", caption)
+    monkeypatch.setattr(export, "caption_once", caption)
     Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
     arguments = ["--image", str(tmp_path / "a.png"), "--prompt", "<OCR>"]
     assert export_main([checkpoint, str(tmp_path / "native"), *arguments]) == 0

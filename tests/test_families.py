@@ -8,12 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from caption_train.cli import caption_main, train_main
-from caption_train.collate import IGNORE_INDEX
+from caption_train.adapters.lora import count_parameters, wrap_with_lora
+from caption_train.cli.commands import caption_main, train_main
+from caption_train.data.images import open_image
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import FAMILIES, get_family
-from caption_train.images import open_image
-from caption_train.lora import copy_lora_b, count_parameters, find_dead_modules, wrap_with_lora
+from caption_train.families.labels import IGNORE_INDEX
+from caption_train.training.monitor.health import copy_lora_b, find_dead_modules
 from tests.conftest import CAPTIONS
 
 WITHOUT_END = {"blip": 1, "florence": 0, "moondream": 0}

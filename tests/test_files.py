@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caption_train.files import copy_atomically, hash_file, open_atomically, write_atomically
+from caption_train.system.files import copy_atomically, hash_file, open_atomically, write_atomically
 
 
 @given(st.text() | st.binary())

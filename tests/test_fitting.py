@@ -7,16 +7,17 @@ import torch
 from forked import start
 from tiny_runs import assert_same_run, make_options, train, write_pairs
 
-from caption_train import prepare
-from caption_train.captions import Pair
-from caption_train.counting import count_state, find_embeddings
+from caption_train.config.training import TrainOptions
+from caption_train.data.pairs import Pair
 from caption_train.errors import CaptionTrainError
 from caption_train.families import get_family
-from caption_train.fitting import explain_out_of_memory, is_out_of_memory
-from caption_train.options import TrainOptions
-from caption_train.prepare import prepare_training
-from caption_train.training import Trainer
-from caption_train.training_data import TrainingData
+from caption_train.training import prepare
+from caption_train.training.batch_size import is_out_of_memory
+from caption_train.training.failures import explain_out_of_memory
+from caption_train.training.loop import Trainer
+from caption_train.training.optim.state_size import count_state, find_embeddings
+from caption_train.training.prepare import prepare_training
+from caption_train.training.run.data import TrainingData
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from small_network import Run, make_network, make_options, make_updates
 from train_on_ranks import SETUPS
 
-from caption_train.accelerator import make_accelerator
-from caption_train.flora import CompressedAccelerator, Flora
+from caption_train.training.distributed.accelerator import make_accelerator
+from caption_train.training.optim.flora import CompressedAccelerator, Flora
 
 RANKS = 2
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from flora_opt.optimizers.torch import flora as upstream
 
-from caption_train.flora import Flora
+from caption_train.training.optim.flora import Flora
 
 
 def step_both(p: torch.Tensor, steps: int, **settings) -> tuple[torch.Tensor, torch.Tensor, dict, dict]:

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from caption_train.cli import caption_main, train_main
+from caption_train.cli.commands import caption_main, train_main
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import get_family
-from caption_train.families.florence import Florence
+from caption_train.families.florence.family import Florence
 
 
 @pytest.fixture(scope="module")

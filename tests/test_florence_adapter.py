@@ -6,17 +6,17 @@ import pytest
 import torch
 from legacy_florence import FIXTURES, TIED, LegacyLora, needs_fixtures, read_tensors, write_checkpoint
 
+from caption_train.adapters.load import find_shared, load_adapter
 from caption_train.errors import CaptionTrainError
 from caption_train.families import get_family
-from caption_train.families.florence_adapter import (
+from caption_train.families.florence.legacy.adapter import (
     Adapter,
     read_adapter_files,
     rename_adapter,
     restore_adapter,
 )
-from caption_train.families.florence_export import prepare_merge
-from caption_train.families.florence_names import native_name
-from caption_train.lora import find_shared, load_adapter
+from caption_train.families.florence.legacy.export import prepare_merge
+from caption_train.families.florence.legacy.names import native_name
 
 pytestmark = needs_fixtures
 FAMILY = get_family("florence")

@@ -9,7 +9,7 @@ from legacy_florence import FIXTURES
 from PIL import Image, ImageColor
 
 from caption_train.families import get_family
-from caption_train.families.florence_answers import (
+from caption_train.families.florence.answers import (
     BANNED_PHRASES,
     PARSERS,
     clean_text,
@@ -17,7 +17,7 @@ from caption_train.families.florence_answers import (
     parse_answer,
     quantize,
 )
-from caption_train.families.florence_drawing import COLORS, draw_answer
+from caption_train.families.florence.drawing import COLORS, draw_answer
 
 ROWS = json.loads((FIXTURES / "postprocess.json").read_text())["rows"] if FIXTURES.is_dir() else []
 

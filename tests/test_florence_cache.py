@@ -7,7 +7,8 @@ import torch
 from legacy_florence import needs_fixtures, read_tensors, write_checkpoint
 
 from caption_train.errors import CaptionTrainError
-from caption_train.families import florence_cache, get_family
+from caption_train.families import get_family
+from caption_train.families.florence.legacy import cache
 
 pytestmark = needs_fixtures
 
@@ -34,7 +35,7 @@ def test_the_second_load_converts_nothing_and_is_the_same(tmp_path, family, monk
     tensors = {name: tensor.half() for name, tensor in read_tensors().items()}
     folder = str(write_checkpoint(tmp_path / "model", tensors))
     first, _ = family.load(folder)
-    monkeypatch.setattr(florence_cache, "load_legacy", None)
+    monkeypatch.setattr(cache, "load_legacy", None)
     second, processor = family.load(folder)
     assert all(torch.equal(tensor, second.state_dict()[name]) for name, tensor in first.state_dict().items())
     assert second.dtype == torch.float32
@@ -84,14 +85,14 @@ def test_two_folders_of_one_name_have_a_copy_each(tmp_path, family):
 
 def test_a_copy_that_another_process_made_meanwhile_is_used(tmp_path, family, monkeypatch):
     folder = str(write_checkpoint(tmp_path / "model", read_tensors()))
-    convert = florence_cache.load_legacy
+    convert = cache.load_legacy
 
     def convert_late(checkpoint, **keywords):
-        monkeypatch.setattr(florence_cache, "load_legacy", convert)
+        monkeypatch.setattr(cache, "load_legacy", convert)
         family.load(folder)
         return convert(checkpoint, **keywords)
 
-    monkeypatch.setattr(florence_cache, "load_legacy", convert_late)
+    monkeypatch.setattr(cache, "load_legacy", convert_late)
     model, _ = family.load(folder)
     assert model.name_or_path == folder
     (copy,) = find_copies(tmp_path)

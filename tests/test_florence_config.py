@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from caption_train.errors import CaptionTrainError
-from caption_train.families.florence_config import (
+from caption_train.families.florence.legacy.config import (
     AUTHORS_GENERATION,
     convert_config,
     make_generation_config,

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from caption_train.families import get_family
-from caption_train.families.florence_names import native_name
+from caption_train.families.florence.legacy.names import native_name
 
 pytestmark = needs_fixtures
 GOLDEN, TENSORS = read_golden() if FIXTURES.is_dir() else ({}, {})
@@ -111,7 +111,7 @@ def test_the_endless_start_token_ends(loaded, case):
 def test_legacy_adapters_act_as_in_the_original(loaded, case):
     from peft import get_peft_model, set_peft_model_state_dict
 
-    from caption_train.families.florence_export import prepare_merge
+    from caption_train.families.florence.legacy.export import prepare_merge
 
     model, processor = copy.deepcopy(loaded[0]), loaded[1]
     config, weights = FAMILY.convert_adapter(FIXTURES / case["name"].partition(".")[0], model)

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from caption_train.errors import CaptionTrainError
 from caption_train.families import get_family
-from caption_train.families.florence_files import find_checkpoint
-from caption_train.families.florence_legacy import convert_tensors
-from caption_train.families.florence_names import PAIRS, legacy_name, native_name
+from caption_train.families.florence.files import find_checkpoint
+from caption_train.families.florence.legacy.load import convert_tensors
+from caption_train.families.florence.legacy.names import PAIRS, legacy_name, native_name
 
 pytestmark = needs_fixtures
 FAMILY = get_family("florence")

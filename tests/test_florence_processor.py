@@ -10,8 +10,8 @@ from transformers import AutoProcessor
 
 from caption_train.errors import CaptionTrainError
 from caption_train.families import get_family
-from caption_train.families.florence_processor import convert_processor
-from caption_train.families.florence_tasks import expand_prompt
+from caption_train.families.florence.legacy.processor import convert_processor
+from caption_train.families.florence.tasks import expand_prompt
 
 pytestmark = needs_fixtures
 FAMILY = get_family("florence")

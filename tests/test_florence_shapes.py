@@ -18,9 +18,9 @@ from legacy_florence import (
 from PIL import Image
 
 from caption_train.families import get_family
-from caption_train.families.florence_config import convert_config
-from caption_train.families.florence_export import restore_tensors
-from caption_train.families.florence_names import legacy_name
+from caption_train.families.florence.legacy.config import convert_config
+from caption_train.families.florence.legacy.export import restore_tensors
+from caption_train.families.florence.legacy.names import legacy_name
 
 pytestmark = needs_fixtures
 FAMILY = get_family("florence")

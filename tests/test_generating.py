@@ -5,10 +5,11 @@ from functools import partial
 import pytest
 from PIL import Image
 
+from caption_train.captioning.generate import Captioned, Generation, Unreadable, caption_images
+from caption_train.captioning.sampling import make_sampler
 from caption_train.errors import UsageError
 from caption_train.families import get_family
-from caption_train.generating import Captioned, Generation, Unreadable, caption_images, choose_device
-from caption_train.sampling import make_sampler
+from caption_train.system.devices import choose_device
 
 
 @pytest.fixture(scope="module", params=["blip", "florence"])

@@ -8,11 +8,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
-from caption_train.dataset import MicroBatch
-from caption_train.health import WARM_UP, Health
-from caption_train.heap import LeanHeap
-from caption_train.progress import Progress
-from caption_train.training import Trainer
+from caption_train.system.memory import LeanHeap
+from caption_train.training.checkpoints.progress import Progress
+from caption_train.training.loop import Trainer
+from caption_train.training.monitor.health import WARM_UP, Health
+from caption_train.training.run.batches import MicroBatch
 
 
 @pytest.fixture

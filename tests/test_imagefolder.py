@@ -1,6 +1,6 @@
 import pytest
 
-from caption_train.metadata import read_dataset
+from caption_train.data.dataset import read_dataset
 from tests.sample_folder import compile_folder, make_folder, write_pair
 
 

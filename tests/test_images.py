@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from caption_train.files import hash_file
-from caption_train.images import ImageError, inspect_image, open_image
+from caption_train.data.images import ImageError, inspect_image, open_image
+from caption_train.system.files import hash_file
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from caption_train.captioning.inputs import find_inputs
 from caption_train.errors import UsageError
-from caption_train.inputs import find_inputs
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 from forked import start
 from tiny_runs import make_options, save_base, train, write_pairs
 
-from caption_train.interrupts import Interrupts
-from caption_train.training import Trainer
+from caption_train.system.signals import Interrupts
+from caption_train.training.loop import Trainer
 
 
 def interrupt(log, *numbers, processes: int = 1, pause: float = 0.0):

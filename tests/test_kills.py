@@ -8,8 +8,9 @@ import pytest
 from forked import start, start_ranks
 from tiny_runs import assert_same_run, make_options, train, write_pairs
 
-from caption_train import checkpoint, saving
-from caption_train.training import Trainer
+from caption_train.training import saving
+from caption_train.training.checkpoints import store
+from caption_train.training.loop import Trainer
 
 HARD = {
     "dropout": 0.1,
@@ -50,8 +51,8 @@ def die_at(moment: str, count: int) -> None:
     targets = {
         "after the gradient": (Trainer, "_step"),
         "writing a file": (saving, "write_state"),
-        "between files": (checkpoint, "sync_folder"),
-        "before the pointer": (checkpoint, "point"),
+        "between files": (store, "sync_folder"),
+        "before the pointer": (store, "point"),
     }
     owner, name = targets[moment]
     function, calls = getattr(owner, name), iter(range(count - 1))

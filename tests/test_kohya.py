@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from caption_train.captions import scan_folder
+from caption_train.data.kohya import count_repeats, find_metadata, read_metadata
+from caption_train.data.scan import scan_folder
 from caption_train.errors import CaptionTrainError, UsageError
-from caption_train.kohya import count_repeats, find_metadata, read_metadata
 
 
 @pytest.fixture

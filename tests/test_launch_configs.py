@@ -13,8 +13,8 @@ import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from caption_train import sharding, zero
-from caption_train.launcher import asks_for
+from caption_train.system.launcher import asks_for
+from caption_train.training.distributed import deepspeed, fsdp
 from tests.conftest import REPOSITORY
 
 CONFIGS = {path.name: path for path in (REPOSITORY / "examples" / "accelerate").iterdir()}
@@ -60,14 +60,14 @@ def test_the_second_machine_is_told_by_its_rank():
 
 @pytest.mark.parametrize(
     ("name", "prepare", "room"),
-    [("fsdp.yaml", prepare_multi_gpu_env, sharding), ("deepspeed.yaml", prepare_deepspeed, zero)],
+    [("fsdp.yaml", prepare_multi_gpu_env, fsdp), ("deepspeed.yaml", prepare_deepspeed, deepspeed)],
 )
 def test_the_run_heeds_all_that_the_sharding_configuration_sets(name, prepare, room, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for variable, value in prepare(read(name)).items():
         monkeypatch.setenv(variable, value)
     assert room.find_unsupported() == []
-    assert asks_for("DEEPSPEED") == (room is zero)
+    assert asks_for("DEEPSPEED") == (room is deepspeed)
 
 
 def find_port() -> str:

@@ -2,7 +2,12 @@
 
 import os
 
-from caption_train.launcher import describe_missing_processes, name_launch, notice_launcher, read_command
+from caption_train.system.launcher import (
+    describe_missing_processes,
+    name_launch,
+    notice_launcher,
+    read_command,
+)
 
 ACCELERATE = [
     "/venv/bin/python",

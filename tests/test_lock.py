@@ -7,11 +7,11 @@ import time
 
 import pytest
 
+from caption_train.config.training import TrainOptions
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import get_family
-from caption_train.lock import LOCK_FILE, SILENCE_SECONDS, OutputLock
-from caption_train.options import TrainOptions
-from caption_train.prepare import prepare_training
+from caption_train.system.lock import LOCK_FILE, SILENCE_SECONDS, OutputLock
+from caption_train.training.prepare import prepare_training
 
 
 def hold_elsewhere(folder) -> int:
@@ -72,7 +72,7 @@ def test_a_lock_of_another_host_is_stale_once_it_has_long_been_silent(tmp_path):
 
 
 def test_a_holder_shows_other_hosts_that_it_lives(tmp_path, monkeypatch):
-    monkeypatch.setattr("caption_train.lock.BEAT_SECONDS", 0.01)
+    monkeypatch.setattr("caption_train.system.lock.BEAT_SECONDS", 0.01)
     lock = OutputLock(tmp_path)
     lock.acquire()
     os.utime(tmp_path / LOCK_FILE, (0, 0))
@@ -85,7 +85,7 @@ def test_a_holder_shows_other_hosts_that_it_lives(tmp_path, monkeypatch):
 
 
 def test_where_the_disk_has_no_locks_the_process_itself_is_asked(tmp_path, monkeypatch):
-    monkeypatch.setattr("caption_train.lock._lock", lambda file: None)
+    monkeypatch.setattr("caption_train.system.lock._lock", lambda file: None)
     holder = hold_elsewhere(tmp_path)
     try:
         with pytest.raises(CaptionTrainError, match=f"process {holder}"):

@@ -4,15 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from caption_train.adapters.load import fill_adapter, load_adapter
+from caption_train.adapters.lora import count_parameters, wrap_with_lora
 from caption_train.errors import CaptionTrainError, UsageError
-from caption_train.lora import (
-    copy_lora_b,
-    count_parameters,
-    fill_adapter,
-    find_dead_modules,
-    load_adapter,
-    wrap_with_lora,
-)
+from caption_train.training.monitor.health import copy_lora_b, find_dead_modules
 
 
 class Model(nn.Module):

@@ -10,10 +10,16 @@ from safetensors.torch import load_file
 from tiny_runs import assert_same_run, make_options, save_base, train, write_pairs
 from torch import nn
 
+from caption_train.adapters.initialization import (
+    find_principal,
+    resume_start,
+    start_from_inputs,
+    start_from_weights,
+)
+from caption_train.adapters.load import load_adapter
+from caption_train.adapters.lora import save_adapter, wrap_with_lora
 from caption_train.errors import UsageError
 from caption_train.families import get_family
-from caption_train.lora import load_adapter, save_adapter, wrap_with_lora
-from caption_train.lora_init import find_principal, resume_start, start_from_inputs, start_from_weights
 
 CPU = torch.device("cpu")
 PRINCIPAL = ("pissa", "pissa_niter_16", "olora")

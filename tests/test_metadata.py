@@ -5,16 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from caption_train.captions import Pair
+from caption_train.data.dataset import inspect_dataset, read_dataset
+from caption_train.data.pairs import Pair
+from caption_train.data.rows import write_metadata
+from caption_train.data.split import fingerprint, split_by_content
 from caption_train.errors import CaptionTrainError, UsageError
-from caption_train.files import hash_file
-from caption_train.metadata import (
-    fingerprint,
-    inspect_dataset,
-    read_dataset,
-    split_by_content,
-    write_metadata,
-)
+from caption_train.system.files import hash_file
 from tests.sample_folder import write_image, write_pair
 
 

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caption_train.metrics import METRICS, bleu, cider, rouge_l, score_captions
-from caption_train.treebank import tokenize
+from caption_train.config.training import METRICS
+from caption_train.metrics.coco import bleu, cider, rouge_l, score_captions
+from caption_train.metrics.ptb_tokenizer import tokenize
 
 GENERATED = [
     "A man rides a wave on top of a surfboard.",

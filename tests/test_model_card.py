@@ -2,10 +2,11 @@
 
 import pytest
 
-from caption_train.console import print_summary
-from caption_train.families import FAMILIES, get_family
-from caption_train.model_card import TrainingRecord, name_script, write_card
-from caption_train.options import TrainOptions
+from caption_train.adapters.model_card import write_card
+from caption_train.adapters.record import TrainingRecord
+from caption_train.config.training import TrainOptions
+from caption_train.families import FAMILIES, get_family, name_script
+from caption_train.training.monitor.console import print_summary
 
 OPTIONS = {"name": None, "rank": 4, "alpha": 8, "dropout": 0.0, "learning_rate": 1e-4, "batch_size": 1}
 OPTIONS |= {"gradient_accumulation_steps": 1, "epochs": 2}

@@ -9,10 +9,11 @@ from peft import PeftModel
 from PIL import Image
 from torch.nn import functional as F
 
+from caption_train.adapters.lora import wrap_with_lora
 from caption_train.errors import UsageError
-from caption_train.families.moondream_checkpoint import to_official
-from caption_train.families.moondream_images import cut_fixed_crops
-from caption_train.lora import copy_lora_b, find_dead_modules, wrap_with_lora
+from caption_train.families.moondream.image_processor import cut_fixed_crops
+from caption_train.families.moondream.legacy.names import to_official
+from caption_train.training.monitor.health import copy_lora_b, find_dead_modules
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ from moondream_fixtures import make_small_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
-from caption_train.cli import export_main
+from caption_train.cli.commands import export_main
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import get_family
-from caption_train.families.moondream_checkpoint import to_old
-from caption_train.families.moondream_config import native_dict
-from caption_train.families.moondream_official import write_official
+from caption_train.families.moondream.config import native_dict
+from caption_train.families.moondream.legacy.checkpoint import write_official
+from caption_train.families.moondream.legacy.names import to_old
 from examples.tiny_moondream import REGION
 
 FAMILY = get_family("moondream")
@@ -146,7 +146,7 @@ def test_a_folder_without_tokenizer_says_which_it_wants(rewrite):
 
 def test_a_tokenizer_that_is_not_cached_is_called_by_its_name(official, monkeypatch, tmp_path):
     """The weights are there; the tokenizer of 2025-06-21 lies in another repository."""
-    from caption_train.families.moondream_files import read_tokenizer
+    from caption_train.families.moondream.files import read_tokenizer
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -158,9 +158,9 @@ def test_a_tokenizer_that_is_not_cached_is_called_by_its_name(official, monkeypa
 
 def test_a_revision_that_is_no_release_is_refused_where_nothing_says_more(official, monkeypatch):
     monkeypatch.setattr(
-        "caption_train.families.moondream_official.find_folder", lambda *args, **kwargs: official[0]
+        "caption_train.families.moondream.legacy.checkpoint.find_folder", lambda *args, **kwargs: official[0]
     )
-    from caption_train.families.moondream_official import read_official
+    from caption_train.families.moondream.legacy.checkpoint import read_official
 
     assert (
         read_official("someone/finetuned", revision="abc123")[0].bos_token_id == 0
@@ -185,8 +185,8 @@ def of_2024(tmp_path):
         eos_token="<|endoftext|>",
         pad_token="<|endoftext|>",
     )
-    from caption_train.families.moondream_processor import MoondreamProcessor
-    from caption_train.families.moondream_revisions import REVISIONS
+    from caption_train.families.moondream.processor import MoondreamProcessor
+    from caption_train.families.moondream.releases import REVISIONS
 
     changes = {**REVISIONS["2024-08-26"], "answer_token_id": None, "text": {"vocab_size": 50304}}
     model, _ = make_small_model(**changes)

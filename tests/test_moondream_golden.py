@@ -15,9 +15,9 @@ from moondream_fixtures import (
 )
 
 from caption_train.families import get_family
-from caption_train.families.moondream_checkpoint import official_names
-from caption_train.families.moondream_images import cut_crops, normalise, select_tiling
-from caption_train.families.moondream_layers import stitch_windows
+from caption_train.families.moondream.image_processor import cut_crops, normalise, select_tiling
+from caption_train.families.moondream.layers import stitch_windows
+from caption_train.families.moondream.legacy.names import official_names
 
 pytestmark = needs_fixtures
 GOLDEN, SHARED = read_json("tiny_mha/golden.json"), read_json("shared/golden_shared.json")

@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import get_family
-from caption_train.families.moondream_checkpoint import old_name, to_native, to_official
-from caption_train.families.moondream_config import MoondreamConfig, native_dict, official_dict
-from caption_train.families.moondream_official import read_official, write_official
+from caption_train.families.moondream.config import MoondreamConfig, native_dict, official_dict
+from caption_train.families.moondream.legacy.checkpoint import read_official, write_official
+from caption_train.families.moondream.legacy.names import old_name, to_native, to_official
 
 FAMILY = get_family("moondream")
 SMALL = {
@@ -92,7 +92,7 @@ def test_fewer_kv_heads_than_heads_are_split_by_their_sizes():
 
 def make_official(config):
     """Zeros for every tensor of the official layout, without `model.`."""
-    from caption_train.families.moondream_model import MoondreamForConditionalGeneration
+    from caption_train.families.moondream.model import MoondreamForConditionalGeneration
 
     state = MoondreamForConditionalGeneration(config).state_dict()
     return {name.removeprefix("model."): tensor for name, tensor in to_official(state, config).items()}
@@ -101,7 +101,7 @@ def make_official(config):
 @needs_fixtures
 @pytest.mark.parametrize("size", ["moondream2_2b_default", "moondream_0_5b_config_md05_with_n_kv_heads_16"])
 def test_names_and_shapes_of_the_released_sizes_are_all_there(size):
-    from caption_train.families.moondream_model import MoondreamForConditionalGeneration
+    from caption_train.families.moondream.model import MoondreamForConditionalGeneration
 
     released = read_json("shared/real_state_dict_keys.json")[size]
     small = {"dim": 1024, "ff_dim": 4096, "n_layers": 24, "vocab_size": 51200, "n_heads": 16}
@@ -251,8 +251,8 @@ def test_official_config_round_trips():
 
 def test_a_quantized_model_loads_from_the_official_layout_and_is_not_written_to_it(tmp_path):
     pytest.importorskip("bitsandbytes")
-    from caption_train.options import TrainOptions
-    from caption_train.quantization import make_quantization_config
+    from caption_train.adapters.quantization import make_quantization_config
+    from caption_train.config.training import TrainOptions
 
     model, processor = make_small_model(text={"ff_dim": 256})
     write_official(tmp_path, model.config, model.state_dict(), processor.tokenizer)

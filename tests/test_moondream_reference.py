@@ -10,7 +10,7 @@ from moondream_fixtures import make_small_model
 from PIL import Image
 from torch.nn import functional as F
 
-from caption_train.families.moondream_checkpoint import to_official
+from caption_train.families.moondream.legacy.names import to_official
 
 HEAD = 64
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from caption_train.caption_options import CaptionOptions
-from caption_train.compile_options import CompileOptions
-from caption_train.options import TrainOptions
+from caption_train.config.captioning import CaptionOptions
+from caption_train.config.compiling import CompileOptions
+from caption_train.config.training import TrainOptions
 
 TRAIN = {"dataset_dir": Path("data"), "output_dir": Path("out"), "model_id": "base"}
 

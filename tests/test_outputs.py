@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from caption_train.caption_options import CaptionOptions
+from caption_train.captioning.outputs import Outputs, wrap_caption
+from caption_train.config.captioning import CaptionOptions
 from caption_train.errors import CaptionTrainError, UsageError
-from caption_train.outputs import Outputs, wrap_caption
 from tests.conftest import REPOSITORY
 
 

@@ -1,7 +1,8 @@
 import pytest
 
-from caption_train.captions import CAPTION_SUFFIXES, scan_folder
-from caption_train.pairing import match_captions
+from caption_train.data.formats import CAPTION_SUFFIXES
+from caption_train.data.pairs import match_captions
+from caption_train.data.scan import scan_folder
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import re
 import pytest
 import torch
 
+from caption_train.adapters.lora import wrap_with_lora
+from caption_train.adapters.targets import choose_targets, freeze_outside
 from caption_train.errors import UsageError
 from caption_train.families import get_family
-from caption_train.lora import wrap_with_lora
-from caption_train.parts import choose_targets, freeze_outside
 
 FAMILIES = ("blip", "florence")
 PARTS = ("vision", "projector", "language")

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from caption_train.compiling.placement import find_prefix, place_images, plan_placement
 from caption_train.errors import UsageError
-from caption_train.placing import find_prefix, place_images, plan_placement
 
 
 @pytest.fixture

@@ -8,13 +8,14 @@ from PIL import Image
 from tiny_runs import MODELS, save_base
 
 from benchmarks.memory import count
-from caption_train.accelerator import accumulate, make_accelerator, make_optimizer
-from caption_train.activations import RECOMPUTED_GRADIENTS, measure_activations
-from caption_train.checkpointing import enable_checkpointing
+from caption_train.config.training import TrainOptions, parse_bytes
 from caption_train.families import get_family
-from caption_train.options import TrainOptions, parse_bytes
-from caption_train.planning import MARGIN, Planner
-from caption_train.prepare import load_trainable
+from caption_train.training.distributed.accelerator import accumulate, make_accelerator
+from caption_train.training.memory.activations import RECOMPUTED_GRADIENTS, measure_activations
+from caption_train.training.memory.estimate import MARGIN, Planner
+from caption_train.training.memory.gradient_checkpointing import enable_checkpointing
+from caption_train.training.model import load_trainable
+from caption_train.training.optim.optimizer import make_optimizer
 
 FLORA = {"optimizer_name": "Flora", "optimizer_rank": 4, "accumulation_rank": 4}
 

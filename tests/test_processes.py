@@ -11,7 +11,7 @@ from forked import start_ranks
 from PIL import Image
 from torch import distributed
 
-from caption_train.processes import Processes
+from caption_train.system.processes import Processes
 
 WORKER = Path(__file__).with_name("caption_on_ranks.py")
 

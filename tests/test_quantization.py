@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from tiny_runs import MODELS, save_base
 
+from caption_train.adapters.lora import wrap_with_lora
+from caption_train.adapters.quantization import HEADS, make_quantization_config, prepare_quantized
+from caption_train.config.training import TrainOptions
 from caption_train.families import get_family
-from caption_train.lora import wrap_with_lora
-from caption_train.options import TrainOptions
-from caption_train.quantization import HEADS, make_quantization_config, prepare_quantized
 
 
 @pytest.fixture(scope="module", params=MODELS)

@@ -10,10 +10,13 @@ import torch
 from forked import start_ranks
 from tiny_runs import read_log, write_pairs
 
-from caption_train import cli, dataset, fitting, model_card, training_data
-from caption_train.cli import train_main
-from caption_train.images import ImageError
-from caption_train.training import Trainer
+from caption_train.adapters import model_card
+from caption_train.cli import commands
+from caption_train.cli.commands import train_main
+from caption_train.data.images import ImageError
+from caption_train.training import batch_size
+from caption_train.training.loop import Trainer
+from caption_train.training.run import batches, data
 
 
 @pytest.fixture
@@ -89,7 +92,7 @@ def test_a_sharded_step_that_does_not_fit_in_one_process_is_told(run_script, pai
     """The other one is in the middle of its forward pass then, and cannot be asked."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    codes, words = run_script(pairs, on_rank_1=lambda: setattr(fitting, "_try_step", lambda *_: False))
+    codes, words = run_script(pairs, on_rank_1=lambda: setattr(batch_size, "_try_step", lambda *_: False))
     assert codes == [1, 1] and "process 1: out of memory with --batch_size 2" in words
     assert "use --gradient_checkpointing" in words, words
     assert "--auto_batch_size" not in words and "--quantize" not in words, "what it refuses helps nobody"
@@ -107,12 +110,12 @@ def test_processes_told_of_different_folders_are_refused_by_flag(run_script, pai
     other = write_pairs(tmp_path / "other", 10, seed=1)
 
     def look_elsewhere() -> None:
-        read = cli.parse_options
+        read = commands.parse_options
 
         def parse(options_class, argv, **keywords):
             return read(options_class, [str(other), *argv[1:]], **keywords)
 
-        cli.parse_options = parse
+        commands.parse_options = parse
 
     codes, words = run_script(pairs, on_rank_1=look_elsewhere)
     assert codes == [2, 2]
@@ -132,8 +135,8 @@ def test_a_machine_whose_folder_holds_other_data_is_named(change, run_script, pa
         return data
 
     def see_otherwise() -> None:
-        read = training_data._read
-        training_data._read = lambda options: change_own(read(options))
+        read = data._read
+        data._read = lambda options: change_own(read(options))
 
     codes, words = run_script(pairs, on_rank_1=see_otherwise)
     assert codes == [2, 2]
@@ -144,7 +147,7 @@ def test_a_machine_that_lacks_the_checkpoint_is_named(run_script, pairs, tmp_pat
     assert run_script(pairs)[0] == [0, 0]
 
     def lose() -> None:
-        from caption_train import prepare
+        from caption_train.training import prepare
 
         prepare.find_resume_point = lambda options, accelerator: None
 
@@ -154,8 +157,8 @@ def test_a_machine_that_lacks_the_checkpoint_is_named(run_script, pairs, tmp_pat
 
 def test_a_machine_that_lacks_the_base_is_named(run_script, pairs):
     def lose() -> None:
-        from caption_train import prepare
         from caption_train.errors import CaptionTrainError
+        from caption_train.training import prepare
 
         def fail(*arguments):
             raise CaptionTrainError("--model_id base: there is no such folder")
@@ -171,7 +174,7 @@ def test_an_image_that_one_process_cannot_read_is_left_out_by_it(run_script, pai
         def open_or_fail(path):
             raise ImageError(f"{path}: gone")
 
-        in_step(1, lambda: setattr(dataset, "open_image", open_or_fail))
+        in_step(1, lambda: setattr(batches, "open_image", open_or_fail))
 
     codes, words = run_script(pairs, on_rank_1=lose_sight)
     assert codes == [0, 0]

@@ -10,13 +10,14 @@ import pytest
 from forked import start, start_ranks
 from tiny_runs import assert_same_run, make_options, read_log, train, write_pairs
 
-from caption_train import checkpoint, model_card
-from caption_train.accelerator import make_lr_scheduler, make_optimizer
+from caption_train.adapters import model_card
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import get_family
-from caption_train.lock import OutputLock
-from caption_train.prepare import prepare_training
-from caption_train.training import Trainer
+from caption_train.system.lock import OutputLock
+from caption_train.training.checkpoints import store
+from caption_train.training.loop import Trainer
+from caption_train.training.optim.optimizer import make_lr_scheduler, make_optimizer
+from caption_train.training.prepare import prepare_training
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +174,7 @@ def test_fewer_epochs_than_are_done_are_refused(base, pairs, tmp_path):
 
 
 def damage_latest(folder: Path) -> None:
-    (checkpoint.find_latest(folder)[0] / "state" / "optimizer.pt").write_bytes(b"")
+    (store.find_latest(folder)[0] / "state" / "optimizer.pt").write_bytes(b"")
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(resume, capsys):

@@ -8,12 +8,11 @@ import shutil
 import pytest
 from tiny_runs import make_options, read_log, train, write_pairs
 
-from caption_train.checkpoint import find_latest, list_checkpoints
 from caption_train.errors import CaptionTrainError, UsageError
-from caption_train.evaluation import Evaluator
 from caption_train.families import get_family
-from caption_train.pointers import follow, point
-from caption_train.prepare import prepare_training
+from caption_train.training.checkpoints.find import find_latest, follow, list_checkpoints, point
+from caption_train.training.monitor.validation import Evaluator
+from caption_train.training.prepare import prepare_training
 
 
 @pytest.fixture(scope="module")

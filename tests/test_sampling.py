@@ -2,7 +2,7 @@
 
 import torch
 
-from caption_train.sampling import make_sampler
+from caption_train.captioning.sampling import make_sampler
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0])
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from caption_train.cli import caption_main, compile_main, train_main
+from caption_train.cli.commands import caption_main, compile_main, train_main
 from caption_train.families import get_family
 from tests.conftest import CAPTIONS, REPOSITORY
 

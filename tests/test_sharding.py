@@ -20,12 +20,12 @@ from tiny_runs import assert_same_run, make_options, read_log, save_base, write_
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText
 
-from caption_train import zero
-from caption_train.dataset import CaptionDataset
 from caption_train.families import get_family
-from caption_train.fitting import count_room
-from caption_train.prepare import prepare_training
-from caption_train.training import Trainer
+from caption_train.training.batch_size import count_room
+from caption_train.training.distributed import deepspeed
+from caption_train.training.loop import Trainer
+from caption_train.training.prepare import prepare_training
+from caption_train.training.run.batches import CaptionDataset
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: it is an extra"
@@ -153,7 +153,7 @@ def test_a_sharded_run_is_the_data_parallel_run(name, family, way, launch, tmp_p
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_deepspeed_sends_weights_larger_than_a_bucket_to_an_odd_number_of_processes(method, launch, tmp_path):
     def shrink() -> None:
-        zero.BUCKET = 100
+        deepspeed.BUCKET = 100
 
     changes = {"ranks": 3, "batch_size": 1, "gradient_accumulation_steps": 2, "max_grad_norm": 0.2}
     changes |= (

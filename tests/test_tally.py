@@ -2,8 +2,9 @@
 
 import pytest
 
+from caption_train.captioning.summary import Tally
 from caption_train.families.base import Generated
-from caption_train.tally import Tally, find_remarks, repeats_itself
+from caption_train.metrics.output_health import find_remarks, repeats_itself
 
 
 @pytest.mark.parametrize(

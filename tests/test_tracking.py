@@ -12,11 +12,12 @@ from PIL import Image
 from test_kills import die_at
 from tiny_runs import make_options, save_base, train, write_pairs
 
-from caption_train import tracking
-from caption_train.curve import CURVE_FILE, draw_curve
 from caption_train.errors import CaptionTrainError, UsageError
-from caption_train.progress import Progress
-from caption_train.tracking import LOG_FILE, RunLog, check_trackers, start_trackers
+from caption_train.training.checkpoints.progress import Progress
+from caption_train.training.monitor import log
+from caption_train.training.monitor.curve import CURVE_FILE, draw_curve
+from caption_train.training.monitor.log import LOG_FILE, RunLog
+from caption_train.training.monitor.trackers import check_trackers, start_trackers
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def test_what_wandb_raises_when_it_starts_is_one_line(tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    monkeypatch.setattr(log, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="pip install tensorboard"):
         check_trackers("tensorboard")
     check_trackers(None)

@@ -13,15 +13,15 @@ import torch
 from forked import start_ranks
 from tiny_runs import make_options, read_log, save_base, write_pairs
 
-from caption_train.checkpoint import list_checkpoints
+from caption_train.adapters.lora import wrap_with_lora
+from caption_train.config.training import TrainOptions
+from caption_train.data.dataset import read_dataset
+from caption_train.data.images import open_image
 from caption_train.errors import CaptionTrainError
 from caption_train.families import get_family
-from caption_train.images import open_image
-from caption_train.lora import wrap_with_lora
-from caption_train.metadata import read_dataset
-from caption_train.options import TrainOptions
-from caption_train.prepare import prepare_training
-from caption_train.training import Trainer
+from caption_train.training.checkpoints.find import list_checkpoints
+from caption_train.training.loop import Trainer
+from caption_train.training.prepare import prepare_training
 
 FAMILIES = ("blip", "florence")
 

@@ -7,10 +7,10 @@ import pytest
 from accelerate import Accelerator
 from PIL import Image
 
+from caption_train.config.training import TrainOptions
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import get_family
-from caption_train.options import TrainOptions
-from caption_train.training_data import TrainingData, read_training_data
+from caption_train.training.run.data import TrainingData, read_training_data
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from caption_train.options import PARTS
+from caption_train.config.training import PARTS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -14,9 +14,13 @@ def make_moondream():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from caption_train.families.moondream_config import MoondreamConfig, make_text_config, make_vision_config
-    from caption_train.families.moondream_model import MoondreamForConditionalGeneration
-    from caption_train.families.moondream_processor import MoondreamProcessor
+    from caption_train.families.moondream.config import (
+        MoondreamConfig,
+        make_text_config,
+        make_vision_config,
+    )
+    from caption_train.families.moondream.model import MoondreamForConditionalGeneration
+    from caption_train.families.moondream.processor import MoondreamProcessor
 
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = ["<|endoftext|>", "<|ask|>", "<|md_reserved_0|>", "<|answer|>", *characters]

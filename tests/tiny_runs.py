@@ -9,9 +9,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_bases import make_moondream
 
+from caption_train.config.training import TrainOptions
 from caption_train.families import get_family
-from caption_train.options import TrainOptions
-from caption_train.prepare import prepare_training
+from caption_train.training.prepare import prepare_training
 from examples import tiny_blip, tiny_florence
 
 MODELS = {"blip": tiny_blip.make_model, "florence": tiny_florence.make_model, "moondream": make_moondream}

@@ -6,8 +6,8 @@ from caption_train.families.base import Family
 
 FAMILIES = {
     "blip": "caption_train.families.blip:Blip",
-    "florence": "caption_train.families.florence:Florence",
-    "moondream": "caption_train.families.moondream:Moondream",
+    "florence": "caption_train.families.florence.family:Florence",
+    "moondream": "caption_train.families.moondream.family:Moondream",
 }
 
 
@@ -15,3 +15,8 @@ def get_family(name: str) -> Family:
     """Return the family object for `name`; its module is imported only now, torch only by its verbs."""
     module, _, class_name = FAMILIES[name].partition(":")
     return getattr(import_module(module), class_name)()
+
+
+def name_script(family: str) -> str:
+    """Return the inference script of a family, by its name alone."""
+    return "inference.py" if family == "blip" else f"inference_{family}.py"

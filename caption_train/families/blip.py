@@ -50,7 +50,7 @@ class Blip:
         from transformers import BlipForConditionalGeneration, BlipProcessor
 
         from caption_train.families.loading import load_model, load_processor
-        from caption_train.families.positions import note_positions
+        from caption_train.families.prompt_length import note_positions
 
         model = load_model(
             BlipForConditionalGeneration,
@@ -68,7 +68,7 @@ class Blip:
         self, processor: BlipProcessor, images: Sequence[Image.Image], prompts: Sequence[str]
     ) -> Batch:
         """Return `pixel_values` [B, 3, H, W], and `[DEC] prompt [SEP]` as `input_ids`, with a mask [B, T]."""
-        from caption_train.families.positions import check_prompt_length
+        from caption_train.families.prompt_length import check_prompt_length
 
         rows = [_text_ids(processor, prompt, "") for prompt in prompts]
         check_prompt_length(max(map(len, rows)) + 1, processor)  # there must be room for a word
@@ -85,7 +85,7 @@ class Blip:
         self, model: BlipForConditionalGeneration, processor: BlipProcessor, batch: Batch, **settings: Any
     ) -> list[Generated]:
         """Caption a batch; see `Family.generate`. Rows with prompts of one length go through together."""
-        from caption_train.families.positions import limit_new_tokens
+        from caption_train.families.prompt_length import limit_new_tokens
 
         lengths = batch["attention_mask"].sum(dim=1)
         results: list[Generated | None] = [None] * len(lengths)
@@ -116,7 +116,7 @@ class BlipCollator:
     max_length: int
 
     def __call__(self, items: Sequence[dict]) -> Batch:
-        from caption_train.collate import IGNORE_INDEX
+        from caption_train.families.labels import IGNORE_INDEX
 
         prompts = [item.get("prompt") or self.prompt for item in items]
         batch = Blip().encode(self.processor, [item["image"] for item in items], prompts)

@@ -1,0 +1,88 @@
+"""Puts a saved adapter on its base, and refuses one whose tensors do not fit."""
+
+from collections import Counter
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
+from torch import nn
+
+from caption_train.errors import CaptionTrainError
+from caption_train.families.base import Family
+
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def load_adapter(model: nn.Module, folder: Path | str, family: Family) -> PeftModel:
+    """Put a saved adapter (LoRA, IA3, …) on its base, to caption with. A name left over is an error.
+
+    A family may know adapters of other tools by their names and convert them: its `convert_adapter`.
+    """
+    from peft import PeftConfig, load_peft_weights
+
+    try:
+        convert = getattr(family, "convert_adapter", None)
+        converted = convert(folder, model) if convert else None
+        # PEFT would look for them on the hub.
+        if converted is None and not any((Path(folder) / name).is_file() for name in WEIGHT_FILES):
+            raise OSError(f"there are no weights: none of {', '.join(WEIGHT_FILES)}")
+        config, weights = converted or (
+            PeftConfig.from_pretrained(str(folder)),
+            load_peft_weights(str(folder), device="cpu"),
+        )
+        config.inference_mode = True
+        return fill_adapter(get_peft_model(model, config), weights, folder).eval()
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CaptionTrainError(f"--peft_model {folder}: cannot be loaded on this base: {reason}") from error
+
+
+def fill_adapter(model: PeftModel, weights: dict[str, torch.Tensor], folder: Path | str) -> PeftModel:
+    """Load an adapter's tensors into the modules made for them; a name over or missing is an error."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    # PEFT saves the base's own embeddings along with an adapter on them; they are checked, not loaded.
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    copies = {name: weights[name] for name in weights if ".base_layer." in name and name not in expected}
+    weights = {name: tensor for name, tensor in weights.items() if name not in copies}
+    wrong = sorted(expected.keys() ^ weights.keys()) + _changed(copies, model)
+    wrong += [
+        name for name in sorted(weights) if expected.get(name, weights[name]).shape != weights[name].shape
+    ]
+    if wrong:
+        raise CaptionTrainError(
+            f"--peft_model {folder}: does not fit this base: {len(wrong)} of {len(expected)} tensors have no "
+            f"counterpart of their shape, such as {wrong[0]}"
+        )
+    set_peft_model_state_dict(model, weights)
+    return model
+
+
+def find_shared(model: PeftModel) -> list[str]:
+    """Return the names of adapted modules whose weight another module has too: merging would change both."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    owners = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
+    shared = []
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, BaseTunerLayer):
+            layer = module.get_base_layer()
+        elif isinstance(module, ModulesToSaveWrapper):
+            layer = module.original_module
+        else:
+            continue
+        if owners[getattr(layer, "weight", None)] > 1:
+            shared.append(name)
+    return sorted(shared)
+
+
+def _changed(copies: dict[str, torch.Tensor], model: nn.Module) -> list[str]:
+    base = dict(model.named_parameters(remove_duplicate=False))
+    return [
+        name
+        for name, copy in copies.items()
+        if name not in base or not torch.equal(base[name].float().cpu(), copy.float())
+    ]

@@ -1,0 +1,76 @@
+"""The LoRA around a model: what it trains, whether all of it is alive, and whose base it belongs to."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+from torch import nn
+
+from caption_train.adapters.initialization import join_start
+from caption_train.adapters.targets import check_targets, choose_targets, outside
+
+
+def wrap_with_lora(
+    model: nn.Module,
+    target_modules: Sequence[str],
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    rslora: bool = False,
+    dora: bool = False,
+    parts: Sequence[str] = (),
+    init: str | None = None,
+) -> PeftModel:
+    """Freeze `model` and put LoRA on each Linear and Conv2d whose name is, or ends in, a target's.
+
+    `parts` are regular expressions of module names; if there are any, only what one matches is trained.
+    `init` is `--init_lora_weights`; those that look at weights or data come later, see lora_init.
+    Raises UsageError when a target matches nothing; PEFT itself says nothing as long as another one matches.
+    """
+    check_targets(model, target_modules)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=choose_targets(model, target_modules, parts),
+        exclude_modules=outside(parts),
+        use_rslora=rslora,
+        use_dora=dora,
+        init_lora_weights="gaussian" if init == "gaussian" else True,
+    )
+    return get_peft_model(model, config)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return how many parameters are trained, and how many there are; packed 4-bit ones count unpacked."""
+    counts = [(p.requires_grad, _numel(p)) for p in model.parameters()]
+    return sum(n for trained, n in counts if trained), sum(n for _, n in counts)
+
+
+def save_adapter(model: PeftModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Write an adapter that fits the base as it was before training, whatever the LoRA started from.
+
+    weights: the trained ones, where the model itself holds only a part of each.
+    """
+    if getattr(model, "lora_start", None) is None:
+        # Without this PEFT asks the hub whether the vocabulary grew.
+        model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
+        return
+    from peft import get_peft_model_state_dict
+
+    weights, config = join_start(model, get_peft_model_state_dict(model, save_embedding_layers=False))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: tensor.cpu() for name, tensor in weights.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config.save_pretrained(str(folder))
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    packed = getattr(parameter, "quant_state", None)
+    return packed.shape.numel() if packed is not None else parameter.numel()

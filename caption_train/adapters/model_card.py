@@ -1,0 +1,69 @@
+"""What a saved LoRA or model says of itself: training.json for programs, README.md for people. No torch."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from caption_train.adapters.record import TRAINING_FILE, TrainingRecord
+from caption_train.families import name_script
+from caption_train.system.files import write_atomically
+
+ELSEWHERE = {
+    "florence": "Plain transformers and PEFT load it on a base in transformers' layout, which Microsoft's "
+    "repositories are not: `python export_adapter.py {base} florence-native/` writes one, "
+    "`python export_adapter.py . merged/ --merge` base and LoRA as one model."
+}
+"""How a LoRA is used without this tool, by family, where more is to say than `PeftModel.from_pretrained`."""
+
+
+def write_card(folder: Path, record: TrainingRecord, extra: Mapping[str, Any]) -> None:
+    """Write training.json and a model card in the hub's format into `folder`."""
+    write_atomically(folder / TRAINING_FILE, record.to_json(**extra))
+    write_atomically(folder / "README.md", _card(record, extra))
+
+
+def name_flag(train_method: str) -> str:
+    """Return the flag of the inference scripts that takes what this method makes."""
+    return "--peft_model" if train_method == "lora" else "--base_model"
+
+
+def _card(record: TrainingRecord, extra: Mapping[str, Any]) -> str:
+    options = record.options
+    is_lora = options["train_method"] == "lora"
+    is_hub_id = not Path(record.base_model).is_absolute()
+    front = ["---", f"library_name: {'peft' if is_lora else 'transformers'}"]
+    front += [f"base_model: {record.base_model}"] if is_hub_id else []
+    front += ["pipeline_tag: image-to-text", "tags:", "- image-captioning", f"- {record.family}"]
+    front += ["- lora"] if is_lora else []
+    shown = ["rank", "alpha", "dropout"] if is_lora else []
+    shown += ["learning_rate", "batch_size", "gradient_accumulation_steps", "epochs"]
+    rows = [f"| {name} | {options[name]} |" for name in shown]
+    rows += [f"| {name} | {value} |" for name, value in extra.items() if value is not None]
+    script = name_script(record.family)
+    base = f"--base_model {record.base_model} " if is_lora else ""
+    hint = ELSEWHERE.get(record.family, "") if is_lora else ""
+    elsewhere = [hint.format(base=record.base_model), ""] if hint else []
+    return "\n".join(
+        [
+            *front,
+            "---",
+            "",
+            f"# {options['name'] or ('Captioning LoRA' if is_lora else 'Captioning model')}",
+            "",
+            f"Captions images in the style of {record.dataset['pairs']} image/caption pairs. "
+            f"Base: `{record.base_model}`. Prompt: `{record.prompt or 'none'}`. "
+            f"{record.trainable_parameters:,} of {record.total_parameters:,} parameters were trained.",
+            "",
+            "```bash",
+            f"python {script} {base}{name_flag(options['train_method'])} . --images path/to/images",
+            "```",
+            "",
+            *elsewhere,
+            "| | |",
+            "|---|---|",
+            *rows,
+            "",
+            "Made with caption-train " + record.versions["caption-train"] + ".",
+            "",
+        ]
+    )

@@ -1,0 +1,61 @@
+"""Training some parts of a model only: vision, projector, language. A part is a regular expression of its
+modules' names."""
+
+import difflib
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from caption_train.errors import UsageError
+
+TRAINABLE_KINDS = (nn.Linear, nn.Conv2d)
+
+
+def choose_targets(model: nn.Module, targets: Sequence[str], parts: Sequence[str]) -> list[str]:
+    """Return the LoRA's targets for `parts`: those given, and every Linear of a part that holds none of them.
+
+    Raises UsageError for a part that has no Linear. PEFT is to be told what `outside` the parts to leave out.
+    """
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    chosen = list(targets)
+    for part in parts:
+        held = [name for name in linears if re.fullmatch(part, name)]
+        if not held:
+            raise UsageError(f"--train_parts: this model has no Linear in the part {part}")
+        if not any(f".{name}".endswith(tuple(f".{target}" for target in targets)) for name in held):
+            chosen += held
+    return chosen
+
+
+def outside(parts: Sequence[str]) -> str | None:
+    """Return a regular expression of the modules that are in none of `parts`; None if there are no parts."""
+    return rf"(?!(?:{'|'.join(parts)})$).*" if parts else None
+
+
+def freeze_outside(model: nn.Module, parts: Sequence[str]) -> None:
+    """Freeze every parameter whose module is in none of `parts`, if any are given."""
+    if not parts:
+        return
+    excluded = outside(parts)
+    for name, parameter in model.named_parameters():
+        if re.fullmatch(excluded, name.rpartition(".")[0]):
+            parameter.requires_grad_(False)
+
+
+def check_targets(model: nn.Module, target_modules: Sequence[str]) -> None:
+    """Raise UsageError for a target that matches no Linear or Conv2d, with the closest names there are."""
+    names = [name for name, module in model.named_modules() if isinstance(module, TRAINABLE_KINDS)]
+    endings = sorted({ending for name in names for ending in _endings(name)})
+    for target in target_modules:
+        if target in endings:
+            continue
+        close = difflib.get_close_matches(target, endings, 3, cutoff=0.5)
+        leaves = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
+        hint = f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(leaves[:20])}"
+        raise UsageError(f"--target_modules {target}: no Linear or Conv2d has this name; {hint}")
+
+
+def _endings(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]

@@ -1,0 +1,178 @@
+"""Images in, captions out, a batch at a time. It knows no family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from caption_train.captioning.sampling import make_sampler
+from caption_train.config.captioning import CaptionOptions
+from caption_train.data.images import ImageError, open_image
+from caption_train.errors import CaptionTrainError, is_out_of_memory
+from caption_train.families.base import Family, Generated
+from caption_train.system.devices import move_batch
+from caption_train.system.signals import leave_signals_to_parent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """One image that was captioned. size: its width and height in pixels, upright."""
+
+    image: Path
+    size: tuple[int, int]
+    generated: Generated
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """One image that could not be captioned, and why, in a line that begins with its path."""
+
+    image: Path
+    reason: str
+
+
+@dataclass
+class Generation:
+    """How captions are generated.
+
+    settings: transformers' generation arguments. make_sampler: makes `logits_processor` for the images of a
+    batch, by their names.
+    """
+
+    prompt: str
+    settings: dict[str, Any]
+    make_sampler: Callable[[Sequence[str]], Any] | None = None
+
+
+def make_generation(options: CaptionOptions, prompt: str) -> Generation:
+    """Return how captions are generated. Without a temperature a caption is a function of its image."""
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": options.max_token_length}
+    if options.beams:
+        settings["num_beams"] = options.beams
+    if not options.temperature:
+        return Generation(prompt, settings)
+    sampler = partial(make_sampler, temperature=options.temperature, top_p=options.top_p, seed=options.seed)
+    return Generation(prompt, settings | {"num_beams": 1}, sampler)
+
+
+def caption_images(
+    family: Family,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    images: Sequence[Path],
+    generation: Generation,
+    *,
+    batch_size: int = 4,
+    num_workers: int = 0,
+) -> Iterator[Captioned | Unreadable]:
+    """Yield what became of every image, in order, as soon as its batch is done.
+
+    `num_workers` processes decode and encode ahead of the model. Raises CaptionTrainError, naming the flags
+    that help, when the device's memory does not suffice.
+    """
+    loader = DataLoader(
+        ImageFiles(images),
+        batch_size=batch_size,
+        collate_fn=Encode(family, processor, generation.prompt),
+        num_workers=min(num_workers, len(images) // batch_size),
+        worker_init_fn=leave_signals_to_parent,
+        pin_memory=model.device.type == "cuda",
+    )
+    for batch in _read(loader):
+        if batch["error"]:
+            raise batch["error"]
+        good = [item["path"] for item in batch["items"] if "error" not in item]
+        with out_of_memory_explained(model.device, batch_size), torch.inference_mode():
+            results = iter(_generate(family, model, processor, batch["inputs"], good, generation))
+        for item in batch["items"]:
+            if "error" in item:
+                yield Unreadable(item["path"], item["error"])
+            else:
+                yield Captioned(item["path"], item["size"], next(results))
+
+
+class ImageFiles(Dataset):
+    """Image files as `{"path", "size", "image"}`, or `{"path", "error"}` for what cannot be read."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path = self.paths[index]
+        try:
+            image = open_image(path)
+        except ImageError as error:
+            return {"path": path, "error": str(error)}
+        return {"path": path, "size": image.size, "image": image}
+
+
+@dataclass
+class Encode:
+    """Items of ImageFiles → `items` without their pixels, and `inputs` as a family's `encode` makes them."""
+
+    family: Family
+    processor: Any
+    prompt: str
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        images = [item.pop("image") for item in items if "image" in item]
+        try:
+            inputs = self.family.encode(self.processor, images, [self.prompt] * len(images)) if images else {}
+        except CaptionTrainError as error:
+            # Raised in a worker it would arrive with the worker's traceback in its message.
+            return {"items": items, "inputs": {}, "error": error}
+        return {"items": items, "inputs": inputs, "error": None}
+
+
+def _read(loader: DataLoader) -> Iterator[dict[str, Any]]:
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise CaptionTrainError(
+            "a process that reads images was ended, for lack of memory perhaps: try a lower --num_workers"
+        ) from error
+
+
+def _generate(
+    family: Family,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    inputs: dict[str, Any],
+    images: Sequence[Path],
+    generation: Generation,
+) -> list[Generated]:
+    if not images:
+        return []
+    settings = dict(generation.settings)
+    if generation.make_sampler:
+        settings["logits_processor"] = generation.make_sampler([image.name for image in images])
+    return family.generate(model, processor, move_batch(inputs, model.device, model.dtype), **settings)
+
+
+@contextmanager
+def out_of_memory_explained(device: torch.device, batch_size: int) -> Iterator[None]:
+    """Turn a lack of memory into one line that names the flags that help."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise CaptionTrainError(
+            f"out of memory on {device} with --batch_size {batch_size}: lower it, or --beams or "
+            "--max_token_length, or try --dtype bfloat16"
+        ) from error

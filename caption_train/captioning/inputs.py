@@ -1,0 +1,123 @@
+"""Which images `--images` means: files, folders, globs and list files. Standard library only."""
+
+import glob
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from caption_train.data.formats import IMAGE_SUFFIXES, natural_key
+from caption_train.data.scan import scan_folder
+from caption_train.errors import UsageError
+from caption_train.system.console import printable
+
+LIST_SUFFIXES = frozenset({".txt", ".lst", ".list"})
+
+
+@dataclass
+class Inputs:
+    """The images to caption, each once, in the order given; folders and globs in natural order.
+
+    missing: lines of list files that name no file, with the list they stand in; folders that cannot be read,
+    and links named like an image that lead nowhere.
+    """
+
+    images: list[Path] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+
+def find_inputs(patterns: Sequence[str], *, recursive: bool = False) -> Inputs:
+    """Resolve the values of `--images`. Raises UsageError where one names nothing, or no image is found."""
+    inputs = Inputs()
+    for pattern in _without_sidecars(patterns):
+        inputs.images += _resolve(pattern, recursive, inputs.missing)
+    inputs.images = list({path.absolute(): path for path in inputs.images}.values())
+    if not inputs.images and not inputs.missing:
+        folders = any(Path(pattern).is_dir() for pattern in patterns)
+        hint = " (--recursive looks into the folders inside too)" if folders and not recursive else ""
+        raise UsageError(f"--images {printable(' '.join(patterns))}: no images there{hint}")
+    return inputs
+
+
+def _without_sidecars(patterns: Sequence[str]) -> list[str]:
+    """Return the values without what a shell's `photos/*` adds to images: their captions, metadata.jsonl."""
+    if len(patterns) == 1:
+        return list(patterns)
+    images = [path for path in map(Path, patterns) if path.suffix.lower() in IMAGE_SUFFIXES]
+    # a.txt and a.png.txt are both captions of a.png.
+    captions = {path.with_suffix("") for path in images} | set(images)
+    return [p for p in patterns if not (Path(p).name == "metadata.jsonl" or _is_sidecar(Path(p), captions))]
+
+
+def _is_sidecar(path: Path, captions: Collection[Path]) -> bool:
+    if path.suffix.lower() not in LIST_SUFFIXES:
+        return False
+    beside = (path.with_suffix(suffix) for suffix in IMAGE_SUFFIXES)
+    return path.with_suffix("") in captions or any(image.is_file() for image in beside)
+
+
+def _resolve(pattern: str, recursive: bool, missing: list[str]) -> list[Path]:
+    path = _expand_home(pattern)
+    # os.path's tests are False for what is too long for a name, too; Path's raise.
+    if os.path.isdir(path):  # noqa: PTH112
+        return _scan(path, recursive, missing)
+    if os.path.isfile(path):  # noqa: PTH113
+        return _read_list(path, missing) if path.suffix.lower() in LIST_SUFFIXES else [path]
+    # Only now: a name that exists may hold brackets and be no pattern.
+    if glob.has_magic(pattern):
+        return _expand(str(path), recursive, missing)
+    raise UsageError(f"--images {printable(pattern)}: there is no such file or folder")
+
+
+def _scan(root: Path, recursive: bool, missing: list[str]) -> list[Path]:
+    folder = scan_folder(root, (), recursive=recursive, follow_symlinks=True)
+    for problem in folder.unusable:
+        name, _, reason = problem.rpartition(": ")
+        path = root / name
+        if path.is_dir():
+            missing.append(f"{printable(path)}: {reason}")
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
+            missing.append(f"{printable(path)}: {'a link to nothing' if path.is_symlink() else reason}")
+    return [root / name for name in folder.images]
+
+
+def _expand_home(name: str) -> Path:
+    """Return a path with `~` or `~user` replaced; where there is no such user it is a file's name."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
+def _expand(pattern: str, recursive: bool, missing: list[str]) -> list[Path]:
+    images = []
+    # Path.glob takes no absolute pattern.
+    for name in sorted(glob.glob(pattern, recursive=True), key=natural_key):  # noqa: PTH207
+        path = Path(name)
+        if path.is_dir() and recursive:
+            images += _scan(path, recursive, missing)
+        elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+            images.append(path)
+    return images
+
+
+def _read_list(path: Path, missing: list[str]) -> list[Path]:
+    """Return the files that a list names, relative to the current folder or to the list's own."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"--images {printable(path)}: cannot be read as a list of images: {error}"
+        ) from error
+    images = []
+    for number, line in enumerate(lines, 1):
+        name = _expand_home(line.strip())
+        found = next((p for p in (name, path.parent / name) if os.path.isfile(p)), None)  # noqa: PTH113
+        if found:
+            images.append(found)
+        elif line.strip():
+            shown = printable(name)[:200]
+            missing.append(f"{shown}: there is no such file ({printable(path)}:{number})")
+    if not images and not missing:
+        raise UsageError(f"--images {printable(path)}: the list is empty")
+    return images

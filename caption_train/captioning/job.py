@@ -1,0 +1,211 @@
+"""A folder of images → captions: what is left to do, the model and its adapter, the work, the summary.
+
+It knows no family and needs torch only when there is an image to caption.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caption_train.adapters.record import check_base, read_adapter, read_base_prompt
+from caption_train.captioning.drawings import Drawings
+from caption_train.captioning.inputs import find_inputs
+from caption_train.captioning.outputs import Outputs, wrap_caption
+from caption_train.captioning.plan import Plan
+from caption_train.captioning.summary import Tally
+from caption_train.config.captioning import CaptionOptions
+from caption_train.errors import CaptionTrainError, UsageError, naming_model
+from caption_train.families.base import Family
+from caption_train.metrics.output_health import find_remarks
+from caption_train.system.console import printable
+from caption_train.system.launcher import notice_launcher
+from caption_train.system.processes import join_processes
+from caption_train.system.signals import Terminated, raising_terminated
+
+if TYPE_CHECKING:
+    import torch
+
+    from caption_train.captioning.generate import Captioned, Unreadable
+
+
+def caption_folder(options: CaptionOptions, family: Family) -> int:
+    """Caption what `options.images` names and print a summary; return the exit code.
+
+    1: an image could not be read; all others are captioned. 130 or 143: Ctrl-C or SIGTERM; what was finished
+    is written, and the same command goes on from there. Raises UsageError before anything is loaded, and
+    CaptionTrainError.
+    """
+    job = CaptionJob(options, family)
+    try:
+        with raising_terminated():
+            return job.run()
+    except KeyboardInterrupt as interrupt:
+        job.keep_finished()
+        job.say_interrupted()
+        return 143 if isinstance(interrupt, Terminated) else 130
+    except BaseException:
+        job.keep_finished()
+        raise
+    finally:
+        job.outputs.close()
+        job.processes.leave()
+
+
+class CaptionJob:
+    """One process's part in captioning; the main process plans it and sums it up."""
+
+    def __init__(self, options: CaptionOptions, family: Family) -> None:
+        self.options = options
+        self.family = family
+        self.processes = join_processes()
+        notice_launcher(self.processes.count)
+        self.outputs = Outputs(options, self.processes.rank)
+        self.plan = self.processes.share(self._make_plan)
+        self.drawings = Drawings(options.visualize, self.plan.images) if options.visualize else None
+        self.lines: list[tuple[int, str]] = []
+        self.tally = Tally()
+        if self.processes.is_main:
+            self.tally.kept = len(self.plan.images) - len(self.plan.pending)
+            self.tally.unreadable += self.plan.missing
+
+    def run(self) -> int:
+        """Caption this process's share, wait for the others, write what is common; return the exit code."""
+        share = self.plan.pending[self.processes.rank :: self.processes.count]
+        if share:
+            self._caption(share)
+        total = sum(self.processes.gather(self.tally), Tally())
+        lines = self.processes.gather(self.lines)
+        if self.processes.is_main:
+            self.outputs.finish(self.plan.images)
+            for _, line in sorted(line for part in lines for line in part):
+                print(line)
+            print("\n".join(total.lines()), file=sys.stderr)
+        # Launchers end all processes when one fails, which must not be before the main one is done.
+        return 1 if total.unreadable and self.processes.is_main else 0
+
+    def keep_finished(self) -> None:
+        """Write what was finished before an interrupt or an error; other processes may still be at work."""
+        if self.processes.is_main and self.tally.written:
+            with suppress(CaptionTrainError):
+                self.outputs.finish(self.plan.images, complete=self.processes.count == 1)
+
+    def say_interrupted(self) -> None:
+        """Say what is done, and how to go on."""
+        kept = "written; the same command goes on from there" if self.outputs.exist else "printed"
+        if self.options.overwrite and self.outputs.exist:
+            kept = "written; without --overwrite the same command captions those that have none yet"
+        alone = self.processes.count == 1
+        count = f"{self.tally.written} of {len(self.plan.pending)}" if alone else "finished"
+        if self.processes.is_main:
+            print(f"Interrupted: {count} captions are {kept}", file=sys.stderr)
+
+    def _make_plan(self) -> Plan:
+        """Decide what is captioned with what, from the options and the adapter's account of itself."""
+        options, family = self.options, self.family
+        inputs = find_inputs(options.images, recursive=options.recursive)
+        if options.visualize and not hasattr(family, "draw_answer"):
+            raise UsageError(f"--visualize: {family.title} gives no boxes to draw")
+        if options.visualize:
+            Drawings(options.visualize, inputs.images)
+        model_id, revision = options.base_model or family.model_id, options.revision
+        prompt = options.prompt if options.task is None else options.task
+        if options.peft_model:
+            adapter = read_adapter(options.peft_model)
+            model_id = options.base_model or adapter.base_model or model_id
+            check_base(adapter, family.name, model_id, family.base_models)
+            prompt = adapter.prompt if prompt is None else prompt
+            if model_id == adapter.base_model:
+                revision = revision or adapter.revision
+        if model_id == family.model_id:
+            revision = revision or family.revision
+        base_prompt = read_base_prompt(model_id, family.name)
+        prompt = next(p for p in (prompt, base_prompt, family.default_prompt) if p is not None)
+        if check_prompt := getattr(family, "check_prompt", None):
+            check_prompt(prompt)
+        pending = self.outputs.find_pending(inputs.images)
+        return Plan(inputs.images, pending, inputs.missing, model_id, revision, prompt)
+
+    def _caption(self, share: Sequence[Path]) -> None:
+        from tqdm import tqdm
+
+        from caption_train.captioning.generate import Unreadable, caption_images, make_generation
+        from caption_train.system.devices import choose_device
+
+        main = self.processes.is_main
+        device = choose_device(
+            self.options.device, local_rank=self.processes.local_rank, processes=self.processes.count
+        )
+        if main:
+            print(self._describe(device), file=sys.stderr)
+        model, processor = self._load(device)
+        results = caption_images(
+            self.family,
+            model,
+            processor,
+            share,
+            make_generation(self.options, self.plan.prompt),
+            batch_size=self.options.batch_size,
+            num_workers=self.options.num_workers,
+        )
+        start = time.monotonic()
+        # Without a terminal a bar would be a line for every image.
+        with tqdm(total=len(share), unit="image", disable=None if main else True) as bar:
+            for number, result in enumerate(results):
+                line = self._handle(result)
+                self.tally.seconds = time.monotonic() - start
+                bar.set_postfix_str(line[-60:], refresh=False)
+                bar.update()
+                if self.outputs.exist or isinstance(result, Unreadable):
+                    continue
+                if self.processes.count == 1:
+                    bar.write(line, file=sys.stdout)
+                else:
+                    self.lines.append((number * self.processes.count + self.processes.rank, line))
+
+    def _handle(self, result: Captioned | Unreadable) -> str:
+        """Write and count what became of one image; return it as a line."""
+        from caption_train.captioning.generate import Unreadable
+
+        if isinstance(result, Unreadable):
+            self.tally.unreadable.append(result.reason)
+            return result.reason
+        options, generated = self.options, result.generated
+        text = wrap_caption(
+            generated.text, prefix=options.prefix, suffix=options.suffix, trigger=options.trigger
+        )
+        parse = getattr(self.family, "parse_answer", None)
+        answer = parse(generated.text, self.plan.prompt, result.size) if parse else None
+        remarks = find_remarks(generated)
+        self.outputs.write(result.image, text, answer=answer, remarks=remarks)
+        if self.drawings and answer is not None:
+            self.drawings.save(result.image, partial(self.family.draw_answer, answer=answer))
+        self.tally.count(str(result.image), remarks)
+        return f"{printable(result.image)}: {printable(text)}"
+
+    def _load(self, device: torch.device) -> tuple[Any, Any]:
+        import torch
+
+        from caption_train.captioning.generate import out_of_memory_explained
+
+        dtype = getattr(torch, self.options.dtype)
+        with out_of_memory_explained(device, self.options.batch_size), naming_model("--base_model"):
+            model, processor = self.family.load(self.plan.model_id, revision=self.plan.revision, dtype=dtype)
+            if self.options.peft_model:
+                from caption_train.adapters.load import load_adapter
+
+                model = load_adapter(model, self.options.peft_model, self.family)
+            return model.to(device, dtype).eval(), processor
+
+    def _describe(self, device: torch.device) -> str:
+        adapter = f" and {self.options.peft_model}" if self.options.peft_model else ""
+        prompt = f', prompt "{printable(self.plan.prompt)}"' if self.plan.prompt else ""
+        return (
+            f"Captioning {len(self.plan.pending):,} of {len(self.plan.images):,} images with "
+            f"{self.plan.model_id}{adapter} on {device} in {self.options.dtype}{prompt}"
+        )

@@ -1,0 +1,59 @@
+"""What became of every image, and captions that want a second look. Standard library only."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from caption_train.metrics.output_health import REMARKS
+from caption_train.system.console import printable
+
+MOST_NAMES = 5
+
+
+@dataclass
+class Tally:
+    """Counts of a run, or of one process of it. Lists hold names of images, `unreadable` with the reason."""
+
+    written: int = 0
+    kept: int = 0
+    unreadable: list[str] = field(default_factory=list)
+    remarked: dict[str, list[str]] = field(default_factory=lambda: {remark: [] for remark in REMARKS})
+    seconds: float = 0.0
+
+    def count(self, name: str, remarks: Sequence[str]) -> None:
+        """Count one caption."""
+        self.written += 1
+        for remark in remarks:
+            self.remarked[remark].append(printable(name))
+
+    def __add__(self, other: "Tally") -> "Tally":
+        """Return the tally of both, which ran side by side."""
+        return Tally(
+            self.written + other.written,
+            self.kept + other.kept,
+            self.unreadable + other.unreadable,
+            {remark: self.remarked[remark] + other.remarked[remark] for remark in REMARKS},
+            max(self.seconds, other.seconds),
+        )
+
+    def lines(self) -> list[str]:
+        """Return the summary as lines to print: all unreadable images by name, the first few of the rest."""
+        rate = (
+            f" in {self.seconds:.1f} s ({self.written / self.seconds:.2f} images/s)"
+            if self.written and self.seconds
+            else ""
+        )
+        lines = [f"{_plural(self.written, 'image')} captioned{rate}"]
+        if self.kept:
+            lines[0] += f", {self.kept} kept as they were (--overwrite captions them again)"
+        for remark, names in self.remarked.items():
+            if names:
+                rest = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+                lines.append(f"{len(names)} {REMARKS[remark]}: {', '.join(names[:MOST_NAMES])}{rest}")
+        if self.unreadable:
+            lines.append(f"{_plural(len(self.unreadable), 'image')} could not be read:")
+            lines += [f"  {reason}" for reason in self.unreadable]
+        return lines
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")

@@ -1,0 +1,143 @@
+"""A command line from a dataclass: parser, `--config file.yaml`, checks. Only a config file needs PyYAML."""
+
+import argparse
+import sys
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any
+
+from caption_train.cli.config_file import read_config_file
+from caption_train.config.fields import PARSERS, kind_of, path
+from caption_train.errors import UsageError
+
+
+def parse_options(
+    options_class: type,
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str,
+    description: str = "",
+    positionals: Sequence[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+    omit: Sequence[str] = (),
+    choices: Mapping[str, Sequence[str]] | None = None,
+) -> Any:
+    """Return an `options_class`: the command line wins, then `--config`, then `defaults`, then the class.
+
+    positionals: fields that may also be given by position. omit: fields this script has no flag for.
+    choices: what a field's help offers here. Raises UsageError with all that is wrong, a line each.
+    """
+    flags = {f.name: f for f in fields(options_class) if "help" in f.metadata and f.name not in omit}
+    defaults = {name: _default_of(f) for name, f in flags.items()} | dict(defaults or {})
+    choices = {name: f.metadata["choices"] for name, f in flags.items()} | dict(choices or {})
+    parser = _build_parser(options_class, flags, prog, description, positionals, defaults, choices)
+    argv = _complete_bare_flags(sys.argv[1:] if argv is None else argv, flags)
+    given = _merge_positionals(vars(parser.parse_intermixed_args(argv)), positionals)
+    config_path = given.pop("config", None)
+    config = read_config_file(config_path, options_class, flags, choices) if config_path else {}
+    options = options_class(**(defaults | config | given))
+    options.sources = dict.fromkeys(config, str(config_path)) | dict.fromkeys(given, "command line")
+    problems = options.check()
+    if problems:
+        raise UsageError("\n".join(problems))
+    return options
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34)
+
+
+def _build_parser(
+    options_class: type,
+    flags: Mapping[str, Field],
+    prog: str,
+    description: str,
+    positionals: Sequence[str],
+    defaults: Mapping[str, Any],
+    choices: Mapping[str, Sequence[str]],
+) -> argparse.ArgumentParser:
+    usage = f"%(prog)s [flags] {' '.join(positionals)}".rstrip()
+    parser = _Parser(
+        prog, usage=usage, description=description, formatter_class=_Formatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", default=argparse.SUPPRESS, help=_CONFIG_HELP)
+    hints = typing.get_type_hints(options_class)
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for name in positionals:
+        parser.add_argument(
+            name + BY_POSITION,
+            nargs="?",
+            type=path,
+            default=argparse.SUPPRESS,
+            metavar=name,
+            help=f"as --{name}",
+        )
+    for name, flag in flags.items():
+        group = flag.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        keywords = _argument(flag, hints[name], defaults[name], choices.get(name))
+        groups[group].add_argument(*flag.metadata["aliases"], f"--{name}", dest=name, **keywords)
+    return parser
+
+
+BY_POSITION = " by position"
+METAVARS = {int: "N", float: "X", Path: "PATH"}
+_CONFIG_HELP = "YAML file of flags, by their names without dashes; the command line wins over it"
+
+
+def _argument(flag: Field, hint: Any, default: Any, choices: Sequence[str] | None) -> dict[str, Any]:
+    """Return argparse's keywords for one field. Nothing given leaves nothing behind: defaults come later."""
+    shown = " ".join(default) if isinstance(default, list) else default
+    help = flag.metadata["help"].replace("%", "%%")
+    if shown not in (None, False, ""):
+        help += f" (default: {shown})".replace("%", "%%")
+    keywords: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help}
+    kind = kind_of(hint)
+    if kind is bool:
+        return keywords | {"action": "store_true"}
+    if typing.get_origin(kind) is list:
+        many = {"action": "append"} if flag.metadata["repeated"] else {"action": "extend", "nargs": "+"}
+        return keywords | many | {"type": typing.get_args(kind)[0], "metavar": "NAME"}
+    keywords |= {
+        "type": PARSERS.get(kind, kind),
+        "metavar": flag.metadata["metavar"] or METAVARS.get(kind, "NAME"),
+    }
+    if choices:
+        listed = len(choices) > 5
+        keywords |= {"choices": tuple(choices), "metavar": "NAME" if listed else None}
+        keywords["help"] += f"; one of {' '.join(choices)}" if listed else ""
+    if flag.metadata["const"]:
+        keywords |= {"nargs": "?", "const": flag.metadata["const"]}
+    return keywords
+
+
+def _default_of(flag: Field) -> Any:
+    return flag.default if flag.default_factory is MISSING else flag.default_factory()
+
+
+def _complete_bare_flags(argv: Sequence[str], flags: Mapping[str, Field]) -> list[str]:
+    """Write `--quantize DIR` as `--quantize=4bit DIR`: what follows a switch need not be its value."""
+    switches = {f"--{f.name}": f.metadata for f in flags.values() if f.metadata["const"]}
+    completed = list(argv)
+    for index, token in enumerate(argv):
+        following = argv[index + 1 : index + 2]
+        if token in switches and not (following and following[0] in switches[token]["choices"]):
+            completed[index] = f"{token}={switches[token]['const']}"
+    return completed
+
+
+def _merge_positionals(given: dict[str, Any], positionals: Sequence[str]) -> dict[str, Any]:
+    for name in positionals:
+        value = given.pop(name + BY_POSITION, None)
+        if value is not None and given.setdefault(name, value) != value:
+            raise UsageError(f"--{name} {given[name]} and {name} {value}: give it once")
+    return given

@@ -1,0 +1,160 @@
+"""From a command line to the work: the room that knows all the others, where errors become exit codes.
+
+Nothing heavy is imported before the flags are read, so `--help` answers at once.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from caption_train.cli.arguments import parse_options
+from caption_train.cli.exit_codes import program_name, run
+from caption_train.config.captioning import CaptionOptions
+from caption_train.config.compiling import CompileOptions
+from caption_train.config.training import TrainOptions
+from caption_train.families import FAMILIES, get_family
+from caption_train.families.base import Family
+
+TRAIN = """Train a LoRA for {title} on your own captions.
+
+  accelerate launch {prog} --dataset_dir images/ --output_dir loras/my-style
+
+dataset_dir holds images with captions beside them (a.png, a.txt), or what compile_captions.py made of them.
+output_dir can be given to an inference script as --peft_model; every checkpoint in it can be, too."""
+
+CAPTION = """Caption images with {title}, with a LoRA of yours if you have one.
+
+  python {prog} --images photos/ --peft_model loras/my-style --save_captions
+
+Without --base_model it is the one that the LoRA was trained on, or {model_id}.
+Any {title} on the hub or in a folder will do; the official ones are
+  {bases}"""
+
+COMPILE = """Compile image/caption pairs, or Kohya-ss folders, into a metadata.jsonl that trains.
+
+  python compile_captions.py images/                  writes images/metadata.jsonl
+  python compile_captions.py images/ dataset/         writes dataset/, images and all
+
+Pairs are a.png with a.txt beside it (or a.png.txt), at any depth; captions of several lines become one.
+The result is read by the training scripts and by datasets.load_dataset("imagefolder", data_dir=...,
+data_files={"train": "**"}). Its rows may only name images below metadata.jsonl, so with an output_dir that
+does not hold the images they are put there too, as hard links. One inside dataset_dir is refused."""
+
+EXPORT = """Write an adapter or a model in another form, and check that it still says the same.
+
+  python export_adapter.py loras/my-style merged/ --merge           the whole model, for transformers 5
+  python export_adapter.py loras/my-style comfy/ --layout legacy    the adapter, for ComfyUI and others
+  python export_adapter.py loras/my-style comfy/ --layout legacy --merge    the whole model, for them
+  python export_adapter.py old-adapter-or-model/ native/            what they made, for transformers 5
+
+An image is captioned before and after; nothing is written unless the tokens agree."""
+
+
+def train_main(family_name: str, argv: Sequence[str] | None = None) -> int:
+    """Run a training script for a family; return the exit code."""
+    family, prog = get_family(family_name), program_name()
+
+    def work() -> int:
+        options = parse_options(
+            TrainOptions,
+            argv,
+            prog=prog,
+            description=TRAIN.format(title=family.title, prog=prog),
+            positionals=("dataset_dir", "output_dir"),
+            defaults={
+                "model_id": family.model_id,
+                "target_modules": list(family.lora_target_modules),
+                **family.train_defaults,
+            },
+            **_family_flags(family),
+        )
+        if options.model_id == family.model_id and options.revision is None:
+            # The pinned release is the default model's; another id or folder has releases of its own.
+            options.revision = family.revision
+        family.cache_converted = options.cache_converted
+        if options.plan:
+            from caption_train.training.plan_command import plan_training
+
+            return plan_training(options, family)
+        from caption_train.training.failures import explain_lost_process
+        from caption_train.training.monitor.console import print_summary
+        from caption_train.training.prepare import prepare_training
+
+        with explain_lost_process(options.output_dir):
+            trainer = prepare_training(options, family)
+            summary = trainer.train()
+        if trainer.run.accelerator.is_main_process:
+            print_summary(summary, options, family.inference_script)
+        return 0
+
+    return run(work)
+
+
+def caption_main(family_name: str, argv: Sequence[str] | None = None) -> int:
+    """Run an inference script for a family; return the exit code."""
+    family, prog = get_family(family_name), program_name()
+
+    def work() -> int:
+        options = parse_options(
+            CaptionOptions,
+            argv,
+            prog=prog,
+            description=CAPTION.format(
+                title=family.title, prog=prog, model_id=family.model_id, bases="\n  ".join(family.base_models)
+            ),
+            **_family_flags(family),
+        )
+        family.cache_converted = options.cache_converted
+        from caption_train.captioning.job import caption_folder
+
+        return caption_folder(options, family)
+
+    return run(work)
+
+
+def compile_main(argv: Sequence[str] | None = None) -> int:
+    """Run compile_captions.py; return the exit code."""
+
+    def work() -> int:
+        options = parse_options(
+            CompileOptions,
+            argv,
+            prog=program_name(),
+            description=COMPILE,
+            positionals=("dataset_dir", "output_dir"),
+        )
+        from caption_train.compiling.compile import compile_captions
+
+        return compile_captions(options)
+
+    return run(work)
+
+
+def export_main(argv: Sequence[str] | None = None) -> int:
+    """Run export_adapter.py; return the exit code."""
+
+    def work() -> int:
+        from caption_train.config.exporting import ExportOptions
+        from caption_train.exporting.export import export, find_family
+
+        options = parse_options(
+            ExportOptions,
+            argv,
+            prog=program_name(),
+            description=EXPORT,
+            positionals=("source", "output_dir"),
+            choices={"family": tuple(FAMILIES)},
+        )
+        print(export(options, get_family(find_family(options, "florence"))))
+        return 0
+
+    return run(work)
+
+
+def _family_flags(family: Family) -> dict[str, Any]:
+    """Return what the family offers as `--task`, and the flags it has no use for."""
+    absent = {
+        "task": not family.tasks,
+        "visualize": not hasattr(family, "draw_answer"),
+        "cache_converted": not hasattr(family, "cache_converted"),
+    }
+    return {"choices": {"task": family.tasks}, "omit": tuple(name for name in absent if absent[name])}

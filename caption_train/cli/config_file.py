@@ -1,0 +1,72 @@
+"""Reads flags from the YAML file that --config names."""
+
+import argparse
+import difflib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import Field
+from pathlib import Path
+from typing import Any
+
+from caption_train.config.fields import PARSERS, kind_of
+from caption_train.errors import UsageError
+
+
+def read_config_file(
+    path: Path, options_class: type, flags: Mapping[str, Field], choices: Mapping[str, Sequence[str] | None]
+) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--config {path}: cannot be read as YAML: {reason}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UsageError(f"--config {path}: must be a mapping of flags to values")
+    hints = typing.get_type_hints(options_class)
+    problems, config = [], {}
+    for name, value in values.items():
+        if name not in flags:
+            close = difflib.get_close_matches(str(name), flags, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            problems.append(f"--config {path}: unknown key {name!r}{hint}")
+            continue
+        try:
+            config[name] = _convert(value, hints[name], flags[name], choices[name])
+        except (TypeError, ValueError, argparse.ArgumentTypeError):
+            problems.append(f"--config {path}: {name}: {value!r} is not a valid value")
+    if problems:
+        raise UsageError("\n".join(problems))
+    return config
+
+
+def _convert(value: Any, hint: Any, flag: Field, choices: Sequence[str] | None) -> Any:
+    """Turn a YAML value into the field's type; ValueError or TypeError where it is none."""
+    kind = kind_of(hint)
+    if value is False and "no" in (choices or ()):
+        # What YAML reads as false the user wrote as no.
+        return "no"
+    if value is None:
+        if kind is hint and flag.default is not None:
+            raise ValueError
+        return None
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise TypeError
+        return value
+    if flag.metadata["const"] and value is True:
+        return flag.metadata["const"]
+    if flag.metadata["const"] and value is False:
+        return None
+    if typing.get_origin(kind) is list:
+        items = value if isinstance(value, list) else [value]
+        return [typing.get_args(kind)[0](item) for item in items]
+    if isinstance(value, bool | dict | list) or (kind is int and isinstance(value, float)):
+        raise TypeError
+    value = PARSERS.get(kind, kind)(value)
+    if choices and value not in choices:
+        raise ValueError
+    return value

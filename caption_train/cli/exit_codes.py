@@ -1,0 +1,84 @@
+"""Turns exceptions into one line on stderr and an exit code."""
+
+import errno
+import io
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from caption_train.errors import CaptionTrainError, is_out_of_memory
+from caption_train.system.processes import end_at_once, is_one_of_several
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+"""What a disk answers to a write that no room of ours explains, such as a tracker's."""
+
+_SAVERS = (
+    "Use less with --batch_size 1 (and --gradient_accumulation_steps to make up for it), "
+    "--gradient_checkpointing, --mixed_precision bf16 or --quantize."
+)
+
+
+def run(work: Callable[[], int]) -> int:
+    """Do the work; turn what a user can cause into one line and an exit code, never a traceback."""
+    if not is_one_of_several():
+        return _run(work)
+    try:
+        code = _run(work)
+    except SystemExit as exit:
+        code = exit.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    end_at_once(code)
+
+
+def _run(work: Callable[[], int]) -> int:
+    _quiet_libraries()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Captions may hold characters that the terminal does not know.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        return work()
+    except CaptionTrainError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        # The reader of our output went away; what is left to say has nobody to hear it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        return _fail(f"{error.filename or 'a file'}: cannot be written: {error.strerror}", 1)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = next(iter(str(error).splitlines()), "")
+        return _fail(f"out of memory: {reason} {_SAVERS}", 1)
+
+
+def _quiet_libraries() -> None:
+    """Keep advice that is meant for a library's callers, not for its users' users, off the screen."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|bitsandbytes|torch")
+    warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+
+
+def _fail(message: str, exit_code: int) -> int:
+    # What all have to say the first one says; what another one says is its own.
+    rank = os.environ.get("RANK", "0")
+    speaker = program_name() if rank == "0" else f"{program_name()}: process {rank}"
+    for line in message.splitlines():
+        print(f"{speaker}: {line}", file=sys.stderr)
+    return exit_code
+
+
+def program_name() -> str:
+    return Path(sys.argv[0]).name

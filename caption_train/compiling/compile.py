@@ -1,0 +1,181 @@
+"""The compile command: a folder of images and caption files → metadata.jsonl. No torch, no datasets."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from caption_train.compiling.placement import find_prefix, place_images, plan_placement
+from caption_train.compiling.result import Compiled
+from caption_train.config.compiling import CompileOptions
+from caption_train.data import kohya
+from caption_train.data.formats import METADATA_NAME, TEXT_COLUMNS
+from caption_train.data.pairs import Pair, match_captions
+from caption_train.data.rows import read_rows, write_metadata
+from caption_train.data.scan import scan_folder
+from caption_train.data.split import split_by_content
+from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.system.console import printable, summarize
+
+
+def compile_captions(options: CompileOptions) -> int:
+    """Write metadata.jsonl, print what was found, return 0.
+
+    Raises UsageError for folders that do not go together and, after the summary, CaptionTrainError where
+    there is no pair, where what is in `output_dir` would be lost, or where a file could not be read.
+    """
+    from caption_train.compiling.summary import describe_nothing, print_summary
+
+    compiled = find_pairs(options)
+    known = {(compiled.file_name(name), pair.caption) for name, pair in compiled.pairs.items()}
+    leave_out_unusable(compiled, options)
+    make_rows(compiled, options)
+    target = compiled.output_dir / METADATA_NAME
+    losses = [] if options.overwrite else find_losses(target, known)
+    try:
+        if compiled.rows and not losses:
+            losses = _write(compiled, options)
+    except OSError as error:
+        raise CaptionTrainError(
+            f"{printable(error.filename or target)}: {error.strerror or error}"
+        ) from error
+    print_summary(compiled, options)
+    if not compiled.rows:
+        raise CaptionTrainError(describe_nothing(compiled))
+    if losses:
+        headline = f"{printable(target)} is left as it is; --overwrite would replace"
+        raise CaptionTrainError(summarize(headline, losses))
+    if compiled.damaged:
+        raise CaptionTrainError(f"{compiled.damaged} files could not be used (named above), the others were")
+    return 0
+
+
+def find_pairs(options: CompileOptions) -> Compiled:
+    """Walk the dataset folder and match captions with images, Kohya's metadata before caption files."""
+    output_dir, extensions = options.output_dir or options.dataset_dir, options.caption_extension
+    folder = scan_folder(options.dataset_dir, extensions, follow_symlinks=options.follow_symlinks)
+    prefix = find_prefix(options.dataset_dir, output_dir)
+    source = options.kohya_metadata or kohya.find_metadata(folder)
+    given, problems = kohya.read_metadata(source, folder) if source else ({}, [])
+    matches = match_captions(folder, extensions, encoding=options.encoding, given=given)
+    return Compiled(folder, matches, output_dir, prefix, dict(matches.pairs), source, problems)
+
+
+def leave_out_unusable(compiled: Compiled, options: CompileOptions) -> None:
+    """Drop pairs whose image cannot be named or, with --check_images, cannot be decoded."""
+    pairs = compiled.pairs
+    compiled.unnamable = [name for name in pairs if not _is_portable(name)]
+    if options.check_images:
+        compiled.bad_images = _check_images(pairs)
+    for name in {*compiled.unnamable, *compiled.bad_images}:
+        del pairs[name]
+
+
+def make_rows(compiled: Compiled, options: CompileOptions) -> None:
+    """Split the pairs, repeat those for training as their folders say, and make a row of each."""
+    pairs = compiled.pairs
+    folders = sorted({name.rpartition("/")[0] for name in pairs})
+    compiled.repeats = {f: n for f in folders if (n := kohya.count_repeats(f"{f}/")) != 1}
+    if options.kohya_repeats:
+        _refuse_too_many(compiled.repeats)
+        compiled.unrepeated = [name for name in pairs if not compiled.repeats_of(name)]
+    if options.validation_split:
+        _, held_out = split_by_content(list(pairs.values()), options.validation_split, options.seed)
+        if pairs and not held_out:
+            raise UsageError("--validation_split needs two different images at least")
+        images = {pair.image for pair in held_out}
+        compiled.held_out = {name for name, pair in pairs.items() if pair.image in images}
+    for name, pair in pairs.items():
+        row = {"file_name": compiled.file_name(name), "text": pair.caption}
+        if options.validation_split:
+            row["split"] = "validation" if name in compiled.held_out else "train"
+        repeated = options.kohya_repeats and name not in compiled.held_out
+        compiled.rows += [row] * (compiled.repeats_of(name) if repeated else 1)
+
+
+def find_losses(path: Path, known: set[tuple[str, str]]) -> list[str]:
+    """Return what only the metadata.jsonl at `path` holds, a line each: its captions of images still there.
+
+    known: (file_name, caption) of all that was found this time.
+    """
+    if not os.path.lexists(path):
+        return []
+    losses = []
+    for number, row in read_rows(path):
+        where = f"{path.name}:{number}"
+        if isinstance(row, ValueError):
+            losses.append(f"{where}: {row}")
+            continue
+        name = row.get("file_name")
+        caption = next((row[column] for column in TEXT_COLUMNS if row.get(column) is not None), "")
+        columns = sorted(row.keys() - {"file_name", "split", *TEXT_COLUMNS})
+        if columns:
+            losses.append(f"{where}: {name}: columns {', '.join(columns)}")
+        elif (name, str(caption).strip()) not in known and caption and _exists(path.parent, name):
+            losses.append(f"{where}: {name}: {str(caption)[:60]}")
+    return losses
+
+
+def _write(compiled: Compiled, options: CompileOptions) -> list[str]:
+    """Place the images if need be and write metadata.jsonl; return the names of images in the way, if any."""
+    placement, by_copy = [], options.place_images == "copy"
+    if compiled.prefix is None:
+        placement, conflicts = plan_placement(
+            options.dataset_dir, compiled.pairs, compiled.output_dir, by_copy=by_copy
+        )
+        if conflicts and not options.overwrite:
+            return [f"{name}: another image is there under this name" for name in conflicts]
+    if not options.dry_run:
+        compiled.output_dir.mkdir(parents=True, exist_ok=True)
+        compiled.copied = place_images(placement, by_copy=by_copy)
+        write_metadata(compiled.output_dir / METADATA_NAME, compiled.rows)
+        compiled.written = True
+    compiled.placed = len(placement)
+    return []
+
+
+def _check_images(pairs: dict[str, Pair]) -> dict[str, str]:
+    """Return the images that cannot be decoded, and why."""
+    from tqdm import tqdm
+
+    from caption_train.data.images import ImageError, open_image
+
+    def check(name: str) -> str | None:
+        try:
+            open_image(pairs[name].image)
+        except ImageError as error:
+            return str(error).removeprefix(f"{printable(pairs[name].image)}: ")
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            # disable=None: no bar where nobody watches.
+            results = tqdm(pool.map(check, pairs), total=len(pairs), desc="checking images", disable=None)
+            return {name: reason for name, reason in zip(pairs, results, strict=True) if reason}
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _refuse_too_many(repeats: dict[str, int]) -> None:
+    for folder, count in repeats.items():
+        if count > kohya.MAX_REPEATS:
+            raise UsageError(
+                f"--kohya_repeats: folder {printable(folder)} asks for {count:,} repeats, the limit is "
+                f"{kohya.MAX_REPEATS:,}"
+            )
+
+
+def _is_portable(name: str) -> bool:
+    """Tell whether imagefolder finds a file by this name: it takes `\\` for `/`, and JSON is UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\\" not in name
+
+
+def _exists(folder: Path, name: object) -> bool:
+    try:
+        return isinstance(name, str) and (folder / name).exists()
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,81 @@
+"""Where a dataset is written, and how images come into a folder elsewhere. Standard library only."""
+
+import filecmp
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from caption_train.data.formats import is_inside
+from caption_train.errors import UsageError
+from caption_train.system.console import printable
+from caption_train.system.files import open_atomically
+
+Placement = list[tuple[Path, Path]]
+"""(image as it is, file that is to be the same) of every image that is not there yet"""
+
+
+def find_prefix(dataset_dir: Path, output_dir: Path) -> str | None:
+    """Return what goes before a name in `dataset_dir` to reach it from `output_dir`, None where nothing does.
+
+    A row's file_name must lie in the folder of its metadata.jsonl, so an output_dir that does not hold the
+    dataset needs the images placed in it. Raises UsageError for one inside the dataset, whose images the next
+    run would find twice.
+    """
+    dataset, output = os.path.realpath(dataset_dir), os.path.realpath(output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UsageError(f"output_dir {printable(output_dir)}: is a file, not a folder")
+    if is_inside(dataset, output):
+        return "" if dataset == output else f"{Path(dataset).relative_to(output).as_posix()}/"
+    if is_inside(output, dataset):
+        raise UsageError(
+            f"output_dir {printable(output_dir)} lies inside dataset_dir: its images would be found "
+            "twice; give a folder beside or above it, or none"
+        )
+    return None
+
+
+def plan_placement(
+    dataset_dir: Path, names: Iterable[str], output_dir: Path, *, by_copy: bool = False
+) -> tuple[Placement, list[str]]:
+    """Return what is to be placed, and the names that stand for something else in `output_dir` already."""
+    todo, conflicts = [], []
+    for name in names:
+        source, target = dataset_dir / name, output_dir / name
+        if not os.path.lexists(target):
+            todo.append((source, target))
+        elif _is_linked(source, target):
+            todo += [(source, target)] if by_copy else []
+        elif not (target.is_file() and filecmp.cmp(source, target, shallow=False)):
+            todo.append((source, target))
+            conflicts.append(name)
+    return todo, conflicts
+
+
+def place_images(placement: Placement, *, by_copy: bool = False) -> int:
+    """Hard-link or copy each image, replacing what is there; return how many are copies.
+
+    A file system that cannot link, or another one, gets copies. No image is ever half-written.
+    """
+    copies = 0
+    for source, target in placement:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        if by_copy or not _link(source, target):
+            with source.open("rb") as original, open_atomically(target, "wb") as copy:
+                shutil.copyfileobj(original, copy)
+            copies += 1
+    return copies
+
+
+def _link(source: Path, target: Path) -> bool:
+    try:
+        # A hard link to a symbolic link would be one too, and point nowhere from its new folder.
+        target.hardlink_to(os.path.realpath(source))
+    except OSError:
+        return False
+    return True
+
+
+def _is_linked(source: Path, target: Path) -> bool:
+    return target.is_file() and not target.is_symlink() and source.samefile(target)

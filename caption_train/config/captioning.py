@@ -1,0 +1,78 @@
+"""What an inference script is asked to do; see options.py. Standard library only."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from caption_train.config.fields import LARGEST_SEED, find_above, find_below, flag
+
+_model = partial(flag, group="model")
+_input = partial(flag, group="images")
+_captions = partial(flag, group="captions")
+_output = partial(flag, group="output")
+
+
+@dataclass
+class CaptionOptions:
+    """What an inference script is asked to do."""
+
+    images: list[str] = _input(
+        [], "images to caption: files, folders, globs, or a .txt file that lists one image a line"
+    )
+    recursive: bool = _input(False, "look into the folders inside a folder too")
+
+    base_model: str | None = _model(
+        None, "model to caption with: a hub id or a folder (default: the adapter's, or see above)"
+    )
+    peft_model: Path | None = _model(None, "folder of the adapter (LoRA, IA3, …) to put on the base model")
+    revision: str | None = _model(None, "branch, tag or commit of the base model on the hub")
+    cache_converted: bool = _model(False, "keep a native copy of a checkpoint in the legacy layout")
+    device: str | None = _model(
+        None, "device to run on, such as cuda, cuda:1, mps or cpu (found if not given)"
+    )
+    dtype: str = _model("float32", "precision of the model", choices=("float32", "bfloat16", "float16"))
+
+    prompt: str | None = _captions(None, "text the model is given with every image (default: the adapter's)")
+    task: str | None = _captions(None, "task token, instead of --prompt")
+    beams: int | None = _captions(None, "beams of the beam search (default: the checkpoint's)")
+    max_token_length: int = _captions(256, "longest caption in tokens")
+    temperature: float = _captions(0.0, "sample at this temperature; 0 takes the likeliest caption")
+    top_p: float = _captions(1.0, "sample from the likeliest tokens that sum to this probability")
+    seed: int = _captions(42, "seed of sampling; a caption depends on it and its image alone")
+    batch_size: int = _captions(4, "images captioned at once, in every process")
+    num_workers: int = _captions(2, "processes that read and resize images ahead of the model")
+
+    save_captions: bool = _output(False, "write every caption to a file beside its image")
+    caption_extension: str = _output(".txt", "extension of those files")
+    output: Path | None = _output(None, "write all captions to this .jsonl, metadata.jsonl or .csv file")
+    overwrite: bool = _output(False, "caption images again that have a caption already")
+    prefix: str = _output("", "put this before every caption")
+    suffix: str = _output("", "put this after every caption")
+    trigger: str | None = _output(None, "begin captions with this word and a comma, where it is not in them")
+    visualize: Path | None = _output(
+        None, "draw the boxes and labels of answers on copies of the images in this folder"
+    )
+
+    sources: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+    """Where each value that is no default came from: field name → "command line" or the config file."""
+
+    def check(self) -> list[str]:
+        """Return what is wrong with these options, one line each."""
+        problems = [] if self.images else ["--images is required"]
+        problems += ["--images is empty; is a variable not set?"] if "" in self.images else []
+        problems += find_above(self, LARGEST_SEED, "seed")
+        problems += find_below(self, 1, "beams", "max_token_length", "batch_size")
+        problems += find_below(self, 0, "temperature", "seed", "num_workers")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"--top_p is a probability above 0, up to 1; {self.top_p} is not")
+        if self.top_p < 1 and not self.temperature:
+            problems.append("--top_p only has a meaning with --temperature")
+        if self.temperature and (self.beams or 1) > 1:
+            problems.append("--temperature samples and --beams searches: give one")
+        if self.prompt is not None and self.task is not None:
+            problems.append("--prompt and --task name the same thing twice: give one")
+        if not set(self.caption_extension).isdisjoint("/\\\0") or not self.caption_extension.strip("."):
+            problems.append(f"--caption_extension {self.caption_extension!r} is no file extension like .txt")
+        if self.output and self.output.suffix not in (".jsonl", ".csv"):
+            problems.append(f"--output {self.output} must end in .jsonl or .csv")
+        return problems

@@ -1,0 +1,71 @@
+"""What compile_captions.py is asked to do; see options.py. Standard library only."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from caption_train.config.fields import find_below, flag
+from caption_train.data.formats import IMAGE_SUFFIXES, with_dot
+
+_pairs = partial(flag, group="finding pairs")
+_kohya = partial(flag, group="Kohya-ss datasets")
+_written = partial(flag, group="what is written")
+
+
+@dataclass
+class CompileOptions:
+    """What compile_captions.py is asked to do."""
+
+    dataset_dir: Path = _pairs(None, "folder of images and caption files, at any depth")
+    output_dir: Path | None = _written(
+        None, "write the dataset to this folder (default: metadata.jsonl goes into dataset_dir)"
+    )
+    caption_extension: list[str] = _pairs(
+        [".txt", ".caption"],
+        "caption files end in this; repeatable, the first one found counts",
+        repeated=True,
+        metavar="EXT",
+    )
+    encoding: str = _pairs("utf-8", "encoding of the caption files")
+    follow_symlinks: bool = _pairs(False, "follow links that lead out of dataset_dir")
+    check_images: bool = _pairs(False, "decode every image; leave out and name the bad ones")
+
+    kohya_metadata: Path | None = _kohya(
+        None, "captions and tags in this JSON go before caption files (default: found in dataset_dir)"
+    )
+    kohya_repeats: bool = _kohya(False, "write the images of a folder N_name N times")
+
+    place_images: str = _written(
+        "link",
+        "images come into an output_dir elsewhere as hard links (copies where there can be none) or copies",
+        choices=("link", "copy"),
+    )
+    validation_split: float = _written(
+        0.0, "set this fraction of the images aside, in a column `split`; identical images stay together"
+    )
+    seed: int = _written(42, "seed of the validation split")
+    overwrite: bool = _written(False, "replace a metadata.jsonl even where its captions differ")
+    dry_run: bool = _written(False, "find and check everything, write nothing")
+    list_all: bool = _written(False, "name every file in the summary, not the first 20 of a kind")
+
+    sources: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+    """Where each value that is no default came from: field name → "command line" or the config file."""
+
+    def check(self) -> list[str]:
+        """Return what is wrong with these options, one line each."""
+        problems = [] if self.dataset_dir else ["dataset_dir is required: the folder of images and captions"]
+        problems += find_below(self, 0, "seed")
+        if not 0 <= self.validation_split < 1:
+            problems.append(
+                f"--validation_split is a fraction, 0 or more and below 1, not {self.validation_split}"
+            )
+        for extension in self.caption_extension:
+            if not set(extension).isdisjoint("/\\\0") or not extension.strip("."):
+                problems.append(f"--caption_extension {extension!r} is no file extension like .txt")
+            elif with_dot(extension).lower() in IMAGE_SUFFIXES:
+                problems.append(f"--caption_extension {extension} is an image's, not a caption's")
+        try:
+            "".encode(self.encoding)
+        except (LookupError, ValueError):
+            problems.append(f"--encoding {self.encoding!r} is no text encoding Python knows, like cp1252")
+        return problems

@@ -1,0 +1,233 @@
+"""What a training script is asked to do, with the checks that need no model. Standard library only.
+
+A field is a flag of the same name; its type parses the value, its metadata is the help. `check()` returns all
+that is wrong at once, one line each, naming the flags.
+"""
+
+import re
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from caption_train.config import compatibility
+from caption_train.config.fields import LARGEST_SEED, find_above, find_below, flag
+
+METRICS = ("cider", "bleu", "rouge_l", "exact_match")
+
+OPTIMIZERS = ("AdamW", "AdamW8bit", "PagedAdamW", "PagedAdamW8bit", "Flora")
+PARTS = ("vision", "projector", "language")
+INITS = ("gaussian", "pissa", "pissa_niter_16", "olora", "eva")
+
+_data = partial(flag, group="data")
+_valid = partial(flag, group="validation")
+_model = partial(flag, group="model")
+_lora = partial(flag, group="LoRA")
+_optim = partial(flag, group="optimization")
+_memory = partial(flag, group="memory and precision")
+_save = partial(flag, group="saving, samples and logs")
+
+
+@dataclass
+class TrainOptions:
+    """What a training script is asked to do. Defaults are the reference's; a family may override some."""
+
+    dataset_dir: Path = _data(None, "folder with metadata.jsonl, or with image/caption pairs")
+    output_dir: Path = _data(None, "save the LoRA to this folder")
+    caption_extension: list[str] = _data(
+        [".txt"], "caption files beside the images end in this; repeatable", repeated=True
+    )
+    follow_symlinks: bool = _data(False, "read images behind links that lead out of dataset_dir")
+    max_length: int = _data(256, "longest caption in tokens, the end token included; longer ones are cut")
+    shuffle_captions: bool = _data(False, "shuffle the comma-separated tags of a caption anew every epoch")
+    keep_tokens: int = _data(0, "with --shuffle_captions, leave the first N tags in place")
+    caption_dropout: float = _data(0.0, "probability of training on an empty caption")
+    num_workers: int = _data(0, "processes that read and resize images ahead of the model")
+    on_bad_data: str = _data(
+        "stop",
+        "list unusable rows and files and stop before training, or leave them out",
+        choices=("stop", "skip"),
+    )
+
+    validation_split: float = _valid(
+        0.0, "hold this fraction of the images out; identical ones stay together"
+    )
+    validation_dir: Path | None = _valid(None, "validate on this dataset instead")
+    eval_every_n_epochs: int | None = _valid(
+        None, "validate every N epochs (every epoch, with validation images)"
+    )
+    eval_every_n_steps: int | None = _valid(None, "validate every N optimizer steps")
+    metrics: list[str] = _valid(
+        [], f"score generated captions too: {', '.join(METRICS)} (COCO's, PTB-like tokens)"
+    )
+    metric_samples: int = _valid(64, "validation images to caption for --metrics, the same every time")
+    metric_for_best: str = _valid("loss", "what tells the best checkpoint", choices=("loss", *METRICS))
+    early_stopping_patience: int | None = _valid(None, "stop after N validations in a row without a best")
+    load_best_at_end: bool = _valid(False, "put the best checkpoint into output_dir, not the last one")
+
+    model_id: str = _model(None, "model to train: a hub id or a folder")
+    revision: str | None = _model(None, "branch, tag or commit of the model on the hub")
+    cache_converted: bool = _model(False, "keep a native copy of a checkpoint in the legacy layout")
+    prompt: str | None = _model(None, "text the model is given with every image")
+    task: str | None = _model(None, "task token to train, instead of --prompt")
+    device: str | None = _model(
+        None, "device to run on, such as cuda, cuda:1, mps or cpu (found if not given)"
+    )
+    dtype: str = _model(
+        "auto",
+        "how the frozen base is held; auto is the mixed precision for LoRA, else float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+
+    train_method: str = _lora("lora", "train a LoRA, or every weight", choices=("lora", "full"))
+    rank: int = _lora(16, "rank of the LoRA")
+    alpha: float = _lora(32, "alpha, which scales the LoRA by alpha / rank")
+    dropout: float = _lora(0.05, "dropout of the LoRA")
+    target_modules: list[str] = _lora([], "names, or ends of names, of the modules to train")
+    rslora: bool = _lora(False, "scale by alpha / sqrt(rank) (rank-stabilized LoRA)")
+    dora: bool = _lora(False, "learn each weight's magnitude beside its direction (DoRA); slower")
+    init_lora_weights: str | None = _lora(
+        None,
+        "what the LoRA starts from: the base's main directions (pissa, olora), the data's (eva), or random "
+        "(if not given)",
+        choices=INITS,
+    )
+    lora_plus_ratio: float | None = _lora(
+        None, "learning rate of every lora_B in units of lora_A's; LoRA+ suggests 16 (1 if not given)"
+    )
+    train_parts: list[str] = _lora(
+        [], "parts to train: vision, projector, language; the rest is frozen (all if not given)"
+    )
+
+    learning_rate: float = _optim(1e-4, "peak learning rate")
+    weight_decay: float = _optim(1e-4, "weight decay")
+    batch_size: int = _optim(1, "images per process and micro-batch")
+    gradient_accumulation_steps: int = _optim(1, "micro-batches per optimizer step")
+    epochs: int = _optim(5, "passes over the dataset")
+    optimizer_name: str = _optim("AdamW", "optimizer", choices=OPTIMIZERS)
+    scheduler: str = _optim(
+        "OneCycle", "learning-rate schedule", choices=("OneCycle", "constant", "linear", "cosine")
+    )
+    warmup_steps: int = _optim(0, "optimizer steps of linear warm-up; OneCycle brings its own unless given")
+    max_bad_steps: int = _optim(10, "stop after this many steps in a row with a loss or gradient not finite")
+    max_grad_norm: float | None = _optim(None, "clip gradients to this norm (not clipped if not given)")
+    optimizer_rank: int = _optim(16, "rank of Flora's compressed momentum")
+
+    mixed_precision: str | None = _memory(
+        None, "precision of the forward pass (default: as accelerate is set)", choices=("no", "fp16", "bf16")
+    )
+    gradient_checkpointing: bool = _memory(False, "recompute activations: less memory, slower")
+    auto_batch_size: bool = _memory(
+        False, "halve a batch that does not fit and accumulate more; the effective batch stays"
+    )
+    quantize: str | None = _memory(
+        None, "hold the frozen base in 4-bit NF4 (or 8bit)", choices=("4bit", "8bit"), const="4bit"
+    )
+    quantize_parts: list[str] = _memory(
+        [], "parts that --quantize quantizes: vision, projector, language (all if not given)"
+    )
+    accumulation_compression: bool = _memory(
+        False, "compress accumulated gradients with FloraAccelerator (needs Flora)"
+    )
+    accumulation_rank: int = _memory(
+        16, "rank of the compressed accumulation", aliases=("--accumulation-rank",)
+    )
+    activation_checkpointing: bool = _memory(
+        False, "activation checkpointing together with FloraAccelerator", aliases=("-ac",)
+    )
+    plan: bool = _memory(False, "print what the run would hold in memory, and end")
+    memory_budget: str | None = _memory(
+        None, "with --plan, find the cheapest flags that fit, say, 8GB", metavar="SIZE"
+    )
+
+    save_every_n_epochs: int | None = _save(None, "save a checkpoint every N epochs")
+    save_every_n_steps: int | None = _save(None, "save a checkpoint every N optimizer steps")
+    keep_last: int | None = _save(None, "keep the newest N checkpoints (all that were asked for)")
+    resume: str | None = _save(
+        None, "go on from a checkpoint folder, or from the newest whole one (auto)", metavar="auto|PATH"
+    )
+    resume_anyway: bool = _save(False, "with --resume, go on although data, base or settings changed")
+    sample_every_n_epochs: int | None = _save(None, "caption sample images every N epochs")
+    sample_every_n_steps: int | None = _save(None, "caption sample images every N optimizer steps")
+    log_with: str | None = _save(None, "log to this tracker", choices=("all", "wandb", "tensorboard"))
+    name: str | None = _save(None, "name of the run, in logs and at the start of checkpoint names")
+    seed: int = _save(42, "seed of all random numbers")
+
+    sources: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+    """Where each value that is no default came from: field name → "command line" or the config file."""
+
+    def check(self) -> list[str]:
+        """Return what is wrong with these options, one line each."""
+        problems = [
+            f"--{name} is required" for name in ("dataset_dir", "output_dir") if getattr(self, name) is None
+        ]
+        problems += find_below(self, 1, *_COUNTS) + find_below(self, 2, "max_length")
+        problems += find_below(self, 0, "keep_tokens", "num_workers", "warmup_steps", "weight_decay", "seed")
+        problems += find_above(self, LARGEST_SEED, "seed")
+        problems += [
+            f"--{name} must be above 0, not {getattr(self, name)}"
+            for name in ("learning_rate", "alpha", "max_grad_norm", "lora_plus_ratio")
+            if getattr(self, name) is not None and not getattr(self, name) > 0
+        ]
+        problems += [
+            f"--{name} is a probability from 0 up to, not including, 1; {getattr(self, name)} is not"
+            for name in ("dropout", "caption_dropout")
+            if not 0 <= getattr(self, name) < 1
+        ]
+        problems += [
+            f"--{name} {part}: the parts are {', '.join(PARTS)}"
+            for name in ("train_parts", "quantize_parts")
+            for part in getattr(self, name)
+            if part not in PARTS
+        ]
+        problems += self._check_validation()
+        if self.name is not None and (not self.name.strip(". ") or set(self.name) & set("/\\\0")):
+            problems.append(f"--name {self.name!r} cannot begin a folder's name: leave out slashes")
+        if self.keep_tokens and not self.shuffle_captions:
+            problems.append("--keep_tokens only has a meaning with --shuffle_captions")
+        if self.prompt is not None and self.task is not None:
+            problems.append("--prompt and --task name the same thing twice: give one")
+        if self.memory_budget is not None and not self.plan:
+            problems.append("--memory_budget only has a meaning with --plan")
+        if self.memory_budget is not None and parse_bytes(self.memory_budget) is None:
+            problems.append(f"--memory_budget {self.memory_budget} is no size like 8GB, 7.5GiB or 900MB")
+        return problems + compatibility.check(self)
+
+    def _check_validation(self) -> list[str]:
+        problems = [
+            f"--metrics {name}: the metrics are {', '.join(METRICS)}"
+            for name in self.metrics
+            if name not in METRICS
+        ]
+        if not 0 <= self.validation_split < 1:
+            problems.append(
+                f"--validation_split is a fraction, 0 or more and below 1, not {self.validation_split}"
+            )
+        if self.validation_split and self.validation_dir:
+            problems.append("--validation_split and --validation_dir both name validation images: give one")
+        if self.metric_for_best not in ("loss", *self.metrics):
+            problems.append(f"--metric_for_best {self.metric_for_best} is not measured: add it to --metrics")
+        return problems
+
+
+_COUNTS = (
+    *(
+        "rank",
+        "max_bad_steps",
+        "keep_last",
+        "batch_size",
+        "gradient_accumulation_steps",
+        "epochs",
+    ),
+    *("optimizer_rank", "accumulation_rank"),
+    *("save_every_n_epochs", "save_every_n_steps", "sample_every_n_epochs", "sample_every_n_steps"),
+    *("eval_every_n_epochs", "eval_every_n_steps", "metric_samples", "early_stopping_patience"),
+)
+
+
+def parse_bytes(text: str) -> int | None:
+    """Return the bytes that "8GB", "7.5 GiB" or "900MB" says; None where it says none."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([GM])(i?)B", text.strip(), re.IGNORECASE)
+    if found is None:
+        return None
+    number, unit, is_binary = found.groups()
+    return int(float(number) * (1024 if is_binary else 1000) ** (3 if unit in "Gg" else 2))

@@ -1,0 +1,124 @@
+"""Kohya-ss datasets: `N_name` repeat folders and the metadata JSON. Standard library only.
+
+The JSON is what finetune/merge_*_to_metadata.py of kohya-ss/sd-scripts writes: image → `{"caption": …,
+"tags": …}`, the image named by path, by path without extension, or by bare name.
+"""
+
+import json
+import posixpath
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from caption_train.data.scan import Folder
+from caption_train.data.text import join_lines, refuse_odd_characters
+from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.system.console import printable
+
+MAX_REPEATS = 10_000
+Given = dict[str, tuple[str, str]]
+"""Image, relative to the dataset folder → (caption, where it was read)"""
+
+
+def count_repeats(name: str) -> int:
+    """Return N for an image in a folder `N_name`, the innermost one counting, and 1 outside of any."""
+    folders = reversed(name.split("/")[:-1])
+    counts = (folder.partition("_")[0] for folder in folders if "_" in folder)
+    return next((int(count) for count in counts if count.isascii() and count.isdigit()), 1)
+
+
+def find_metadata(folder: Folder) -> Path | None:
+    """Return the Kohya metadata JSON in the dataset folder itself, if there is one.
+
+    Raises UsageError when there are several: Kohya's steps leave one behind each, and only the user knows
+    which is the last.
+    """
+    stems = {name[: name.rindex(".")] for name in folder.images} | set(folder.images)
+    candidates = sorted(p for p in folder.root.glob("*.json") if p.stem not in stems and p.is_file())
+    found = [path for path in candidates if _looks_like_metadata(path)]
+    if len(found) > 1:
+        names = ", ".join(printable(path.name) for path in found)
+        raise UsageError(f"several Kohya metadata files ({names}): name one with --kohya_metadata")
+    return found[0] if found else None
+
+
+def read_metadata(path: Path, folder: Folder) -> tuple[Given, list[str]]:
+    """Return the captions for images of `folder`, joined as Kohya trains on them, and what could not be used.
+
+    Caption and tags are joined by a comma; one alone stands for both (train_util.py, FineTuningDataset).
+    Raises CaptionTrainError for a file that is no such JSON.
+    """
+    entries = _load(path)
+    if not _is_metadata(entries):
+        raise CaptionTrainError(
+            f'{printable(path)}: not Kohya metadata, {{"image": {{"caption": …, "tags": …}}}}'
+        )
+    index = _index(folder)
+    given: Given = {}
+    problems = []
+    for key, entry in entries.items():
+        where = f"{path.name}: {key}"
+        images = next((index[tail] for tail in _tails(key) if tail in index), [])
+        if not images:
+            problems.append(f"{where}: no such image")
+        elif len({posixpath.dirname(image) for image in images}) > 1:
+            problems.append(f"{where}: could be any of {', '.join(images)}")
+        else:
+            try:
+                given |= dict.fromkeys(images, (_join(entry), where))
+            except ValueError as error:
+                problems.append(f"{where}: {error}")
+    return given, problems
+
+
+def _join(entry: dict[str, Any]) -> str:
+    parts = [entry.get(name) or "" for name in ("caption", "tags")]
+    if not all(isinstance(part, str) for part in parts):
+        raise ValueError("caption or tags is not a string")
+    caption = ", ".join(filter(None, map(join_lines, parts)))
+    refuse_odd_characters(caption)
+    return caption
+
+
+def _load(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise CaptionTrainError(f"{printable(path)}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CaptionTrainError(f"{printable(path)}: broken JSON: {error}") from error
+
+
+def _is_metadata(entries: Any) -> bool:
+    return (
+        isinstance(entries, dict)
+        and all(isinstance(entry, dict) for entry in entries.values())
+        and any("caption" in entry or "tags" in entry for entry in entries.values())
+    )
+
+
+def _looks_like_metadata(path: Path) -> bool:
+    try:
+        return _is_metadata(_load(path))
+    except CaptionTrainError:
+        return False
+
+
+def _index(folder: Folder) -> dict[str, list[str]]:
+    """Return images by every tail of their path, with and without extension; a full path goes first."""
+    index: dict[str, list[str]] = {}
+    whole: dict[str, list[str]] = {}
+    for name in folder.images:
+        stem = name[: name.rindex(".")]
+        whole[name] = [name]
+        whole.setdefault(stem, []).append(name)
+        for tail in (*_tails(name), *_tails(stem)):
+            index.setdefault(tail, []).append(name)
+    return index | whole
+
+
+def _tails(path: str) -> Iterator[str]:
+    """Yield `a/b/c`, `b/c`, `c`: metadata made on another machine names folders that are not here."""
+    parts = posixpath.normpath(path.replace("\\", "/")).strip("/").split("/")
+    for start in range(len(parts)):
+        yield "/".join(parts[start:])

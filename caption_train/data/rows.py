@@ -1,0 +1,124 @@
+"""One line of a metadata.jsonl, or what is wrong with it. Standard library only.
+
+A row is `{"file_name": "a/b.png", "text": "a caption"}`, the format of datasets' imagefolder; `caption` may
+stand for `text`, `split` may put a row aside as `validation` or `test`, and `prompt` may ask for it.
+"""
+
+import json
+import os
+import posixpath
+import re
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from caption_train.data.formats import MAX_CAPTION_BYTES, TEXT_COLUMNS, is_inside
+from caption_train.data.text import refuse_odd_characters
+from caption_train.errors import CaptionTrainError
+from caption_train.system.console import printable
+from caption_train.system.files import open_atomically
+
+SPLITS = {None: "train", "train": "train", "validation": "validation", "val": "validation", "test": "test"}
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict | ValueError]]:
+    """Yield (line number from 1, row) for each line that is not blank, a ValueError for a broken one."""
+    if not path.is_file():
+        raise CaptionTrainError(f"{printable(path)}: not a regular file")
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                    raise CaptionTrainError(f"{printable(path)}: is UTF-16, save it as UTF-8")
+                if line.strip():
+                    yield number, _parse(line)
+    except OSError as error:
+        raise CaptionTrainError(f"{printable(path)}: {error.strerror or error}") from error
+
+
+def _parse(line: bytes) -> dict | ValueError:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        return ValueError("not UTF-8 text")
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"broken JSON: {error}")
+    return row if isinstance(row, dict) else ValueError("not a JSON object")
+
+
+def make_locator(root: Path, follow_symlinks: bool) -> Callable[[Any], Path]:
+    """Return a function from a row's file_name to the image; it raises ValueError with the reason."""
+    real_root = os.path.realpath(root)
+    real_folder = cache(os.path.realpath)
+
+    def locate(name: Any) -> Path:
+        if not isinstance(name, str) or not name or "\0" in name:
+            raise ValueError("no file_name" if not name else "file_name is no file's name")
+        shown, relative = printable(name), posixpath.normpath(name.replace("\\", "/"))
+        if relative.startswith(("/", "../")) or relative == ".." or _DRIVE.match(relative):
+            raise ValueError(f"{shown} points outside the dataset folder")
+        path = root / relative
+        try:
+            if not follow_symlinks:
+                real = os.path.realpath(path) if path.is_symlink() else real_folder(path.parent)
+                if not is_inside(real, real_root):
+                    raise ValueError(f"{shown} is a link that leads outside the dataset folder")
+            status = path.stat()
+        except FileNotFoundError:
+            raise ValueError(f"{shown} is missing") from None
+        except (OSError, UnicodeError) as error:
+            raise ValueError(f"{shown}: {getattr(error, 'strerror', None) or 'is no file name'}") from None
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{shown} is not a regular file")
+        if not status.st_size:
+            raise ValueError(f"{shown} is empty (0 bytes)")
+        return path
+
+    return locate
+
+
+_DRIVE = re.compile("[A-Za-z]:/")
+
+
+def caption_of(row: Mapping[str, Any]) -> str:
+    """Return a row's caption without the space around it. Raises ValueError with the reason for none."""
+    column = next((name for name in TEXT_COLUMNS if row.get(name) is not None), None)
+    if column is None:
+        raise ValueError(f"no {' or '.join(TEXT_COLUMNS)} column")
+    caption = row[column]
+    if not isinstance(caption, str):
+        raise ValueError(f"{column} is not a string")
+    caption = caption.strip()
+    if not caption:
+        raise ValueError(f"{column} is empty")
+    if len(caption) > MAX_CAPTION_BYTES:
+        raise ValueError(f"{column} is {len(caption):,} characters long (limit {MAX_CAPTION_BYTES:,})")
+    refuse_odd_characters(caption)
+    return caption
+
+
+def prompt_of(row: Mapping[str, Any]) -> str | None:
+    """Return what the model is asked for a row's caption, None for what the run asks."""
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str | None):
+        raise ValueError("prompt is not a string")
+    refuse_odd_characters(prompt or "")
+    return prompt or None
+
+
+def split_of(row: Mapping[str, Any]) -> str:
+    """Return train, validation or test; train where the row names none. Raises ValueError for other names."""
+    name = row.get("split")
+    if not isinstance(name, str | None) or name not in SPLITS:
+        raise ValueError(f"split is {printable(name)[:40]!r}, not one of train, validation, test")
+    return SPLITS[name]
+
+
+def write_metadata(path: Path | str, rows: Iterable[Mapping[str, str]]) -> None:
+    """Write rows to a metadata.jsonl, all of it or nothing."""
+    with open_atomically(path) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,0 +1,107 @@
+"""Finding images and the caption files beside them. Standard library only."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from caption_train.data.formats import CAPTION_SUFFIXES, IMAGE_SUFFIXES, is_inside, natural_key, with_dot
+from caption_train.errors import UsageError
+from caption_train.system.console import printable
+
+
+@dataclass
+class Folder:
+    """The files of one dataset folder, relative to `root` with `/` between parts, in natural order.
+
+    captions: (path without its extension, extension as the user wrote it) → files. The rest was left alone:
+    hidden files and folders, symbolic links not followed, what is no regular file or cannot be listed.
+    metadata: files that datasets' imagefolder would read as metadata.
+    """
+
+    root: Path
+    images: list[str] = field(default_factory=list)
+    captions: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    metadata: list[str] = field(default_factory=list)
+    hidden: list[str] = field(default_factory=list)
+    links: list[str] = field(default_factory=list)
+    unusable: list[str] = field(default_factory=list)
+
+
+def scan_folder(
+    root: Path | str,
+    caption_extensions: Sequence[str] = CAPTION_SUFFIXES,
+    *,
+    recursive: bool = True,
+    follow_symlinks: bool = False,
+) -> Folder:
+    """Walk a folder once and sort its files into images and captions; extensions match in any case.
+
+    Symbolic links that lead out of the folder are followed only on request, and never round a loop.
+    """
+    folder = Folder(Path(root))
+    if not folder.root.is_dir():
+        raise UsageError(f"{printable(root)}: {'not a folder' if folder.root.exists() else 'no such folder'}")
+    extensions = sorted(map(with_dot, caption_extensions), key=len, reverse=True)
+    captions: list[tuple[str, str]] = []
+    for name in _walk(folder, recursive, follow_symlinks):
+        if _is_image(name):
+            folder.images.append(name)
+        elif extension := next((e for e in extensions if name.lower().endswith(e.lower())), None):
+            captions.append((name, extension))
+        elif name.rpartition("/")[2] in ("metadata.jsonl", "metadata.csv", "metadata.parquet"):
+            folder.metadata.append(name)
+    folder.images.sort(key=natural_key)
+    # `a.txt` goes before `a.TXT` where both are there.
+    for name, extension in sorted(captions, key=lambda c: (not c[0].endswith(c[1]), c[0])):
+        folder.captions.setdefault((name[: -len(extension)], extension), []).append(name)
+    for names in (folder.hidden, folder.links, folder.unusable):
+        names.sort(key=natural_key)
+    return folder
+
+
+def _is_image(name: str) -> bool:
+    return name[name.rfind(".") :].lower() in IMAGE_SUFFIXES
+
+
+def _walk(folder: Folder, recursive: bool, follow_symlinks: bool) -> Iterator[str]:
+    """Yield the regular files under `folder.root`, noting in it what was left alone."""
+    real_root = os.path.realpath(folder.root)
+    seen: set[tuple[int, int]] = set()
+    # Real folders are emptied before links, so that a link to a folder already walked adds nothing.
+    pending, linked = [""], []
+    while pending or linked:
+        inner = pending.pop() if pending else linked.pop()
+        try:
+            status = (folder.root / inner).stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            entries = list(os.scandir(folder.root / inner))
+        except OSError as error:
+            folder.unusable.append(f"{inner or '.'}: {error.strerror}")
+            continue
+        for entry in entries:
+            name = f"{inner}/{entry.name}" if inner else entry.name
+            kind = _kind(entry, real_root, follow_symlinks)
+            if entry.name.startswith("."):
+                folder.hidden.append(name)
+            elif kind == "file":
+                yield name
+            elif kind == "folder" and recursive:
+                (linked if entry.is_symlink() else pending).append(name)
+            elif kind == "link":
+                folder.links.append(name)
+            elif kind == "other":
+                folder.unusable.append(f"{name}: not a regular file")
+
+
+def _kind(entry: os.DirEntry, real_root: str, follow_symlinks: bool) -> str:
+    """Return file, folder, link (one that is not followed) or other."""
+    try:
+        if entry.is_symlink() and not follow_symlinks:
+            inside = is_inside(os.path.realpath(entry.path), real_root)
+            return "file" if inside and entry.is_file() else "link"
+        return "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
+    except OSError:  # a loop of links
+        return "other"

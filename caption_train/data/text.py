@@ -1,0 +1,71 @@
+"""Reads the text of a caption file."""
+
+import os
+import re
+import stat
+from pathlib import Path
+
+from caption_train.data.formats import MAX_CAPTION_BYTES
+from caption_train.errors import CaptionTrainError
+from caption_train.system.console import printable
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def read_caption(path: Path | str, encoding: str = "utf-8") -> str:
+    """Return the caption in a file as one line: its lines stripped, empty ones dropped, joined by a space.
+
+    A byte order mark is dropped and any kind of line end is one. Raises CaptionTrainError, naming the file,
+    for what is no regular file, is not text in `encoding`, holds NUL characters or is longer than 1 MB.
+    """
+    try:
+        return _decode(_read_bytes(path), encoding)
+    except OSError as error:
+        raise CaptionTrainError(f"{printable(path)}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CaptionTrainError(f"{printable(path)}: {error}") from error
+
+
+def refuse_odd_characters(text: str) -> None:
+    """Raise ValueError for what no caption holds and no tokenizer takes."""
+    if "\0" in text:
+        raise ValueError("NUL characters, so this is no text")
+    if _SURROGATE.search(text):
+        raise ValueError("half characters (lone surrogates)")
+
+
+def join_lines(text: str) -> str:
+    """Return text as one line, as `read_caption` joins it."""
+    return " ".join(line for line in (line.strip() for line in text.splitlines()) if line)
+
+
+def _read_bytes(path: Path | str) -> bytes:
+    # Opened without blocking, since a named pipe would wait for a writer for ever.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(descriptor, "rb", buffering=0) as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a regular file")
+        if status.st_size > MAX_CAPTION_BYTES:
+            raise ValueError(f"{status.st_size / 1e6:.1f} MB, longer than any caption (limit 1 MB)")
+        return file.read()
+
+
+def _decode(data: bytes, encoding: str) -> str:
+    plain = encoding.lower().replace("_", "-") in ("utf-8", "utf8")
+    if plain and data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise ValueError(
+            "not UTF-8 but UTF-16, by its first bytes; compile_captions.py --encoding utf-16 reads it"
+        )
+    try:
+        text = data.decode("utf-8-sig" if plain else encoding)
+    except UnicodeError as error:
+        at = f" (position {error.start})" if isinstance(error, UnicodeDecodeError) else ""
+        hint = (
+            "; compile_captions.py --encoding cp1252, or whatever it was written in, reads it"
+            if plain
+            else ""
+        )
+        raise ValueError(f"not {encoding.upper()} text{at}{hint}") from error
+    refuse_odd_characters(text)
+    return join_lines(text)

@@ -1,0 +1,223 @@
+"""Florence-2: a DaViT, and a BART that reads its features before the prompt. No torch until a verb runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from caption_train.errors import UsageError
+from caption_train.families.base import Batch, Generated
+from caption_train.families.florence.answers import Answer, parse_answer
+from caption_train.families.florence.tasks import (
+    TASKS,
+    check_prompt,
+    expand_prompt,
+    find_task,
+    refuse_token,
+)
+from caption_train.families.loading import check_transformers
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from peft import LoraConfig, PeftModel
+    from PIL import Image
+    from transformers import Florence2ForConditionalGeneration, Florence2Processor
+
+
+class Florence:
+    """Florence-2 through transformers' own class. The encoder reads image tokens, `<s>`, prompt, `</s>`."""
+
+    name = "florence"
+    title = "Florence-2"
+    inference_script = "inference_florence.py"
+    model_id = "microsoft/Florence-2-base-ft"
+    revision = None
+    base_models = (
+        *("microsoft/Florence-2-base-ft", "microsoft/Florence-2-large-ft"),
+        *("microsoft/Florence-2-large", "microsoft/Florence-2-base"),
+    )
+    lora_target_modules = ("qkv", "proj", "k_proj", "v_proj", "q_proj", "out_proj")
+    train_defaults = {}
+    cache_converted = False
+    """Whether `load` keeps a native copy of a legacy checkpoint, and uses the one it kept."""
+    default_prompt = "<CAPTION>"
+    tasks = tuple(TASKS)
+    parts = {
+        "vision": r"model\.vision_tower(\..*)?",
+        "projector": r"model\.multi_modal_projector(\..*)?",
+        "language": r"(model\.language_model|lm_head)(\..*)?",
+    }
+
+    def load(
+        self,
+        model_id: str,
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+        quantization_config: Any = None,
+    ) -> tuple[Florence2ForConditionalGeneration, Florence2Processor]:
+        """Load a Florence-2; see `Family.load`."""
+        import torch
+
+        from caption_train.families.florence.files import find_checkpoint
+        from caption_train.families.florence.legacy.load import load_legacy, load_native
+        from caption_train.families.prompt_length import note_positions
+
+        check_transformers()
+        checkpoint = find_checkpoint(model_id, revision)
+        if checkpoint.is_legacy and self.cache_converted:
+            from caption_train.families.florence.legacy.cache import use_native_copy
+
+            checkpoint = use_native_copy(checkpoint)
+        load = load_legacy if checkpoint.is_legacy else load_native
+        model, processor = load(
+            checkpoint, dtype=dtype or torch.float32, quantization_config=quantization_config
+        )
+        note_positions(model, processor)
+        return model, processor
+
+    def encode(
+        self, processor: Florence2Processor, images: Sequence[Image.Image], prompts: Sequence[str]
+    ) -> Batch:
+        """Return `pixel_values` [B, 3, H, W]; `input_ids`, `attention_mask` [B, T] of image and prompt."""
+        from caption_train.families.prompt_length import check_prompt_length
+
+        texts = [expand_prompt(prompt) for prompt in prompts]
+        for text in texts:
+            refuse_token(processor.image_token, text)
+        batch = processor(
+            text=texts,
+            images=list(images),
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+            verbose=False,
+        )
+        check_prompt_length(batch["input_ids"].shape[1], processor)
+        return {name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask")}
+
+    def make_collator(
+        self, processor: Florence2Processor, *, prompt: str, max_length: int
+    ) -> Callable[[Sequence[dict]], Batch]:
+        """Return the training collator; see `Family.make_collator`."""
+        if max_length < 3:
+            raise UsageError(f"--max_length must be 3 or more, <s>, a word and </s>, not {max_length}")
+        return FlorenceCollator(processor, prompt, max_length)
+
+    def generate(
+        self,
+        model: Florence2ForConditionalGeneration,
+        processor: Florence2Processor,
+        batch: Batch,
+        **settings: Any,
+    ) -> list[Generated]:
+        """Caption a batch; see `Family.generate`.
+
+        The checkpoint's `forced_eos_token_id` ends a caption at the token limit too, so there the end token
+        says nothing: such a caption counts as cut.
+        """
+        from caption_train.families.prompt_length import limit_new_tokens
+
+        defaults = model.generation_config
+        settings = limit_new_tokens(settings, model.config.text_config, used=1)
+        if settings.get("num_beams", defaults.num_beams) in (None, 1):
+            settings = {"early_stopping": False, **settings}  # transformers warns of it without beams
+        sequences = model.generate(**batch, **settings)
+        forced = settings.get("forced_eos_token_id", defaults.forced_eos_token_id) is not None
+        limit = settings.get("max_new_tokens") if forced else None
+        return [_to_generated(processor, sequence[1:], limit) for sequence in sequences.tolist()]
+
+    def check_prompt(self, prompt: str) -> None:
+        """Refuse a prompt that no Florence-2 can read, before one is loaded."""
+        check_prompt(prompt)
+
+    def parse_answer(self, text: str, prompt: str, image_size: tuple[int, int]) -> Answer | None:
+        """Return the boxes or polygons of a generated text, in pixels of an image (width, height) large.
+
+        None for tasks that are answered in text, and for prompts that are no task.
+        """
+        task = find_task(prompt)
+        return task and parse_answer(text, task, image_size)
+
+    def draw_answer(self, image: Image.Image, answer: Answer) -> Image.Image:
+        """Return a copy of `image` with the shapes and labels of what `parse_answer` found."""
+        from caption_train.families.florence.drawing import draw_answer
+
+        return draw_answer(image, answer)
+
+    def convert_adapter(
+        self, folder: Path | str, model: Florence2ForConditionalGeneration
+    ) -> tuple[LoraConfig, dict[str, torch.Tensor]] | None:
+        """Return an adapter of Microsoft's remote code as PEFT's config and weights; None if it is native."""
+        from caption_train.families.florence.legacy.adapter import convert_adapter
+
+        return convert_adapter(folder, model)
+
+    def prepare_merge(self, model: PeftModel) -> None:
+        """Make an adapter mergeable: a tied head that it changes gets weights of its own."""
+        from caption_train.families.florence.legacy.export import prepare_merge
+
+        prepare_merge(model)
+
+    def save_adapter(
+        self, model: Florence2ForConditionalGeneration, source: Path | str, folder: Path, *, legacy: bool
+    ) -> None:
+        """Write the adapter in `source`, which fits `model`, with the names of the other layout."""
+        from caption_train.families.florence.legacy.export import save_adapter
+
+        save_adapter(model, source, folder, legacy=legacy)
+
+    def save_legacy(
+        self, model: Florence2ForConditionalGeneration, processor: Florence2Processor, folder: Path
+    ) -> None:
+        """Write the model as Microsoft's remote code, and tools on transformers 4, load it."""
+        from caption_train.families.florence.legacy.export import save_legacy
+
+        save_legacy(model, processor, folder)
+
+    def find_dtype(self, model_id: str, revision: str | None = None) -> torch.dtype:
+        """Return the precision that a checkpoint is stored in."""
+        from caption_train.families.florence.files import find_checkpoint
+
+        return find_checkpoint(model_id, revision).dtype
+
+
+@dataclass
+class FlorenceCollator:
+    """Items → what `encode` returns, and `labels` [B, T]: `<s> caption </s>`, the official recipe.
+
+    The model shifts the labels right itself, from `</s>`, which `generate` starts from too. `max_length`
+    counts `<s>` and `</s>`; the model's positions limit it too.
+    """
+
+    processor: Florence2Processor
+    prompt: str
+    max_length: int
+
+    def __call__(self, items: Sequence[dict]) -> Batch:
+        from caption_train.families.labels import pad_labels
+
+        prompts = [item.get("prompt") or self.prompt for item in items]
+        batch = Florence().encode(self.processor, [item["image"] for item in items], prompts)
+        return batch | {"labels": pad_labels([self._label_ids(item["caption"]) for item in items])}
+
+    def _label_ids(self, caption: str) -> list[int]:
+        tokenizer = self.processor.tokenizer
+        room = min(self.max_length, tokenizer.model_max_length) - 2
+        ids = tokenizer(caption, add_special_tokens=False, verbose=False)["input_ids"][: max(room, 0)]
+        return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+
+
+def _to_generated(processor: Florence2Processor, ids: list[int], limit: int | None) -> Generated:
+    """Make a result from ids after the start token; `limit`: the length at which the end token is forced."""
+    tokenizer = processor.tokenizer
+    end = tokenizer.eos_token_id
+    finished = end in ids
+    ids = ids[: ids.index(end) + 1] if finished else ids
+    text = tokenizer.decode(ids)
+    for token in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token):
+        text = text.replace(token, "")
+    return Generated(text.strip(), ids, finished and len(ids) != limit)

@@ -1,0 +1,207 @@
+"""Legacy Florence-2 checkpoints, Microsoft's and every fine-tune's made from them: found and converted.
+
+transformers 5 does not know the layout: it fails, or loads a base model as random weights without an error.
+So every tensor is accounted for here, by name and shape, before one is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from caption_train.errors import CaptionTrainError
+from caption_train.families.florence.files import Checkpoint, shape_of
+from caption_train.families.florence.legacy.config import (
+    convert_config,
+    is_lost,
+    make_generation_config,
+)
+from caption_train.families.florence.legacy.names import LOGITS_BIAS, TIED, legacy_name, native_name
+from caption_train.families.florence.legacy.processor import convert_processor
+from caption_train.families.loading import load_model, load_processor, shorten
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Florence2Config, Florence2ForConditionalGeneration, Florence2Processor
+
+RECOMPUTABLE = "model.multi_modal_projector.visual_temporal_embed.pos_idx_to_embed"
+
+
+def load_legacy(
+    checkpoint: Checkpoint, *, dtype: torch.dtype, quantization_config: Any = None
+) -> tuple[Florence2ForConditionalGeneration, Florence2Processor]:
+    """Load a legacy checkpoint into transformers' own class, eval mode, with the generation settings it had.
+
+    Raises CaptionTrainError, naming them, for tensors that are left over, missing or of another shape.
+    """
+    model, processor, state = convert_checkpoint(checkpoint)
+    if quantization_config is None:
+        fill_model(model, state, dtype)
+    else:
+        model = _load_quantized(model.config, state, dtype, quantization_config)
+    model.generation_config = make_generation_config(checkpoint.config.get("text_config") or {})
+    return _name(model.eval(), checkpoint), processor
+
+
+def convert_checkpoint(
+    checkpoint: Checkpoint,
+) -> tuple[Florence2ForConditionalGeneration, Florence2Processor, dict[str, Any]]:
+    """Return the native model on the meta device, its processor, and all its tensors, safetensors unread."""
+    import torch
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import Florence2ForConditionalGeneration
+
+    shapes = {name: tuple(shape_of(tensor)) for name, tensor in checkpoint.tensors.items()}
+    rows = next((shapes[name][0] for name in TIED.values() if name in shapes), 0)
+    try:
+        state, tied = convert_tensors(checkpoint.tensors)
+        config = convert_config(checkpoint.config, shapes, tied=tied, image_token_id=0)
+        state.setdefault(RECOMPUTABLE, compute_temporal_embedding(config))
+        processor = convert_processor(checkpoint.folder, config.vision_config.to_dict(), rows)
+        config.image_token_id = processor.image_token_id
+        with torch.device("meta"):
+            model = Florence2ForConditionalGeneration(config)
+        check_complete(model, state)
+    except CaptionTrainError as error:
+        raise CaptionTrainError(f"--model_id {checkpoint.model_id}: {error}") from error
+    except (TypeError, ValueError, LookupError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise CaptionTrainError(
+            f"--model_id {checkpoint.model_id}: config.json describes no Florence-2: {reason}"
+        ) from error
+    return model, processor, state
+
+
+def fill_model(
+    model: Florence2ForConditionalGeneration, state: Mapping[str, Any], dtype: torch.dtype
+) -> None:
+    """Give a model on the meta device its tensors, those of `dtype` as they lie in the mapped file.
+
+    `from_pretrained` takes three times as long for it: it makes a rule of renaming for every tensor.
+    """
+    tensors = {name: tensor[...].detach().to(dtype) for name, tensor in state.items()}
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    for config in (model.config, model.config.vision_config, model.config.text_config):
+        config.dtype = dtype
+    if empty := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
+        raise CaptionTrainError(f"not loaded: {shorten(empty)}")
+
+
+def _load_quantized(
+    config: Florence2Config, state: dict[str, Any], dtype: torch.dtype, quantization_config: Any
+) -> Florence2ForConditionalGeneration:
+    from transformers import Florence2ForConditionalGeneration
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return Florence2ForConditionalGeneration.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, quantization_config=quantization_config
+    )
+
+
+def compute_temporal_embedding(config: Florence2Config) -> torch.Tensor:
+    """Return the table [frames, C] that is the same in all checkpoints, and therefore not in all of them."""
+    from transformers.models.florence2.modeling_florence2 import Florence2VisionPositionalEmbeddingCosine1D
+
+    return Florence2VisionPositionalEmbeddingCosine1D(config).pos_idx_to_embed
+
+
+def load_native(
+    checkpoint: Checkpoint, *, dtype: torch.dtype, quantization_config: Any = None
+) -> tuple[Florence2ForConditionalGeneration, Florence2Processor]:
+    """Load a native checkpoint, eval mode; generation settings that were lost on the way are put back."""
+    from transformers import AutoProcessor, Florence2ForConditionalGeneration
+
+    folder = str(checkpoint.folder)
+    try:
+        model = load_model(
+            Florence2ForConditionalGeneration,
+            folder,
+            strict=True,
+            dtype=dtype,
+            quantization_config=quantization_config,
+        )
+        processor = load_processor(AutoProcessor.from_pretrained, folder)
+    except CaptionTrainError as error:
+        raise type(error)(str(error).replace(folder, checkpoint.model_id)) from error
+    saved = model.generation_config.to_diff_dict()
+    if is_lost(saved):
+        text_config = checkpoint.config.get("text_config") or {}
+        model.generation_config = make_generation_config(text_config, saved)
+    return _name(model, checkpoint), processor
+
+
+def convert_tensors(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Return the tensors by native names, an embedding once, and whether the head is the embedding."""
+    tensors = dict(tensors)
+    bias = tensors.pop(LOGITS_BIAS, None)
+    if bias is not None and bias[...].any():
+        raise CaptionTrainError(f"{LOGITS_BIAS} is not zero, and transformers' Florence-2 has no such bias")
+    embeddings = {role: tensors.pop(name) for role, name in TIED.items() if name in tensors}
+    if not embeddings:
+        raise CaptionTrainError(f"the checkpoint has no embedding: none of {', '.join(TIED.values())}")
+    head = embeddings.pop("head", None)
+    shared, *copies = [*embeddings.items()] or [("head", head)]
+    for role, copy in copies:
+        if not _equal(shared[1], copy):
+            raise CaptionTrainError(
+                f"{TIED[shared[0]]} and {TIED[role]} differ, but are one embedding in the original"
+            )
+    names = {name: native_name(name) for name in tensors}
+    if unknown := [name for name, new in names.items() if new is None]:
+        raise CaptionTrainError(
+            f"{len(unknown)} tensors are no part of Florence-2: {shorten(sorted(unknown))}"
+        )
+    state = {names[name]: tensor for name, tensor in tensors.items()}
+    projection = native_name("image_projection")
+    if projection in state:
+        state[projection] = state[projection][...].T.contiguous()
+    state[native_name(TIED["shared"])] = shared[1]
+    tied = head is None or _equal(shared[1], head)
+    if not tied:
+        state[native_name(TIED["head"])] = head
+    return state, tied
+
+
+def check_complete(model: Florence2ForConditionalGeneration, state: Mapping[str, Any]) -> None:
+    """Raise CaptionTrainError unless `state` has exactly the tensors of `model`, in their shapes."""
+    expected = model.state_dict()
+    embeddings = {native_name(name) for name in TIED.values()}
+    problems = []
+    if missing := sorted(_say(name) for name in expected.keys() - state.keys() - embeddings):
+        problems.append(f"{len(missing)} tensors are missing: {shorten(missing)}")
+    if extra := sorted(_say(name) for name in state.keys() - expected.keys()):
+        problems.append(f"{len(extra)} tensors are left over: {shorten(extra)}")
+    wrong = [
+        f"{_say(name)} {tuple(shape_of(state[name]))} instead of {tuple(expected[name].shape)}"
+        for name in sorted(expected.keys() & state.keys())
+        if tuple(shape_of(state[name])) != tuple(expected[name].shape)
+    ]
+    if wrong:
+        problems.append(f"{len(wrong)} tensors have another shape than config.json says: {shorten(wrong)}")
+    if problems:
+        raise CaptionTrainError("; ".join(problems))
+
+
+def _name(
+    model: Florence2ForConditionalGeneration, checkpoint: Checkpoint
+) -> Florence2ForConditionalGeneration:
+    """Let adapters that are saved from the model name it as the user did, not by a folder of the cache."""
+    model.name_or_path = model.config.name_or_path = checkpoint.model_id
+    return model
+
+
+def _say(name: str) -> str:
+    return legacy_name(name) or name
+
+
+def _equal(first: Any, second: Any) -> bool:
+    import torch
+
+    if shape_of(first) != shape_of(second):
+        return False
+    first, second = first[...], second[...]
+    # A .bin file holds what is tied once, under four names.
+    same = first.data_ptr() == second.data_ptr() and first.dtype == second.dtype
+    return same or torch.equal(first, second)

@@ -1,0 +1,167 @@
+"""Moondream 2: a SigLIP tower, and a Phi that reads BOS, image, prompt. No torch until a verb runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caption_train.families.base import Batch, Generated
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from caption_train.families.moondream.model import MoondreamForConditionalGeneration
+    from caption_train.families.moondream.processor import MoondreamProcessor
+
+
+class Moondream:
+    """Moondream 2, natively. The decoder reads BOS, the image, the prompt; the answer ends with BOS again."""
+
+    name = "moondream"
+    title = "Moondream 2"
+    inference_script = "inference_moondream.py"
+    model_id = "vikhyatk/moondream2"
+    revision = "2025-06-21"
+    base_models = (model_id,)
+    lora_target_modules = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
+    train_defaults = {"train_parts": ["language"]}
+    default_prompt = "normal"
+    tasks = ("short", "normal", "long")
+    parts = {
+        "vision": r"model\.vision_tower(\..*)?",
+        "projector": r"model\.multi_modal_projector(\..*)?",
+        "language": r"(model\.language_model|lm_head)(\..*)?",
+    }
+
+    def load(
+        self,
+        model_id: str,
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+        quantization_config: Any = None,
+    ) -> tuple[MoondreamForConditionalGeneration, MoondreamProcessor]:
+        """Load a Moondream 2 in an official layout or in ours; see `Family.load`.
+
+        revision: of the hub; for a folder, the release of its weights, where its config.json does not say.
+        """
+        import torch
+
+        from caption_train.families.loading import explained, load_model
+        from caption_train.families.moondream.files import read_tokenizer
+        from caption_train.families.moondream.model import MoondreamForConditionalGeneration
+        from caption_train.families.moondream.processor import MoondreamProcessor
+        from caption_train.families.prompt_length import note_positions
+
+        revision = self._release(model_id, revision)
+        model = load_model(
+            MoondreamForConditionalGeneration,
+            model_id,
+            revision=revision,
+            dtype=dtype or torch.float32,
+            quantization_config=quantization_config,
+        )
+        if (Path(model_id) / "processor_config.json").is_file():
+            processor = MoondreamProcessor.from_pretrained(model_id)
+        else:
+            with explained(model_id):
+                tokenizer = read_tokenizer(model_id, revision, model.config.bos_token_id)
+            processor = MoondreamProcessor.from_config(model.config, tokenizer)
+        note_positions(model, processor)
+        return model, processor
+
+    def encode(
+        self, processor: MoondreamProcessor, images: Sequence[Image.Image], prompts: Sequence[str]
+    ) -> Batch:
+        """Return the batch of `MoondreamProcessor`: one flat list of crops, and how each image is tiled."""
+        from caption_train.families.prompt_length import check_prompt_length
+
+        batch = dict(processor(list(images), list(prompts)))
+        check_prompt_length(batch["input_ids"].shape[1] + 2, processor)  # there must be room for a word
+        return batch
+
+    def make_collator(
+        self, processor: MoondreamProcessor, *, prompt: str, max_length: int
+    ) -> Callable[[Sequence[dict]], Batch]:
+        """Return the training collator; see `Family.make_collator`."""
+        return MoondreamCollator(processor, prompt, max_length)
+
+    def generate(
+        self,
+        model: MoondreamForConditionalGeneration,
+        processor: MoondreamProcessor,
+        batch: Batch,
+        **settings: Any,
+    ) -> list[Generated]:
+        """Caption a batch; see `Family.generate`."""
+        from caption_train.families.prompt_length import limit_new_tokens
+
+        settings = limit_new_tokens(settings, model.config.text_config, used=batch["input_ids"].shape[1])
+        sequences = model.generate(**batch, **settings)
+        answers = sequences[:, batch["input_ids"].shape[1] :].tolist()
+        return [_to_generated(processor, ids) for ids in answers]
+
+    def save_legacy(
+        self, model: MoondreamForConditionalGeneration, processor: MoondreamProcessor, folder: Path
+    ) -> None:
+        """Write the model as the official code loads it."""
+        from caption_train.families.moondream.legacy.checkpoint import write_official
+
+        write_official(folder, model.config, model.state_dict(), processor.tokenizer)
+
+    def find_dtype(self, model_id: str, revision: str | None = None) -> torch.dtype:
+        """Return the precision that a checkpoint is stored in."""
+        from caption_train.families.moondream.files import find_dtype
+
+        return find_dtype(model_id, self._release(model_id, revision))
+
+    def _release(self, model_id: str, revision: str | None) -> str | None:
+        return self.revision if revision is None and model_id == self.model_id else revision
+
+
+@dataclass
+class MoondreamCollator:
+    """Items → what `encode` returns, caption and EOS after the prompt, and `labels` [B, T] on those alone.
+
+    `logits_to_keep` spares the model the vocabulary's width on the image tokens, where no loss is due.
+    """
+
+    processor: MoondreamProcessor
+    prompt: str
+    max_length: int
+
+    def __call__(self, items: Sequence[dict]) -> Batch:
+        import torch
+
+        from caption_train.families.labels import IGNORE_INDEX
+
+        prompts = [item.get("prompt") or self.prompt for item in items]
+        answers = [
+            self._answer_ids(prompt, item["caption"]) for prompt, item in zip(prompts, items, strict=True)
+        ]
+        batch = dict(self.processor([item["image"] for item in items], prompts, answers))
+        labels = torch.full_like(batch["input_ids"], IGNORE_INDEX)
+        lengths = batch["attention_mask"].sum(dim=1).tolist()
+        for label, ids, length, answer in zip(labels, batch["input_ids"], lengths, answers, strict=True):
+            label[length - len(answer) : length] = ids[length - len(answer) : length]
+        first = self.processor.image_seq_length
+        return batch | {"labels": labels, "logits_to_keep": torch.arange(first, labels.shape[1])}
+
+    def _answer_ids(self, prompt: str, caption: str) -> list[int]:
+        from caption_train.families.prompt_length import check_prompt_length
+
+        tokenizer = self.processor.tokenizer
+        used = 1 + self.processor.image_seq_length + len(self.processor.prompt_ids(prompt))
+        check_prompt_length(used + 2, self.processor)
+        most = min(self.max_length, tokenizer.model_max_length - used)
+        return [*self.processor.text_ids(caption)[: most - 1], tokenizer.eos_token_id]
+
+
+def _to_generated(processor: MoondreamProcessor, ids: list[int]) -> Generated:
+    end = processor.tokenizer.eos_token_id
+    finished = end in ids
+    ids = ids[: ids.index(end) + 1] if finished else ids
+    return Generated(processor.tokenizer.decode(ids, skip_special_tokens=True).strip(), ids, finished)

@@ -1,0 +1,125 @@
+"""How close captions come to their references: CIDEr, BLEU-4, ROUGE-L as in COCO's evaluation; exact match.
+
+The formulas are pycocoevalcap 1.2's, to the last digit, on the tokens of `treebank.tokenize`. CIDEr: Vedantam
+et al., arXiv 1411.5726, with CIDEr-D's clipping and length penalty; BLEU: Papineni et al., ACL 2002; ROUGE-L:
+Lin, ACL 2004, beta 1.2.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from caption_train.metrics.ptb_tokenizer import tokenize
+
+ORDER = 4
+SIGMA = 6.0
+BETA = 1.2
+SMALL, TINY = 1e-9, 1e-15
+
+
+def score_captions(
+    generated: Sequence[str], references: Sequence[Sequence[str]], metrics: Sequence[str]
+) -> dict[str, float]:
+    """Return the named `METRICS` of N captions against N lists of references, each 0-1 but CIDEr 0-10.
+
+    Exact match compares text with its white space evened out, the others tokens. CIDEr weighs words by how
+    few images have them, so of a single image it is 0.
+    """
+    scores = {}
+    if "exact_match" in metrics:
+        hits = [_even(c) in map(_even, refs) for c, refs in zip(generated, references, strict=True)]
+        scores["exact_match"] = sum(hits) / len(hits)
+    tokens = [tokenize(caption) for caption in generated]
+    reference_tokens = [[tokenize(reference) for reference in refs] for refs in references]
+    for name, measure in {"cider": cider, "bleu": bleu, "rouge_l": rouge_l}.items():
+        if name in metrics:
+            scores[name] = measure(tokens, reference_tokens)
+    return {name: scores[name] for name in metrics}
+
+
+def cider(generated: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> float:
+    """Return the mean CIDEr-D of N token lists against N lists of references."""
+    counts = [_count_ngrams(tokens) for tokens in generated]
+    reference_counts = [[_count_ngrams(tokens) for tokens in refs] for refs in references]
+    frequency = Counter(ngram for refs in reference_counts for ngram in set().union(*refs))
+    images = math.log(len(references))
+
+    def weigh(counts: Counter) -> tuple[list[dict], list[float], int]:
+        vectors = [{} for _ in range(ORDER)]
+        for ngram, count in counts.items():
+            vectors[len(ngram) - 1][ngram] = count * (images - math.log(max(1, frequency[ngram])))
+        norms = [math.sqrt(sum(weight**2 for weight in vector.values())) for vector in vectors]
+        # The length is counted in pairs of words there.
+        return vectors, norms, sum(count for ngram, count in counts.items() if len(ngram) == 2)
+
+    def compare(one: tuple, other: tuple) -> float:
+        penalty = math.exp(-((one[2] - other[2]) ** 2) / (2 * SIGMA**2))
+        total = 0.0
+        for ours, theirs, *norms in zip(one[0], other[0], one[1], other[1], strict=True):
+            shared = ours.keys() & theirs.keys()
+            product = sum(min(ours[ngram], theirs[ngram]) * theirs[ngram] for ngram in sorted(shared))
+            total += (product / math.prod(norms) if all(norms) else product) * penalty
+        return total / ORDER
+
+    scores = []
+    for hypothesis, refs in zip(counts, reference_counts, strict=True):
+        weighed = weigh(hypothesis)
+        scores.append(10 * sum(compare(weighed, weigh(ref)) for ref in refs) / len(refs))
+    return sum(scores) / len(scores)
+
+
+def bleu(generated: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> float:
+    """Return BLEU-4 over all captions together, each against the length of its closest reference."""
+    length = reference_length = 0
+    guesses, correct = [0] * ORDER, [0] * ORDER
+    for tokens, refs in zip(generated, references, strict=True):
+        length += len(tokens)
+        reference_length += min((abs(len(ref) - len(tokens)), len(ref)) for ref in refs)[1]
+        most = Counter()
+        for ref in refs:
+            most |= _count_ngrams(ref)
+        for ngram, count in _count_ngrams(tokens).items():
+            correct[len(ngram) - 1] += min(most[ngram], count)
+        for order in range(ORDER):
+            guesses[order] += max(0, len(tokens) - order)
+    score = math.prod((c + TINY) / (g + SMALL) for c, g in zip(correct, guesses, strict=True)) ** (1 / ORDER)
+    ratio = (length + TINY) / (reference_length + SMALL)
+    return score * math.exp(1 - 1 / ratio) if ratio < 1 else score
+
+
+def rouge_l(generated: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> float:
+    """Return the mean ROUGE-L: the longest common subsequence's F measure, recall weighed 1.2² times."""
+    scores = []
+    for tokens, refs in zip(generated, references, strict=True):
+        # There, a caption without words counts as one empty word.
+        tokens, refs = tokens or [""], [ref or [""] for ref in refs]
+        common = [_common_length(tokens, ref) for ref in refs]
+        precision = max(common) / len(tokens)
+        recall = max(count / len(ref) for count, ref in zip(common, refs, strict=True))
+        both = precision * recall
+        scores.append((1 + BETA**2) * both / (recall + BETA**2 * precision) if both else 0.0)
+    return sum(scores) / len(scores)
+
+
+def _count_ngrams(tokens: Sequence[str]) -> Counter:
+    return Counter(
+        tuple(tokens[start : start + order])
+        for order in range(1, ORDER + 1)
+        for start in range(len(tokens) - order + 1)
+    )
+
+
+def _common_length(one: Sequence[str], other: Sequence[str]) -> int:
+    """Return the length of the longest common subsequence."""
+    row = [0] * (len(other) + 1)
+    for token in one:
+        diagonal = 0
+        for index, candidate in enumerate(other, 1):
+            above = row[index]
+            row[index] = diagonal + 1 if token == candidate else max(above, row[index - 1])
+            diagonal = above
+    return row[-1]
+
+
+def _even(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,130 @@
+"""Ctrl-C, SIGTERM, a lost terminal and Slurm's SIGUSR1: finish the step, save, leave as the shell expects."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import torch
+from accelerate import Accelerator
+
+from caption_train.errors import CaptionTrainError
+from caption_train.system.launcher import is_torchrun, name_launch, read_command
+
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+)
+ECHO_SECONDS = 1.0
+"""torchrun and mpirun pass on what the terminal sent to everyone: under them signals this close are one."""
+
+
+class Interrupted(CaptionTrainError):
+    """The run was asked to stop and has saved itself; the exit code is 128 + the signal's number."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+class Interrupts:
+    """Notes the first signal, for the loop to act on after its step; a second one ends the process."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.number = 0
+        self.noted = 0.0
+        self.parent = os.getppid()
+        self.launch = read_command(self.parent)
+        self.has_echo = accelerator.num_processes > 1 or is_torchrun(self.launch)
+
+    def __enter__(self) -> Self:
+        self.previous = {}
+        for number in SIGNALS:
+            # A run under nohup has asked not to hear of its terminal.
+            if number != getattr(signal, "SIGHUP", None) or signal.getsignal(number) != signal.SIG_IGN:
+                self.previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def agreed(self) -> bool:
+        """Return whether any process got a signal: every process gets the same answer at the same step."""
+        if self.accelerator.num_processes > 1:
+            numbers = torch.tensor([self.number], device=self.accelerator.device)
+            self.number = int(self.accelerator.gather(numbers).max())
+        return self.number != 0
+
+    def leave(self, checkpoint: Path) -> None:
+        """Raise Interrupted, naming the command that goes on from here."""
+        name = signal.Signals(self.number).name
+        own = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv)] or ["python"]
+        start = name_launch(sys.argv[0], self.launch, own)
+        command = shlex.join([*start, sys.argv[0], *_without_resume(sys.argv[1:]), "--resume", "auto"])
+        raise Interrupted(f"{name}: saved to {checkpoint}; go on with: {command}", self.number)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.number:
+            if not self._is_echo(number):
+                os._exit(128 + number)
+            return
+        self.number, self.noted, self.parent = number, time.monotonic(), os.getppid()
+        # Not print(), whose lock this may have interrupted.
+        words = f"\n{signal.Signals(number).name}: finishing this step, then saving; once more to leave now\n"
+        os.write(2, words.encode())
+
+    def _is_echo(self, number: int) -> bool:
+        """Tell what a launcher passes on, or is told by its death, from a second signal of the user's."""
+        if os.getppid() != self.parent:
+            # The same Ctrl-C ended `accelerate launch`, and the system says so with a SIGTERM, once.
+            self.parent = os.getppid()
+            return number == signal.SIGTERM
+        return self.has_echo and time.monotonic() - self.noted <= ECHO_SECONDS
+
+
+def ignore_in_worker(worker_id: int) -> None:
+    """Leave the signals to the process that trains: it needs its workers until its step is done."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _without_resume(arguments: list[str]) -> list[str]:
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and argument != "--resume" and not argument.startswith("--resume="):
+            kept.append(argument)
+        skip = argument == "--resume"
+    return kept
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    # Ctrl-C reaches the workers too, but it is the main process that ends them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived."""
+
+
+@contextmanager
+def raising_terminated() -> Iterator[None]:
+    """Make SIGTERM end the work as Ctrl-C does."""
+
+    def terminate(number: int, frame: Any) -> None:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,114 @@
+"""Making a training step fit into memory, and saying what to do when it does not."""
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from caption_train.config.compatibility import SHARDED
+from caption_train.config.training import TrainOptions
+from caption_train.data.images import open_items
+from caption_train.errors import CaptionTrainError, is_out_of_memory
+from caption_train.families.base import Batch
+from caption_train.system.console import say
+from caption_train.system.devices import find_dtype, move_batch
+from caption_train.system.memory import give_back_freed, peak_memory
+from caption_train.training.distributed.accelerator import hold_gradients
+from caption_train.training.distributed.fsdp import describe_launch
+from caption_train.training.failures import advise_savers
+from caption_train.training.optim.state_size import count_state, find_embeddings
+from caption_train.training.run.data import TrainingData
+
+GIB = 1024**3
+
+
+def fit_batch_size(
+    options: TrainOptions,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: Any,
+    collate_fn: Callable[[Sequence[dict]], Batch],
+    data: TrainingData,
+) -> None:
+    """Try the worst step, of the longest captions and largest images, and print its peak.
+
+    Nothing is learned from it.
+
+    Under `--auto_batch_size` a batch that does not fit is made smaller and the accumulation longer, in
+    `options`, until one does; the effective batch stays as it was. Raises CaptionTrainError when none fits.
+    """
+    tried: list[int] = []
+    while True:
+        tried.append(options.batch_size)
+        items = _open_worst(options.batch_size, data)
+        fits = _try_step(accelerator, model, collate_fn, items, count_room(options, model, optimizer))
+        optimizer.zero_grad()
+        if not fits and describe_launch(accelerator) in SHARDED:
+            # The others cannot be asked: they are in the middle of the step, waiting for this one's part.
+            raise CaptionTrainError(advise_savers(options, accelerator, tried))
+        if all(gather_object([fits])):
+            break
+        smaller = [n for n in range(1, options.batch_size // 2 + 1) if options.batch_size % n == 0]
+        if not options.auto_batch_size or not smaller:
+            raise CaptionTrainError(advise_savers(options, accelerator, tried))
+        options.gradient_accumulation_steps *= options.batch_size // smaller[-1]
+        options.batch_size = smaller[-1]
+    give_back_freed()
+    if len(tried) > 1:
+        say(
+            accelerator,
+            f"--auto_batch_size: {options.batch_size} images × {options.gradient_accumulation_steps} "
+            f"micro-batches (out of memory with {', '.join(map(str, tried[:-1]))} images)",
+        )
+    peak = peak_memory(accelerator.device) / GIB
+    count = options.batch_size
+    say(accelerator, f"a step of the {count} largest images with the longest captions: peak {peak:.2f} GiB")
+
+
+def _try_step(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    collate_fn: Callable[[Sequence[dict]], Batch],
+    items: Sequence[dict],
+    state: int,
+) -> bool:
+    """Return whether a step fits, with room for `state` bytes of the optimizer's beside it."""
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    model.train()
+    inputs = room = None
+    try:
+        with torch.random.fork_rng(devices), hold_gradients(accelerator, model):
+            room = torch.empty(state, dtype=torch.uint8, device=accelerator.device)
+            inputs = move_batch(collate_fn(items), accelerator.device, find_dtype(model))
+            accelerator.backward(model(**inputs).loss.float())
+            room = None
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fits = False
+    else:
+        fits = True
+    # Outside the handler, whose traceback would keep the step's tensors alive.
+    if not fits:
+        del inputs, room
+        gc.collect()
+        if devices:
+            torch.cuda.empty_cache()
+    return fits
+
+
+def count_room(options: TrainOptions, model: torch.nn.Module, optimizer: Any) -> int:
+    """Return the bytes of state that this process's optimizer keeps: where it is sharded, of its part."""
+    changed = [p for group in optimizer.param_groups for p in group["params"]]
+    return count_state(options, changed, find_embeddings(model))
+
+
+def _open_worst(count: int, data: TrainingData) -> list[dict]:
+    """Return the `count` items that need the most memory; a small dataset is repeated."""
+    items = list(open_items(data.find_worst(count)))
+    if not items:
+        raise CaptionTrainError("none of the largest images can be read any more")
+    return (items * count)[:count]

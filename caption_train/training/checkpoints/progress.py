@@ -1,0 +1,75 @@
+"""How far a run has come, as a checkpoint remembers it."""
+
+import json
+import uuid
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+
+from caption_train.errors import CaptionTrainError
+from caption_train.system.files import write_atomically
+
+PROGRESS_FILE = "progress.json"
+
+
+def make_run_id() -> str:
+    """Return a new run's name, which sorts after those of earlier runs."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
+
+
+@dataclass
+class Progress:
+    """Everything a run has counted and found so far.
+
+    run_id: stays the same over resumes. saves: in its folder. total_steps: of the plan when it was last
+    saved. global_step: optimizer steps. bad_steps: steps in a row not taken for a loss or gradient that was
+    not finite, skipped_steps: all of them. images, seconds of steps, wall_seconds with validation and saving,
+    peak_memory_bytes: over all processes and resumes. skipped_files: path → why. loss_mean, loss_variance:
+    running, which spikes are judged by. evaluation: the last one. best_value, best_step: of the validation
+    metric. evaluations_since_best: what early stopping counts.
+    """
+
+    run_id: str = field(default_factory=make_run_id)
+    saves: int = 0
+    total_steps: int = 0
+    global_step: int = 0
+    bad_steps: int = 0
+    skipped_steps: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    wall_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    skipped_files: dict[str, str] = field(default_factory=dict)
+    last_loss: float | None = None
+    loss_mean: float | None = None
+    loss_variance: float = 0.0
+    evaluation: dict[str, float] = field(default_factory=dict)
+    best_value: float | None = None
+    best_step: int | None = None
+    evaluations_since_best: int = 0
+    stopped_early: bool = False
+
+    def note_errors(self, errors: Iterable[str]) -> list[str]:
+        """Remember files left out of a batch, by the path before the reason; return those not known yet."""
+        new = []
+        for error in errors:
+            path = error.partition(": ")[0]
+            if path not in self.skipped_files:
+                self.skipped_files[path] = error
+                new.append(error)
+        return new
+
+    def write(self, folder: Path) -> None:
+        """Write to `folder`."""
+        write_atomically(folder / PROGRESS_FILE, json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Progress":
+        """Read what `write` wrote; what an older version did not know keeps its default."""
+        path = folder / PROGRESS_FILE
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CaptionTrainError(f"--resume: {path} cannot be read: {error}") from error
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})

@@ -1,0 +1,109 @@
+"""The state of a run beside its weights, so that a resumed run is the uninterrupted one to the bit."""
+
+import random
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.training.checkpoints.find import STATE
+from caption_train.training.checkpoints.progress import Progress
+from caption_train.training.distributed.fsdp import scatter_state
+
+
+def capture_random_state(accelerator: Accelerator) -> list[dict[str, Any]]:
+    """Return every process's random numbers, in rank order, made of what `weights_only` loading takes."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    state = {
+        "python": list(random.getstate()[1]),
+        "python_gauss": random.getstate()[2],
+        "numpy": [kind, keys.tolist(), int(position), int(has_gauss), float(gauss)],
+        "torch": torch.get_rng_state(),
+    }
+    if accelerator.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(accelerator.device)
+    return gather_object([state])
+
+
+def restore_random_state(accelerator: Accelerator, states: list[dict[str, Any]]) -> None:
+    """Give this process the random numbers it had."""
+    state = states[accelerator.process_index]
+    random.setstate((3, tuple(state["python"]), state["python_gauss"]))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and accelerator.device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], accelerator.device)
+
+
+def write_state(
+    checkpoint: Path,
+    progress: Progress,
+    optimizer_state: dict[str, Any],
+    lr_scheduler: LRScheduler,
+    scaler: Any,
+    random_states: list[dict[str, Any]],
+) -> None:
+    """Write all but the weights into `checkpoint/state`."""
+    folder = checkpoint / STATE
+    folder.mkdir()
+    contents = {"optimizer": optimizer_state, "lr_scheduler": lr_scheduler.state_dict()}
+    if scaler is not None:
+        contents["scaler"] = scaler.state_dict()
+    for name, content in (contents | {"random": random_states}).items():
+        # Through a file of Python's, which says why a write failed; torch's own writer does not.
+        with (folder / f"{name}.pt").open("wb") as file:
+            torch.save(content, file)
+    progress.write(folder)
+
+
+def read_state(
+    checkpoint: Path, accelerator: Accelerator, optimizer: Optimizer, lr_scheduler: LRScheduler, *, anew: bool
+) -> tuple[list[dict[str, Any]], float]:
+    """Restore optimizer, schedule and scaler from `checkpoint/state`.
+
+    anew: keep this run's rates and schedule, and only put it where the saved one stood. Returns the random
+    numbers to restore, after everything that may draw some, and the learning rate that was saved.
+    """
+
+    def load(name: str) -> Any:
+        return torch.load(checkpoint / STATE / f"{name}.pt", map_location="cpu", weights_only=True)
+
+    random_states = load("random")
+    if len(random_states) != accelerator.num_processes:
+        raise UsageError(
+            f"--resume {checkpoint}: saved by {len(random_states)} processes, this run has "
+            f"{accelerator.num_processes}; launch as many as before"
+        )
+    fresh = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(scatter_state(optimizer, load("optimizer")))
+    except (ValueError, KeyError) as error:
+        raise CaptionTrainError(
+            f"--resume {checkpoint}: its optimizer does not fit this run: {error}"
+        ) from error
+    schedule = load("lr_scheduler")
+    if anew:
+        for group, settings in zip(optimizer.param_groups, fresh, strict=True):
+            group.update(settings)
+        _catch_up(lr_scheduler, schedule["last_epoch"])
+    else:
+        lr_scheduler.load_state_dict(schedule)
+    if accelerator.scaler is not None and (checkpoint / STATE / "scaler.pt").exists():
+        accelerator.scaler.load_state_dict(load("scaler"))
+    return random_states, schedule["_last_lr"][0]
+
+
+def _catch_up(lr_scheduler: LRScheduler, steps: int) -> None:
+    with warnings.catch_warnings():
+        # Stepping without the optimizer is what is meant here.
+        warnings.simplefilter("ignore")
+        for _ in range(steps):
+            lr_scheduler.step()

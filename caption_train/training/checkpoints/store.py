@@ -1,0 +1,160 @@
+"""Checkpoints that are whole or not there: written beside their place, synced, renamed; damage is found."""
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from caption_train.adapters.record import TRAINING_FILE
+from caption_train.errors import CaptionTrainError
+from caption_train.system.files import (
+    clear_temporary,
+    copy_atomically,
+    find_free_name,
+    hash_file,
+    write_atomically,
+)
+from caption_train.training.checkpoints.find import (
+    MANIFEST,
+    PARTIAL,
+    checkpoints_of_run,
+    describe_latest,
+    point,
+)
+
+METHOD_FILES = {
+    "lora": ("adapter_config.json", "adapter_model.safetensors"),
+    "full": ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
+}
+"""What `--train_method` makes that the other one does not."""
+
+
+def write_checkpoint(output_dir: Path, name: str, write: Callable[[Path], None], *pointers: str) -> Path:
+    """Let `write` fill a temporary folder, sync it, rename it to `output_dir/name`, point at it.
+
+    A manifest of SHA-256 sums tells a damaged one later. Raises CaptionTrainError naming the last good
+    checkpoint when the disk is full or may not be written.
+    """
+    partial = output_dir / f"{PARTIAL}{name}"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write(partial)
+        _write_manifest(partial)
+        sync_folder(partial)
+        # Nothing whole is ever replaced.
+        final = find_free_name(output_dir / name)
+        partial.rename(final)
+        _sync(output_dir)
+        for pointer in pointers:
+            point(output_dir, pointer, final)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        cause = _find_os_error(error)
+        if cause is None:
+            raise
+        raise CaptionTrainError(_explain(output_dir, name, cause)) from error
+    return final
+
+
+def publish(checkpoint: Path, output_dir: Path) -> None:
+    """Copy a checkpoint's files (not its training state) to `output_dir`, each one atomically.
+
+    What an earlier run of the other `--train_method` published goes: transformers would load its LoRA onto
+    this model. training.json is last, so that a copy cut short is finished by the next.
+    """
+    with explain_failure(output_dir, "the finished LoRA"):
+        files = [file for file in checkpoint.iterdir() if file.is_file() and file.name != MANIFEST]
+        for file in sorted(files, key=lambda file: (file.name == TRAINING_FILE, file.name)):
+            if file.name == TRAINING_FILE:
+                _delete_other_method(file, output_dir)
+            copy_atomically(file, output_dir / file.name)
+
+
+def _delete_other_method(training_file: Path, output_dir: Path) -> None:
+    was, now = (_read_train_method(path) for path in (output_dir / TRAINING_FILE, training_file))
+    if was != now:
+        kept = {file.name for file in training_file.parent.iterdir()}
+        for path in (p for pattern in METHOD_FILES.get(was, ()) for p in output_dir.glob(pattern)):
+            if path.name not in kept:
+                path.unlink()
+
+
+def _read_train_method(training_file: Path) -> str | None:
+    try:
+        return json.loads(training_file.read_text(encoding="utf-8"))["options"]["train_method"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def clear_partial(output_dir: Path) -> None:
+    """Delete what was cut short in saving or deleting; call it only while no other run writes here."""
+    for path in output_dir.glob(f"{PARTIAL}*"):
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    clear_temporary(output_dir)
+
+
+def prune(output_dir: Path, run_id: str, keep: int, protected: Collection[Path] = ()) -> None:
+    """Delete all but the `keep` newest checkpoints of a run; never one in `protected` nor another run's."""
+    for old in checkpoints_of_run(output_dir, run_id)[keep:]:
+        if old not in protected:
+            # Renamed first: one cut short would leave a damaged checkpoint.
+            with suppress(OSError):
+                shutil.rmtree(old.rename(old.with_name(f"{PARTIAL}{old.name}")), ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush every file below `folder`, and the folders themselves, to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync a folder, and need not.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _write_manifest(folder: Path) -> None:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    sums = {p.relative_to(folder).as_posix(): hash_file(p) for p in files}
+    write_atomically(folder / MANIFEST, json.dumps(sums, indent=1) + "\n")
+
+
+def _find_os_error(error: BaseException) -> OSError | None:
+    """Return the system's error behind one of torch's or safetensors', which wrap it each in their way."""
+    if isinstance(error, OSError):
+        return error
+    if number := re.search(r"os error (\d+)", str(error)):
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    return _find_os_error(error.__context__) if error.__context__ else None
+
+
+@contextmanager
+def explain_failure(output_dir: Path, name: str) -> Iterator[None]:
+    """Turn what keeps a file from being written into one line that names the last good checkpoint."""
+    try:
+        yield
+    except OSError as error:
+        raise CaptionTrainError(_explain(output_dir, name, error)) from error
+
+
+def _explain(output_dir: Path, name: str, error: OSError) -> str:
+    reasons = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
+    reason = reasons.get(error.errno, error.strerror or str(error))
+    return f"--output_dir {output_dir}: could not save {name}: {reason}; {describe_latest(output_dir)}"

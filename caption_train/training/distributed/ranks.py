@@ -1,0 +1,61 @@
+"""The processes of one training run: they start from the same facts, fail together, speak with one voice."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from caption_train.errors import CaptionTrainError, UsageError
+
+LISTED = 10
+"""Differences that are named: a dataset may have thousands."""
+
+
+@contextmanager
+def fail_together(accelerator: Accelerator) -> Iterator[None]:
+    """Wait for all processes at the end of a block; where it failed in any of them, it fails in all.
+
+    The main process raises the first failure, the others leave silently with its exit code.
+    """
+    failure = None
+    try:
+        yield
+    except CaptionTrainError as error:
+        failure = error
+    failures = gather_object([failure and (str(failure), failure.exit_code)])
+    if accelerator.num_processes == 1 and failure is not None:
+        raise failure
+    for rank, found in enumerate(failures):
+        if found is not None:
+            words, exit_code = found
+            error = CaptionTrainError(words if rank == 0 else f"process {rank}: {words}")
+            error.exit_code = exit_code
+            raise error if accelerator.is_main_process else SystemExit(exit_code)
+
+
+@contextmanager
+def speak_as_one(accelerator: Accelerator) -> Iterator[None]:
+    """Let a failure that all processes have at once be told by the main process only."""
+    try:
+        yield
+    except CaptionTrainError as error:
+        if accelerator.is_main_process:
+            raise
+        raise SystemExit(error.exit_code) from error
+
+
+def check_agreement(accelerator: Accelerator, facts: Mapping[str, Any]) -> None:
+    """Raise UsageError where the processes start from different facts, naming them."""
+    everyone = gather_object([dict(facts)])
+    with fail_together(accelerator):
+        differences = [
+            f"{name} is {theirs.get(name)!r} in process {rank}, {everyone[0].get(name)!r} in process 0"
+            for rank, theirs in enumerate(everyone)
+            for name in everyone[0] | theirs
+            if theirs.get(name) != everyone[0].get(name)
+        ]
+        if differences:
+            more = f"; and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
+            raise UsageError(f"the processes of this run disagree: {'; '.join(differences[:LISTED])}{more}")

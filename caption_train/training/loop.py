@@ -1,0 +1,183 @@
+"""The training loop. It knows no family: a batch has a loss, and that is all it asks for."""
+
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from caption_train.errors import CaptionTrainError
+from caption_train.system.devices import find_dtype, move_batch
+from caption_train.system.lock import OutputLock
+from caption_train.system.memory import LeanHeap
+from caption_train.system.processes import keep_groups
+from caption_train.system.signals import Interrupts
+from caption_train.training.checkpoints.find import describe_latest
+from caption_train.training.checkpoints.state import restore_random_state
+from caption_train.training.distributed.accelerator import accumulate
+from caption_train.training.distributed.ranks import speak_as_one
+from caption_train.training.failures import explain_out_of_memory
+from caption_train.training.monitor.health import Health
+from caption_train.training.monitor.log import RunLog
+from caption_train.training.monitor.samples import Sampler
+from caption_train.training.monitor.validation import Evaluator
+from caption_train.training.run.batches import MicroBatch
+from caption_train.training.run.run import Run
+from caption_train.training.saving import Saver
+
+LEAST_SCALE = 1.0
+"""fp16's loss scaling halves at every overflow; below this it is not the scaling that overflows."""
+
+
+class Trainer:
+    """Trains a `Run`, from where its progress stands to the end of its plan."""
+
+    def __init__(
+        self,
+        run: Run,
+        evaluator: Evaluator,
+        sampler: Sampler,
+        saver: Saver,
+        log: RunLog,
+        lock: OutputLock,
+    ) -> None:
+        self.run, self.evaluator, self.sampler, self.saver = run, evaluator, sampler, saver
+        self.log, self.lock = log, lock
+        self.health = Health(run)
+        self.parameters = [p for p in run.model.parameters() if p.requires_grad]
+        self.dtype = find_dtype(run.model)
+        self.heap = LeanHeap(run.options.train_method == "full" and run.accelerator.device.type == "cpu")
+
+    def train(self) -> dict[str, Any]:
+        """Run the loop, save the LoRA to `output_dir`, and return the summary saved beside it."""
+        # What can befall one process alone lies outside of speak_as_one: no other would tell it.
+        with (
+            explain_out_of_memory(self.run.options, self.run.accelerator),
+            self._explain_dead_worker(),
+            speak_as_one(self.run.accelerator),
+            Interrupts(self.run.accelerator) as interrupts,
+        ):
+            try:
+                self._loop(interrupts)
+                return self.saver.finish()
+            finally:
+                keep_groups()
+                self.log.close()
+                self.lock.release()
+
+    def _loop(self, interrupts: Interrupts) -> None:
+        run, plan, progress = self.run, self.run.plan, self.run.progress
+        began, batches = time.perf_counter(), iter(run.train_dataloader)
+        if plan.first_step == 0:
+            self.sampler.before_first_step()
+        if run.random_states is not None:
+            restore_random_state(run.accelerator, run.random_states)
+        run.model.train()
+        with self._progress_bar() as bar:
+            for step in range(plan.first_step, plan.total_steps):
+                if progress.stopped_early:
+                    break
+                started, rate = time.perf_counter(), run.lr_scheduler.get_last_lr()[0]
+                micro_batches = [next(batches) for _ in plan.micro_batches(step)]
+                loss, grad_norm = self.update(micro_batches)
+                progress.global_step = step + 1
+                progress.seconds += time.perf_counter() - started
+                values = {"loss": loss, "learning_rate": rate, "grad_norm": grad_norm}
+                self.log.write(step + 1, plan.epoch_of(step), values)
+                bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.2e}", refresh=False)
+                bar.update()
+                self.evaluator.after_step(step)
+                self.sampler.after_step(step)
+                # Before the save, which then holds it; its own time is the next step's.
+                progress.wall_seconds += time.perf_counter() - began
+                began = time.perf_counter()
+                self.saver.after_step(step)
+                if interrupts.agreed():
+                    interrupts.leave(self.saver.save_interrupted())
+
+    def update(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, float]:
+        """Take one optimizer step; return the loss over its tokens on all processes, and the gradient's norm.
+
+        Each micro-batch's mean loss weighs as many tokens as it has, so the gradient is that of the mean over
+        the whole effective batch, however it is cut into micro-batches and processes.
+        """
+        run, accelerator = self.run, self.run.accelerator
+        tokens, losses = self._count(micro_batches), []
+        for index, micro_batch in enumerate(micro_batches):
+            with accumulate(accelerator, run.model, last=index == len(micro_batches) - 1):
+                inputs = move_batch(micro_batch.inputs, accelerator.device, self.dtype)
+                loss = run.model(**inputs).loss.float()
+                loss = loss * (micro_batch.label_tokens / max(tokens, 1))
+                losses.append(loss.detach())
+                # DistributedDataParallel takes the mean over processes where the sum is meant.
+                accelerator.backward(loss * accelerator.num_processes)
+        # Where no image of the step can be read any more there is nothing to learn and no loss.
+        loss = accelerator.reduce(torch.stack(losses).sum()).item() if tokens else math.nan
+        grad_norm = float(accelerator.clip_grad_norm_(self.parameters, run.options.max_grad_norm or math.inf))
+        self._step(micro_batches, loss, grad_norm)
+        return loss, grad_norm
+
+    def _step(self, micro_batches: Sequence[MicroBatch], loss: float, grad_norm: float) -> None:
+        run, scaled = self.run, self.run.accelerator.scaler is not None
+        good = self.health.is_good(loss, grad_norm)
+        if not good:
+            # The scaler would take a step without a loss, of gradients that are zero, for a good one.
+            run.optimizer.zero_grad()
+        # Under fp16 an overflow is ordinary: the scaler skips the step itself and lowers its scale.
+        if good or scaled:
+            with self.heap.stepping():
+                run.optimizer.step()
+        if good and not run.optimizer.step_was_skipped:
+            run.progress.last_loss = loss
+            self.health.check_alive()
+            run.lr_scheduler.step()
+            self.health.note_good(loss, micro_batches)
+        else:
+            overflow = scaled and math.isfinite(loss) and run.accelerator.scaler.get_scale() >= LEAST_SCALE
+            self.health.note_bad(loss, micro_batches, overflow)
+        run.optimizer.zero_grad()
+        self.heap.stepped()
+
+    def _count(self, micro_batches: Sequence[MicroBatch]) -> int:
+        """Note what this step reads and leaves out on all processes; return how many label tokens."""
+        accelerator, progress = self.run.accelerator, self.run.progress
+        errors = [error for m in micro_batches for error in m.errors]
+        tokens, images = sum(m.label_tokens for m in micro_batches), sum(len(m.files) for m in micro_batches)
+        counts = torch.tensor([tokens, images, len(errors)], device=accelerator.device)
+        if accelerator.num_processes > 1:
+            counts = accelerator.reduce(counts)
+        tokens, images, failed = counts.tolist()
+        for error in progress.note_errors(gather_object(errors)) if failed else ():
+            if accelerator.is_main_process:
+                tqdm.write(f"skipped {error}", file=sys.stderr)
+        progress.images += images
+        return tokens
+
+    @contextmanager
+    def _explain_dead_worker(self) -> Iterator[None]:
+        """Tell in one line that a worker died; torch raises it from wherever the loop happens to be."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            options = self.run.options
+            raise CaptionTrainError(
+                f"--num_workers {options.num_workers}: a process that reads images died, most likely of too "
+                f"little memory; use fewer; {describe_latest(options.output_dir)}"
+            ) from error
+
+    def _progress_bar(self) -> tqdm:
+        plan, accelerator = self.run.plan, self.run.accelerator
+        return tqdm(
+            total=plan.total_steps,
+            initial=plan.first_step,
+            desc="training",
+            unit="step",
+            disable=not accelerator.is_local_main_process,
+        )

@@ -1,0 +1,245 @@
+"""What a run will hold in memory, and the cheapest flags with which it fits a budget.
+
+Weights, gradients and optimizer state are counted from shapes. Activations are measured in a forward pass
+that keeps none of them, so that a plan needs little more memory than the weights.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from caption_train.adapters.quantization import HEADS
+from caption_train.config.compatibility import check
+from caption_train.config.training import TrainOptions
+from caption_train.training.memory.activations import Activations
+from caption_train.training.optim.state_size import count_gradients, count_state, find_embeddings
+
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a weight: 4 bits, an 8-bit scale for every 64 weights, a 32-bit one for every 256 of those."""
+HALF = ("bf16", "fp16")
+KEPT = 0.4
+"""What glibc keeps of what was freed, on a CPU, in units of all activations, recomputed ones too;
+measured on BLIP and Florence-2 (benchmarks/plan.py)."""
+MAPPED = 2**25
+"""Allocations from this size on have pages of their own."""
+MARGIN = 1.2
+"""What a run may take of its plan (benchmarks/plan.py): flags are only said to fit if that much is there."""
+SAME_SIZE = 0.05
+"""Weights are as large as their file but for the LoRA, which the file has not, and for buffers."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes a run holds. libraries: the process without a model, on a CPU. loading: as the file is read.
+
+    kept: what the process keeps of what was freed, until the step. first_gradient: the largest, of word
+    embeddings, whose head comes first in the backward pass. stepping: what the optimizer makes of a weight
+    while it changes it.
+    """
+
+    libraries: int
+    loading: int
+    weights: int
+    gradients: int
+    state: int
+    activations: int
+    kept: int
+    first_gradient: int
+    stepping: int
+    accumulates: bool
+
+    @property
+    def peak(self) -> int:
+        """The most that is held at once: activations go as gradients come, unless earlier ones wait."""
+        passing = self.activations + self.kept + self.first_gradient
+        passing = passing + self.gradients if self.accumulates else max(passing, self.gradients)
+        held = self.weights + self.state + max(passing, self.gradients + self.stepping)
+        return self.libraries + max(self.loading, held)
+
+    def fits(self, budget: int) -> bool:
+        """Tell whether a run fits even where the plan is as low as one was when it was measured."""
+        return self.peak * MARGIN <= budget
+
+
+@dataclass(frozen=True)
+class Saver:
+    """Flags that save memory, and what they cost in speed or quality, roughly, to find the cheapest set."""
+
+    flags: str
+    changes: Mapping[str, Any]
+    cost: int
+
+
+def find_savers(options: TrainOptions) -> list[Saver]:
+    """Return the savers that are not in use yet."""
+    savers = []
+    if options.mixed_precision not in HALF:
+        savers.append(Saver("--mixed_precision bf16", {"mixed_precision": "bf16"}, 1))
+    if options.optimizer_name == "AdamW":
+        savers.append(Saver("--optimizer_name AdamW8bit", {"optimizer_name": "AdamW8bit"}, 1))
+    if options.batch_size > 1:
+        steps = options.batch_size * options.gradient_accumulation_steps
+        changes = {"batch_size": 1, "gradient_accumulation_steps": steps}
+        savers.append(Saver(f"--batch_size 1 --gradient_accumulation_steps {steps}", changes, 2))
+    if not options.gradient_checkpointing:
+        savers.append(Saver("--gradient_checkpointing", {"gradient_checkpointing": True}, 3))
+    if options.quantize is None:
+        savers.append(Saver("--quantize", {"quantize": "4bit"}, 4))
+    if not options.accumulation_compression:
+        changes = {"optimizer_name": "Flora", "accumulation_compression": True}
+        savers.append(Saver("--optimizer_name Flora --accumulation_compression", changes, 5))
+    return savers
+
+
+class Planner:
+    """Plans runs from one model in memory, as `--train_method` makes it trainable and not quantized.
+
+    parts: the family's. activations: of one image, in full precision ("no"), in half ("bf16"), and in half on
+    a base of which only what would be quantized is half ("quantized"). file: the checkpoint's bytes, which
+    the process holds too while it reads them, on a CPU.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parts: Mapping[str, str],
+        activations: Mapping[str, Activations],
+        *,
+        libraries: int = 0,
+        file: int = 0,
+        device: str = "cpu",
+        processes: int = 1,
+    ) -> None:
+        self.model = model
+        self.parts = parts
+        self.activations = activations
+        self.libraries = libraries
+        self.file = file
+        self.device = device
+        self.processes = processes
+        self.embeddings = find_embeddings(model)
+
+    def plan(self, options: TrainOptions) -> Plan:
+        """Return what a run with these options holds."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        gradients = count_gradients(options, trained)
+        # DistributedDataParallel holds all gradients a second time, in the buckets it sends.
+        buckets = gradients if self.processes > 1 and not options.accumulation_compression else 0
+        weights = self.count_weights(options)
+        # Weights of the file's own dtype are its pages; others are made from them.
+        is_copied = abs(weights - self.file) > SAME_SIZE * self.file
+        return Plan(
+            libraries=self.libraries,
+            loading=weights + (self.file if is_copied else 0),
+            weights=weights,
+            gradients=gradients + buckets,
+            state=count_state(options, trained, self.embeddings),
+            activations=self._count_activations(options),
+            kept=self._count_kept(options),
+            first_gradient=4 * max((p.numel() for p in trained), default=0),
+            stepping=self._count_stepping(options, trained),
+            accumulates=options.gradient_accumulation_steps > 1,
+        )
+
+    def find_cheapest(self, options: TrainOptions, budget: int) -> tuple[TrainOptions, Plan, list[str]]:
+        """Return options, plan and flags of the cheapest savers that fit in `budget` bytes.
+
+        When none do, the plan is the smallest there is and its peak is above the budget.
+        """
+        candidates = []
+        for chosen in _subsets(find_savers(options)):
+            changed = replace(options, **{k: v for saver in chosen for k, v in saver.changes.items()})
+            if not check(changed, device=self.device):
+                candidates.append((sum(saver.cost for saver in chosen), self.plan(changed), changed, chosen))
+        fitting = [candidate for candidate in candidates if candidate[1].fits(budget)]
+        if fitting:
+            _, plan, changed, chosen = min(fitting, key=lambda c: (c[0], c[1].peak))
+        else:
+            _, plan, changed, chosen = min(candidates, key=lambda c: (c[1].peak, c[0]))
+        return changed, plan, [saver.flags for saver in chosen]
+
+    def _count_activations(self, options: TrainOptions) -> int:
+        is_half = options.mixed_precision in HALF
+        kind = self._find_kind(options)
+        checkpointing = options.gradient_checkpointing or options.activation_checkpointing
+        held = self.activations[kind].held(checkpointing=checkpointing) * options.batch_size
+        if checkpointing and is_half and options.train_method == "full":
+            # Autocast keeps the half-precision copy of every weight until the forward pass is over.
+            copies = sum(2 * p.numel() for p in self.model.parameters() if p.requires_grad and p.dim() > 1)
+            inputs = self.activations[kind].held(checkpointing=True, recomputing=False) * options.batch_size
+            held = max(held, inputs + copies)
+        return int(held)
+
+    def _count_kept(self, options: TrainOptions) -> int:
+        if self.device != "cpu":
+            return 0
+        sizes = [size * options.batch_size for size in self.activations[self._find_kind(options)].tensors]
+        if options.gradient_checkpointing or options.activation_checkpointing:
+            # A block's are freed before the next block's come, and large ones go back to the system at once.
+            sizes = [size for size in sizes if size < MAPPED]
+        return int(KEPT * sum(sizes))
+
+    @staticmethod
+    def _find_kind(options: TrainOptions) -> str:
+        if options.mixed_precision not in HALF:
+            return "no"
+        return "bf16" if options.quantize is None else "quantized"
+
+    def _count_stepping(self, options: TrainOptions, trained: Sequence[nn.Parameter]) -> int:
+        """Return the bytes the optimizer works with on the largest weight. AdamW is fused and needs none."""
+        largest = max((p.numel() for p in trained), default=0)
+        if options.optimizer_name == "Flora":
+            # The update and what is read of the momentum; the gradient too, if it was compressed.
+            return (12 if options.accumulation_compression else 8) * largest
+        if options.optimizer_name.endswith("8bit") and self.device == "cpu":
+            # Both moments, the gradient and two steps of the update in float32; on a GPU one kernel does it.
+            return 20 * largest
+        return 0
+
+    def count_weights(self, options: TrainOptions) -> int:
+        """Return the bytes of all weights, held as `--quantize`, `--dtype` and `--mixed_precision` say."""
+        is_lora = options.train_method == "lora"
+        auto = 2 if is_lora and options.mixed_precision in HALF else 4
+        frozen = {"float32": 4, "bfloat16": 2, "float16": 2}.get(options.dtype, auto)
+        if options.quantize:
+            frozen = 4
+        quantized = find_quantized(self.model, self.parts, options)
+        total = 0.0
+        for p in self.model.parameters():
+            if p.requires_grad and is_lora:
+                total += 4 * p.numel()
+            elif p not in quantized:
+                total += frozen * p.numel()
+            elif options.quantize == "4bit":
+                total += NF4_BYTES * p.numel()
+            else:
+                total += p.numel() + 4 * p.shape[0]
+        return int(total)
+
+
+def find_quantized(model: nn.Module, parts: Mapping[str, str], options: TrainOptions) -> set[nn.Parameter]:
+    """Return the weights that `--quantize` packs, in the parts it is asked for."""
+    if options.quantize is None:
+        return set()
+    names = options.quantize_parts or parts
+    kept = [pattern for name, pattern in parts.items() if name not in names]
+    found = set()
+    for name, module in model.named_modules():
+        plain = name.removeprefix("base_model.model.").removesuffix(".base_layer")
+        is_kept = plain.endswith(HEADS) or any(re.fullmatch(pattern, plain) for pattern in kept)
+        if isinstance(module, nn.Linear) and ".lora_" not in name and not is_kept:
+            found.add(module.weight)
+    return found
+
+
+def _subsets(savers: Sequence[Saver]) -> Iterator[tuple[Saver, ...]]:
+    """Yield every choice of savers in which no two set the same flag."""
+    for count in range(len(savers) + 1):
+        for chosen in itertools.combinations(savers, count):
+            names = [name for saver in chosen for name in saver.changes]
+            if len(names) == len(set(names)):
+                yield chosen

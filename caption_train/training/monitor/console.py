@@ -1,0 +1,75 @@
+"""What a training run prints: its resolved settings at the start, what became of them at the end."""
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from accelerate import Accelerator
+from rich.console import Console
+from rich.table import Table
+
+from caption_train.adapters.model_card import name_flag
+from caption_train.adapters.record import TrainingRecord
+from caption_train.config.compatibility import SHARDED
+from caption_train.config.training import TrainOptions
+from caption_train.training.distributed.fsdp import describe_launch
+from caption_train.training.run.batch_plan import BatchPlan
+
+GIB = 1024**3
+
+
+def print_settings(
+    options: TrainOptions, record: TrainingRecord, plan: BatchPlan, accelerator: Accelerator
+) -> None:
+    """Print every setting that is not a default with where it came from, the defaults, and what follows."""
+    table = Table("setting", "value", "from", box=None, title="settings", title_justify="left")
+    defaults = []
+    for f in fields(options):
+        if "help" not in f.metadata:
+            continue
+        value = getattr(options, f.name)
+        shown = " ".join(value) if isinstance(value, list) else str(value)
+        if f.name in options.sources:
+            table.add_row(f.name, shown, options.sources[f.name])
+        elif value not in (None, False, [], ""):
+            defaults.append(f"{f.name} {shown}")
+    console = Console(stderr=True, markup=False, highlight=False)
+    console.print(table)
+    console.print("defaults: " + " · ".join(defaults), style="dim")
+    way = SHARDED.get(describe_launch(accelerator))
+    sharded = f", sharded by {way}" if way else ""
+    share = record.trainable_parameters / record.total_parameters
+    console.print(
+        f"{record.trainable_parameters:,} of {record.total_parameters:,} parameters are trained "
+        f"({share:.2%})\n"
+        f"{record.dataset['pairs']:,} image/caption pairs, effective batch size {plan.effective_batch_size} "
+        f"({plan.batch_size} images × {plan.accumulation_steps} micro-batches × {plan.num_processes} "
+        f"processes), {plan.total_steps:,} steps in {plan.epochs} epochs\n"
+        f"on {accelerator.device}{sharded}, mixed precision {accelerator.mixed_precision}, "
+        f"prompt {record.prompt or 'none'}"
+    )
+
+
+def print_summary(summary: Mapping[str, Any], options: TrainOptions, script: str) -> None:
+    """Print how the run ended and the command that uses what it made."""
+    # A command that is wrapped cannot be pasted.
+    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    loss = "" if summary["loss"] is None else f"last loss {summary['loss']:.4f}, "
+    console.print(
+        f"{summary['global_step']:,} steps in {summary['wall_seconds']:,.1f} s, "
+        f"{summary['images_per_second']:.1f} images/s, {loss}"
+        f"peak memory {summary['peak_memory_bytes'] / GIB:.2f} GiB"
+    )
+    if summary["best_step"] is not None:
+        name = options.metric_for_best
+        console.print(f"best validation {name} {summary[f'best_{name}']:.4f}, at step {summary['best_step']}")
+    if summary["skipped_steps"]:
+        console.print(f"{summary['skipped_steps']} steps were skipped: loss or gradient was not finite")
+    for reason in summary["skipped_files"]:
+        console.print(f"skipped {reason}")
+    folder = options.output_dir
+    command = shlex.join(
+        ["python", script, name_flag(options.train_method), str(folder), "--images", "FOLDER"]
+    )
+    console.print(f"saved to {folder}; caption with:\n  {command}")

@@ -1,0 +1,120 @@
+"""Whether a run is learning anything: dead modules, losses that are not finite, losses that jump."""
+
+import math
+import sys
+from collections.abc import Sequence
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+
+from caption_train.errors import CaptionTrainError
+from caption_train.training.checkpoints.find import describe_latest
+from caption_train.training.run.batches import MicroBatch
+from caption_train.training.run.run import Run
+
+MEMORY = 0.95
+"""How much of the running loss a step keeps: it looks back about twenty steps."""
+
+SPIKE = 6.0
+"""A loss this many standard deviations above the running one is a spike."""
+
+WARM_UP = 20
+"""Steps before there is a running loss to judge by."""
+
+PATIENCE = 20
+"""Steps that a LoRA module has to move in where blocks are left out at random; elsewhere it is the first."""
+
+
+class Health:
+    """Judges every step of a `Run`. All processes come to the same judgement."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.untried = copy_lora_b(run.model) if run.progress.global_step < PATIENCE else {}
+        self.tries = 0
+
+    def is_good(self, loss: float, grad_norm: float) -> bool:
+        """Return whether a step with this loss and gradient may be taken."""
+        return math.isfinite(loss) and math.isfinite(grad_norm)
+
+    def note_good(self, loss: float, micro_batches: Sequence[MicroBatch]) -> None:
+        """Note that a step was taken; say so when its loss jumped, with the files in it."""
+        progress = self.run.progress
+        progress.bad_steps = 0
+        if progress.loss_mean is None:
+            progress.loss_mean = loss
+        deviation = loss - progress.loss_mean
+        if progress.global_step >= WARM_UP and deviation > SPIKE * math.sqrt(progress.loss_variance):
+            self._say(
+                f"step {progress.global_step + 1}: loss {loss:.4f} jumped from about "
+                f"{progress.loss_mean:.4f}; files: {self._list_files(micro_batches)}"
+            )
+        progress.loss_mean += (1 - MEMORY) * deviation
+        progress.loss_variance = MEMORY * (progress.loss_variance + (1 - MEMORY) * deviation**2)
+
+    def note_bad(self, loss: float, micro_batches: Sequence[MicroBatch], overflow: bool) -> None:
+        """Note that a step was not taken. Raises CaptionTrainError after `--max_bad_steps` in a row.
+
+        overflow: fp16's loss scaling was too high, which it mends itself; such a step is not a bad one.
+        """
+        progress, most = self.run.progress, self.run.options.max_bad_steps
+        progress.skipped_steps += 1
+        if overflow:
+            return
+        progress.bad_steps += 1
+        files = self._list_files(micro_batches)
+        step = progress.global_step + 1
+        reason = f"loss or gradient was not finite (loss {loss})" if files else "no image could be read"
+        if progress.bad_steps >= most:
+            raise CaptionTrainError(
+                f"--max_bad_steps: {most} steps in a row could not be taken up to step {step}: {reason}"
+                + (f"; files: {files}; lower --learning_rate or set --max_grad_norm; " if files else "; ")
+                + describe_latest(self.run.options.output_dir)
+            )
+        self._say(f"step {step} skipped: {reason}" + (f"; files: {files}" if files else ""))
+
+    def check_alive(self) -> None:
+        """Stop when a LoRA module did not move at the first step: it never would, and nobody would know.
+
+        Stochastic depth leaves a block out of a step, all of it where one image is a batch: Florence-2's
+        vision tower, in training. Its modules have some steps to move in.
+        """
+        if not self.untried or self.run.lr_scheduler.get_last_lr()[0] == 0:
+            return
+        dead = find_dead_modules(self.run.model, self.untried)
+        self.untried = {name: b for name, b in self.untried.items() if name_module(name) in set(dead)}
+        self.tries += 1
+        skips = any(getattr(module, "drop_prob", 0) for module in self.run.model.modules())
+        if dead and self.tries >= (PATIENCE if skips else 1):
+            raise CaptionTrainError(
+                f"--target_modules: {len(dead)} LoRA modules get no gradient and would stay untrained: "
+                + ", ".join(dead)
+            )
+
+    def _list_files(self, micro_batches: Sequence[MicroBatch]) -> str:
+        return ", ".join(gather_object([file for m in micro_batches for file in m.files]))
+
+    def _say(self, line: str) -> None:
+        if self.run.accelerator.is_main_process:
+            print(f"\n{line}", file=sys.stderr)
+
+
+def copy_lora_b(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return a copy of every `lora_B`, to compare with after the first step."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_B" in name}
+
+
+def find_dead_modules(model: nn.Module, before: dict[str, torch.Tensor]) -> list[str]:
+    """Return the names of the modules whose `lora_B` an optimizer step left as it was in `before`.
+
+    `lora_B` starts at zero and has a gradient at once, `lora_A` only from the second step on.
+    """
+    now = {name: p for name, p in model.named_parameters() if name in before}
+    same = [name for name, value in before.items() if torch.equal(now[name], value)]
+    return [name_module(name) for name in same]
+
+
+def name_module(name: str) -> str:
+    """Return the name in the base of the module that a `lora_B` belongs to."""
+    return name.removeprefix("base_model.model.").partition(".lora_B")[0]

@@ -1,0 +1,78 @@
+"""Looking at what a model in training writes: sample captions beside their references."""
+
+import textwrap
+from collections.abc import Sequence
+
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from caption_train.data.images import ImageError, open_image
+from caption_train.data.pairs import Pair
+from caption_train.families.base import Family
+from caption_train.training.distributed.fsdp import whole
+from caption_train.training.monitor.log import RunLog, Sample
+from caption_train.training.monitor.validation import caption_images
+from caption_train.training.run.batch_plan import is_due
+from caption_train.training.run.data import TrainingData
+from caption_train.training.run.run import Run
+
+COUNT = 4
+
+
+class Sampler:
+    """Captions the same few images before the first step and every `--sample_every_n_…`.
+
+    They are the first validation images, kept in memory: a file that goes away cannot stop a run for its
+    preview. Only where none are held out are they images that are trained on, and are called so.
+    """
+
+    def __init__(self, run: Run, family: Family, data: TrainingData, log: RunLog) -> None:
+        pairs, self.note = data.validation, ""
+        if not pairs:
+            pairs, self.note = data.train, " (images that are trained on: --validation_split holds some out)"
+        self.run, self.family, self.log = run, family, log
+        self.images: list[tuple[Pair, Image.Image]] = []
+        options = run.options
+        self.wanted = bool(options.sample_every_n_steps or options.sample_every_n_epochs)
+        for pair in pairs[:COUNT] if self.wanted else ():
+            try:
+                self.images.append((pair, open_image(pair.image)))
+            except ImageError:
+                continue
+
+    def before_first_step(self) -> None:
+        """Caption once untrained, if samples were asked for: what training is compared with."""
+        if self.wanted:
+            self.sample(0)
+
+    def after_step(self, step: int) -> None:
+        """Caption if the 0-based optimizer step just taken is due."""
+        options, plan, done = self.run.options, self.run.plan, step + 1
+        ends_epoch = done % plan.steps_per_epoch == 0
+        if is_due(options.sample_every_n_steps, done) or (
+            ends_epoch and is_due(options.sample_every_n_epochs, plan.epoch_of(step))
+        ):
+            self.sample(done)
+
+    def sample(self, step: int) -> None:
+        """Caption the images, print and log them; the training's random numbers stay as they were."""
+        pairs, images = [pair for pair, _ in self.images], [image for _, image in self.images]
+        with whole(self.run.model):
+            if not self.run.accelerator.is_main_process:
+                return
+            captions = caption_images(self.run, self.family, images, [pair.prompt for pair in pairs])
+        samples = [
+            Sample(pair.image.name, image, pair.caption, caption)
+            for pair, image, caption in zip(pairs, images, captions, strict=True)
+        ]
+        print_samples(f"samples at step {step}{self.note}", samples)
+        self.log.write_samples(step, samples)
+
+
+def print_samples(title: str, samples: Sequence[Sample]) -> None:
+    """Print a table: file, reference, generated."""
+    table = Table("file", "reference", "generated", title=title, title_justify="left")
+    for sample in samples:
+        table.add_row(*(textwrap.shorten(t, 160) for t in (sample.file, sample.reference, sample.generated)))
+    Console(stderr=True, markup=False).print(table)

@@ -1,0 +1,177 @@
+"""How good the model in training is on images it does not train on, and when to stop."""
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from PIL import Image
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from caption_train.data.images import ImageError, open_image
+from caption_train.data.pairs import Pair
+from caption_train.families.base import Batch, Family
+from caption_train.metrics.coco import score_captions
+from caption_train.system.devices import find_dtype, move_batch
+from caption_train.system.signals import ignore_in_worker
+from caption_train.training.distributed.fsdp import whole
+from caption_train.training.monitor.log import RunLog
+from caption_train.training.run.batch_plan import is_due
+from caption_train.training.run.batches import CaptionDataset, Collate
+from caption_train.training.run.run import Run
+
+MAX_NEW_TOKENS = 64
+
+
+class Evaluator:
+    """Measures loss and caption metrics on fixed validation pairs, and remembers the best step."""
+
+    def __init__(
+        self,
+        run: Run,
+        family: Family,
+        pairs: Sequence[Pair],
+        log: RunLog,
+        collate_fn: Callable[[Sequence[dict]], Batch],
+    ) -> None:
+        self.run, self.family, self.pairs, self.log, self.collate_fn = run, family, pairs, log, collate_fn
+
+    def after_step(self, step: int) -> None:
+        """Evaluate if the 0-based optimizer step just taken is due: every epoch unless told otherwise."""
+        if not self.pairs:
+            return
+        options, plan, done = self.run.options, self.run.plan, step + 1
+        every_epochs = options.eval_every_n_epochs
+        if not (every_epochs or options.eval_every_n_steps):
+            every_epochs = 1
+        ends_epoch = done % plan.steps_per_epoch == 0
+        if is_due(options.eval_every_n_steps, done) or (
+            ends_epoch and is_due(every_epochs, plan.epoch_of(step))
+        ):
+            values = self.run.progress.evaluation = self.evaluate()
+            is_best = self._judge(values)
+            self.log.write(done, plan.epoch_of(step), {f"eval_{k}": v for k, v in values.items()})
+            self._say(done, values, is_best)
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the loss per token and the metrics asked for, over all processes."""
+        with whole(self.run.model):
+            values = {"loss": self._measure_loss()}
+            if self.run.options.metrics:
+                values |= self._score()
+        return values
+
+    def _measure_loss(self) -> float:
+        run, accelerator = self.run, self.run.accelerator
+        share = range(accelerator.process_index, len(self.pairs), accelerator.num_processes)
+        loader = DataLoader(
+            CaptionDataset(self.pairs),
+            batch_sampler=[[(0, index) for index in keys] for keys in _cut(share, run.plan.batch_size)],
+            collate_fn=Collate(self.collate_fn),
+            num_workers=run.options.num_workers,
+            worker_init_fn=ignore_in_worker,
+            generator=torch.Generator().manual_seed(0),
+        )
+        losses, tokens, errors = 0.0, 0, []
+        with evaluating(run) as model:
+            for batch in loader:
+                inputs = move_batch(batch.inputs, accelerator.device, find_dtype(model))
+                losses += model(**inputs).loss.item() * batch.label_tokens
+                tokens += batch.label_tokens
+                errors += batch.errors
+        shares = gather_object([(losses, tokens, errors)])
+        self._note_errors([error for share in shares for error in share[2]])
+        total = sum(share[1] for share in shares)
+        return sum(share[0] for share in shares) / total if total else math.nan
+
+    def _note_errors(self, errors: Sequence[str]) -> None:
+        for error in self.run.progress.note_errors(errors):
+            if self.run.accelerator.is_main_process:
+                tqdm.write(f"skipped {error}", file=sys.stderr)
+
+    def _score(self) -> dict[str, float]:
+        """Caption the first `--metric_samples` images; each is compared with all captions it has."""
+        run, accelerator = self.run, self.run.accelerator
+        references: dict[tuple[Path, str], list[str]] = {}
+        for pair in self.pairs:
+            key = pair.image, pair.prompt or run.record.prompt
+            references.setdefault(key, []).append(pair.caption)
+        keys = list(references)[: run.options.metric_samples]
+        rows = []
+        share = keys[accelerator.process_index :: accelerator.num_processes]
+        for part in _cut(share, run.plan.batch_size):
+            opened = {}
+            for path, prompt in part:
+                try:
+                    opened[path, prompt] = open_image(path)
+                except ImageError:
+                    # Named when the loss was measured.
+                    continue
+            captions = caption_images(run, self.family, list(opened.values()), [key[1] for key in opened])
+            rows += [(str(key), c, references[key]) for key, c in zip(opened, captions, strict=True)]
+        # In one order, so that sums do not depend on how many processes there are.
+        rows = sorted(gather_object(rows))
+        if not rows:
+            return {}
+        return score_captions([row[1] for row in rows], [row[2] for row in rows], run.options.metrics)
+
+    def _judge(self, values: dict[str, float]) -> bool:
+        """Remember a best value; note when there was none for `--early_stopping_patience` evaluations."""
+        run, progress = self.run, self.run.progress
+        name, patience = run.options.metric_for_best, run.options.early_stopping_patience
+        value, best = values.get(name, math.nan), progress.best_value
+        is_best = math.isfinite(value) and (
+            best is None or (value < best if name == "loss" else value > best)
+        )
+        if is_best:
+            progress.best_value, progress.best_step = value, progress.global_step
+            progress.evaluations_since_best = 0
+        else:
+            progress.evaluations_since_best += 1
+            progress.stopped_early = patience is not None and progress.evaluations_since_best >= patience
+        return is_best
+
+    def _say(self, step: int, values: dict[str, float], is_best: bool) -> None:
+        if not self.run.accelerator.is_main_process:
+            return
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        tqdm.write(f"step {step}: validation {scores}{' (best so far)' if is_best else ''}", file=sys.stderr)
+        if self.run.progress.stopped_early:
+            tqdm.write(
+                f"--early_stopping_patience: {self.run.options.metric_for_best} was best at step "
+                f"{self.run.progress.best_step}; stopping",
+                file=sys.stderr,
+            )
+
+
+@contextmanager
+def evaluating(run: Run) -> Iterator[torch.nn.Module]:
+    """Give the model without its wrapper, dropout off; leave training and its random numbers untouched."""
+    model, device = run.accelerator.unwrap_model(run.model), run.accelerator.device
+    model.eval()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+            yield model
+    finally:
+        model.train()
+
+
+def caption_images(
+    run: Run, family: Family, images: Sequence[Image.Image], prompts: Sequence[str | None]
+) -> list[str]:
+    """Caption images as they are trained on: with their own prompts, where None with the run's."""
+    if not images:
+        return []
+    with evaluating(run) as model:
+        batch = family.encode(run.processor, images, [prompt or run.record.prompt for prompt in prompts])
+        batch = move_batch(batch, run.accelerator.device, find_dtype(model))
+        generated = family.generate(model, run.processor, batch, max_new_tokens=MAX_NEW_TOKENS)
+    return [caption.text for caption in generated]
+
+
+def _cut(items: Sequence, size: int) -> list[Sequence]:
+    return [items[start : start + size] for start in range(0, len(items), size)]

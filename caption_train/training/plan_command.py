@@ -1,0 +1,141 @@
+"""`--plan`: print what a run would hold in memory, and what would make it fit `--memory_budget`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+
+from caption_train.config.training import TrainOptions, parse_bytes
+from caption_train.data.dataset import read_dataset
+from caption_train.data.images import open_image
+from caption_train.data.pairs import Pair
+from caption_train.families.base import Family
+from caption_train.system.memory import peak_memory, resident_memory
+from caption_train.training.distributed.accelerator import make_accelerator
+from caption_train.training.memory.activations import (
+    Activations,
+    cast_frozen,
+    measure_activations,
+    standing_for_packed,
+)
+from caption_train.training.memory.estimate import HALF, Plan, Planner, find_quantized
+from caption_train.training.model import load_trainable
+
+GIB = 2**30
+ROWS = {
+    "libraries": "Python and its libraries",
+    "loading": "while the model is read",
+    "weights": "weights",
+    "gradients": "gradients",
+    "state": "optimizer state",
+    "activations": "activations",
+    "kept": "freed, but kept",
+    "stepping": "the optimizer's work",
+}
+
+
+def plan_training(options: TrainOptions, family: Family) -> int:
+    """Print the plan for these options and return the exit code: 1 when nothing fits the budget."""
+    planner, options = make_planner(options, family)
+    plan = planner.plan(options)
+    console = Console(markup=False, highlight=False, quiet=not PartialState().is_main_process)
+    console.print(f"memory on {planner.device}, batch size {options.batch_size}:")
+    print_plan(plan, console)
+    if options.memory_budget is None:
+        return 0
+    budget = parse_bytes(options.memory_budget)
+    if plan.fits(budget):
+        console.print(f"fits in {options.memory_budget}, a fifth to spare")
+        return 0
+    _, smaller, flags = planner.find_cheapest(options, budget)
+    verdict = (
+        "fits, also if it takes a fifth more, with" if smaller.fits(budget) else "does not fit, not even with"
+    )
+    console.print(f"{options.memory_budget}: {verdict} {' '.join(flags)}:")
+    print_plan(smaller, console)
+    return 0 if smaller.fits(budget) else 1
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Print the parts that are not nothing, and the most that is held at once."""
+    for f in fields(plan):
+        if (
+            f.name in ROWS
+            and (size := getattr(plan, f.name))
+            and (f.name != "loading" or size > plan.weights)
+        ):
+            console.print(f"  {ROWS[f.name]:<26}{size / GIB:8.2f} GiB")
+    console.print(f"  {'at most, at once':<26}{plan.peak / GIB:8.2f} GiB")
+
+
+def make_planner(options: TrainOptions, family: Family) -> tuple[Planner, TrainOptions]:
+    """Load the model and measure one image's activations; return the options with the precision resolved."""
+    accelerator = make_accelerator(options)
+    options = replace(options, mixed_precision=accelerator.mixed_precision)
+    pairs = read_dataset(
+        options.dataset_dir,
+        caption_extensions=options.caption_extension,
+        follow_symlinks=options.follow_symlinks,
+    )
+    plain = replace(
+        options,
+        quantize=None,
+        quantize_parts=[],
+        gradient_checkpointing=False,
+        activation_checkpointing=False,
+    )
+    before = resident_memory()
+    model, processor = load_trainable(plain, family, accelerator, None)
+    prompt = options.prompt or options.task or family.default_prompt
+    collate_fn = family.make_collator(processor, prompt=prompt, max_length=options.max_length)
+    batch = collate_fn([_find_longest(pairs)])
+    on_cpu = accelerator.device.type == "cpu"
+    held = sum(p.nbytes for p in model.parameters())
+    # Nothing, where the file's pages are the weights: those are read when they are first used.
+    copied = peak_memory(torch.device("cpu")) - before - held
+    planner = Planner(
+        model,
+        family.parts,
+        _measure(model, family.parts, batch, options),
+        libraries=before if on_cpu else 0,
+        file=(copied if copied > held / 4 else held) if on_cpu else 0,
+        device=accelerator.device.type,
+        processes=accelerator.num_processes,
+    )
+    return planner, options
+
+
+def _measure(
+    model: torch.nn.Module, parts: Mapping[str, str], batch: dict[str, Any], options: TrainOptions
+) -> dict[str, Activations]:
+    """Return one image's activations as each set of flags would hold them that may be planned."""
+    model.train()
+    measured = {}
+    if options.mixed_precision not in HALF:
+        measured["no"] = measure_activations(model, _cast(batch, model))
+    is_lora = options.train_method == "lora"
+    with cast_frozen(model, torch.bfloat16 if is_lora else torch.float32):
+        measured["bf16"] = _measure_half(model, batch)
+    if is_lora:
+        packed = find_quantized(model, parts, replace(options, quantize=options.quantize or "4bit"))
+        with standing_for_packed(model, packed):
+            measured["quantized"] = _measure_half(model, batch)
+    return measured
+
+
+def _measure_half(model: torch.nn.Module, batch: dict[str, Any]) -> Activations:
+    with torch.autocast("cpu", torch.bfloat16):
+        return measure_activations(model, _cast(batch, model))
+
+
+def _cast(batch: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in batch.items()}
+
+
+def _find_longest(pairs: Sequence[Pair]) -> dict[str, Any]:
+    longest = max(pairs, key=lambda pair: len(pair.caption))
+    return {"image": open_image(longest.image)} | longest.texts

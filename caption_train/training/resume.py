@@ -1,0 +1,246 @@
+"""Which checkpoint a run goes on from, whether it is still the same run, and putting it where it stood."""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from caption_train.adapters.record import TRAINING_FILE, TrainingRecord
+from caption_train.config.training import TrainOptions
+from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.system.console import say
+from caption_train.system.files import copy_atomically
+from caption_train.training.checkpoints.find import (
+    BEST,
+    LAST,
+    MANIFEST,
+    STATE,
+    count_saves,
+    find_damage,
+    find_latest,
+    find_step,
+    follow,
+    is_checkpoint,
+    list_checkpoints,
+    point,
+)
+from caption_train.training.checkpoints.progress import Progress
+from caption_train.training.checkpoints.state import read_state
+from caption_train.training.checkpoints.store import write_checkpoint
+from caption_train.training.distributed.ranks import fail_together
+from caption_train.training.monitor.log import LOG_FILE
+from caption_train.training.run.run import Run
+
+MAY_CHANGE = {
+    *("model_id", "prompt", "task"),  # what they come to is in FACTS
+    *("dataset_dir", "caption_extension", "follow_symlinks", "validation_dir", "output_dir", "metrics"),
+    *("epochs", "num_workers", "device", "name", "log_with", "cache_converted", "plan", "memory_budget"),
+    *("resume", "resume_anyway", "keep_last", "max_bad_steps", "on_bad_data", "auto_batch_size"),
+    *("save_every_n_epochs", "save_every_n_steps", "sample_every_n_epochs", "sample_every_n_steps"),
+    *("eval_every_n_epochs", "eval_every_n_steps", "early_stopping_patience", "load_best_at_end"),
+}
+"""Options that a resumed run may change and still be the run it was; the data is known by its content."""
+
+FACTS = ("family", "revision", "prompt")
+
+FIXED = {
+    *("family", "--train_method", "--train_parts", "--target_modules", "--rank", "--dora"),
+    *("--optimizer_name", "--optimizer_rank", "--accumulation_compression", "--accumulation_rank"),
+}
+"""What decides which weights and what optimizer state there are: with another one nothing fits."""
+
+
+def find_resume_point(options: TrainOptions, accelerator: Accelerator) -> Path | None:
+    """Return the checkpoint that `--resume` means, or None to start anew. Damaged ones are named."""
+    if options.resume is None:
+        if found := list_checkpoints(options.output_dir):
+            say(
+                accelerator,
+                f"--output_dir {options.output_dir}: {found[0].name} of an earlier run is there, and stays; "
+                "this run starts anew (--resume auto goes on from there)",
+            )
+        return None
+    if options.resume == "auto":
+        checkpoint, passed = find_latest(options.output_dir)
+        for line in passed:
+            say(accelerator, f"--resume auto: {line}")
+        none = "none is whole" if passed else "no checkpoint yet"
+        say(accelerator, f"--resume auto: {checkpoint or none + '; starting anew'}")
+        return checkpoint
+    checkpoint = follow(Path(options.resume))
+    if not checkpoint.is_dir():
+        raise UsageError(f"--resume {options.resume}: there is no folder {checkpoint}")
+    if not is_checkpoint(checkpoint):
+        within = ", ".join(path.name for path in list_checkpoints(checkpoint))
+        hint = f"; the checkpoints in it are {within}" if within else " to go on from"
+        raise UsageError(f"--resume {options.resume}: has no training state{hint}")
+    if damage := find_damage(checkpoint):
+        raise CaptionTrainError(f"--resume {options.resume}: {damage}; try --resume auto")
+    return checkpoint
+
+
+def resume_run(run: Run, checkpoint: Path) -> None:
+    """Put a prepared run where its checkpoint stood. Random numbers come last, when the loop starts."""
+    options, accelerator, plan = run.options, run.accelerator, run.plan
+    check_same_model(checkpoint, run.record, accelerator, options.resume_anyway)
+    run.progress = progress = Progress.read(checkpoint / STATE)
+    plan.first_step = progress.global_step
+    if plan.total_steps < plan.first_step:
+        raise UsageError(
+            f"--epochs {options.epochs} ends at step {plan.total_steps}, {checkpoint} is at step "
+            f"{plan.first_step}"
+        )
+    saved = read_record(checkpoint)["options"]
+    changed = [name for name in SCHEDULE if saved.get(name) != getattr(options, name)]
+    if progress.total_steps != plan.total_steps and "epochs" not in changed:
+        changed.append("dataset_dir")
+    run.random_states, was = read_state(
+        checkpoint, accelerator, run.optimizer, run.lr_scheduler, anew=bool(changed)
+    )
+    if changed:
+        names = ", ".join(f"--{name} {saved.get(name)} → {getattr(options, name)}" for name in changed)
+        say(
+            accelerator,
+            f"--resume: {names}: training goes on from step {plan.first_step} to {plan.total_steps} (it was "
+            f"{progress.total_steps}), the learning rate along the new schedule: "
+            f"{run.lr_scheduler.get_last_lr()[0]:.3g} where the old one stood at {was:.3g}",
+        )
+    patience = options.early_stopping_patience
+    progress.stopped_early = patience is not None and progress.evaluations_since_best >= patience
+    if progress.stopped_early:
+        say(
+            accelerator,
+            f"--early_stopping_patience {patience}: the run had stopped at step {plan.first_step}",
+        )
+    _settle(run, checkpoint)
+
+
+SCHEDULE = ("epochs", "learning_rate", "scheduler", "warmup_steps", "weight_decay", "lora_plus_ratio")
+"""What the optimizer's rates follow from, beside the number of steps."""
+
+
+def _settle(run: Run, checkpoint: Path) -> None:
+    """Have `last` and `best` point at what they did at this checkpoint, brought along from another folder."""
+    accelerator, progress, output_dir = run.accelerator, run.progress, run.options.output_dir
+    best = None
+    with fail_together(accelerator):
+        if accelerator.is_main_process:
+            here = _bring(checkpoint, output_dir, is_newest=True)
+            log = checkpoint.parent / LOG_FILE
+            if here.parent.resolve() != checkpoint.parent and log.is_file():
+                copy_atomically(log, output_dir / LOG_FILE)
+            point(output_dir, LAST, here)
+            if progress.best_step is not None:
+                found = find_step(checkpoint.parent, progress.run_id, progress.best_step)
+                best = here if progress.best_step == progress.global_step else found
+            if best is not None:
+                best = _bring(best, output_dir)
+                point(output_dir, BEST, best)
+    if progress.best_step is not None and gather_object([best])[0] is None:
+        say(
+            accelerator, f"--resume: the best checkpoint, of step {progress.best_step}, is gone; seeking anew"
+        )
+        progress.best_step = progress.best_value = None
+
+
+def _bring(checkpoint: Path, output_dir: Path, *, is_newest: bool = False) -> Path:
+    """Return a checkpoint in `output_dir`, under a name of its own: this one, or a copy of it.
+
+    is_newest: it must be what `--resume auto` finds, even if this run is killed before it saves.
+    """
+    is_pointer = checkpoint.name in (LAST, BEST)
+    if checkpoint.parent.resolve() == output_dir.resolve() and not is_pointer:
+        here = output_dir / checkpoint.name
+        if not is_newest or find_latest(output_dir)[0] == here:
+            return here
+    name = f"step-{Progress.read(checkpoint / STATE).global_step:06d}" if is_pointer else checkpoint.name
+
+    def copy(folder: Path) -> None:
+        shutil.copytree(checkpoint, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
+        progress = Progress.read(folder / STATE)
+        progress.saves = count_saves(output_dir) + 1 if is_newest else 0
+        progress.write(folder / STATE)
+
+    return write_checkpoint(output_dir, name, copy)
+
+
+def read_record(checkpoint: Path) -> dict[str, Any]:
+    """Return what a checkpoint says of the run that saved it."""
+    try:
+        return json.loads((checkpoint / TRAINING_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CaptionTrainError(f"--resume {checkpoint}: {TRAINING_FILE} cannot be read: {error}") from error
+
+
+def adopt_batch_size(options: TrainOptions, checkpoint: Path) -> None:
+    """Go on with the batch that `--auto_batch_size` found when the run started."""
+    saved = read_record(checkpoint)["options"]
+    found = saved["batch_size"], saved["gradient_accumulation_steps"]
+    # Another effective batch is another run, and refused as one.
+    if math.prod(found) == options.batch_size * options.gradient_accumulation_steps:
+        options.batch_size, options.gradient_accumulation_steps = found
+
+
+def check_same_run(checkpoint: Path, record: TrainingRecord, accelerator: Accelerator, anyway: bool) -> None:
+    """Refuse to resume with another base, data or settings, naming each; other versions are only said."""
+    saved = read_record(checkpoint)
+    for name in sorted(record.versions.keys() | saved["versions"].keys()):
+        was, now = saved["versions"].get(name), record.versions.get(name)
+        if was != now:
+            say(accelerator, f"--resume: {name} was {was}, is {now}; numbers may differ")
+    differences = list_differences(saved, record)
+    if anyway and (fixed := [line for name, line in differences.items() if name in FIXED]):
+        raise UsageError(
+            f"--resume {checkpoint}: what was saved does not fit, --resume_anyway or not: {'; '.join(fixed)}"
+        )
+    _refuse(checkpoint, list(differences.values()), accelerator, anyway)
+
+
+def check_same_model(
+    checkpoint: Path, record: TrainingRecord, accelerator: Accelerator, anyway: bool
+) -> None:
+    """Refuse to resume when the hub has another base by now, or another number of parameters is trained."""
+    saved = read_record(checkpoint)
+    was, now = saved["trainable_parameters"], record.trainable_parameters
+    differences = [] if was == now else [f"{was:,} parameters were trained, now it is {now:,}"]
+    was, now = saved.get("base_commit"), record.base_commit
+    # A model trained whole goes on from its checkpoint alone.
+    if was and now and was != now and record.options["train_method"] == "lora":
+        differences.append(f"the commit of {record.base_model} was {was}, is {now}: add --revision {was}")
+    _refuse(checkpoint, differences, accelerator, anyway)
+
+
+def list_differences(saved: dict[str, Any], record: TrainingRecord) -> dict[str, str]:
+    """Return name → what differs between a saved record and this run's. Flags new to either pass."""
+    # Of a base in a folder what is in it counts, not where it lies.
+    by_content = bool(saved.get("base_fingerprint") and record.base_fingerprint)
+    was, now = _list_facts(saved, by_content), _list_facts(vars(record), by_content)
+    if record.revision is not None and record.revision == saved.get("base_commit"):
+        was["revision"] = was["--revision"] = record.revision
+    return {
+        name: f"{name} was {was[name]!r}, is {value!r}"
+        for name, value in now.items()
+        if name in was and was[name] != value
+    }
+
+
+def _list_facts(record: Mapping[str, Any], by_content: bool) -> dict[str, Any]:
+    base = {"base_model's content": "base_fingerprint"} if by_content else {"base_model": "base_model"}
+    facts = {shown: record.get(name) for shown, name in ({name: name for name in FACTS} | base).items()}
+    facts |= {f"dataset's {name}": value for name, value in (record.get("dataset") or {}).items()}
+    return facts | {f"--{name}": v for name, v in record["options"].items() if name not in MAY_CHANGE}
+
+
+def _refuse(checkpoint: Path, differences: list[str], accelerator: Accelerator, anyway: bool) -> None:
+    if differences and not anyway:
+        raise UsageError(
+            f"--resume {checkpoint}: not the run that was saved: {'; '.join(differences)} "
+            "(--resume_anyway goes on all the same)"
+        )
+    for difference in differences:
+        say(accelerator, f"--resume_anyway: {difference}")

@@ -1,0 +1,120 @@
+"""Images and captions as training batches. Legend: B images per micro-batch, T tokens."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from caption_train.data.images import ImageError, open_image
+from caption_train.data.pairs import Pair
+from caption_train.families.labels import count_label_tokens
+from caption_train.system.signals import ignore_in_worker
+from caption_train.training.run.batch_plan import BatchPlan, Key
+
+
+@dataclass
+class MicroBatch:
+    """What one process feeds the model at once.
+
+    inputs: the model's keyword arguments. files: the images in it. label_tokens: positions a loss is due on,
+    0 for a filler that keeps this process in step with the others. errors: why images were left out.
+    """
+
+    inputs: dict[str, Any]
+    files: list[str]
+    label_tokens: int
+    errors: list[str]
+
+    def pin_memory(self) -> "MicroBatch":
+        """Copy the tensors to page-locked memory; the DataLoader calls this."""
+        return replace(self, inputs={name: tensor.pin_memory() for name, tensor in self.inputs.items()})
+
+
+class CaptionDataset(Dataset):
+    """Pairs as `{"image": PIL.Image, "caption": str, "file": str}`, read by the key `(epoch, index)`.
+
+    An item of a pair with its own prompt has a `"prompt"` too.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        *,
+        seed: int = 0,
+        shuffle_captions: bool = False,
+        keep_tokens: int = 0,
+        caption_dropout: float = 0.0,
+    ) -> None:
+        self.pairs = pairs
+        self.seed = seed
+        self.shuffle_captions = shuffle_captions
+        self.keep_tokens = keep_tokens
+        self.caption_dropout = caption_dropout
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        epoch, index = key
+        pair = self.pairs[index]
+        item = pair.texts | {"file": str(pair.image), "caption": self.caption(epoch, index)}
+        try:
+            return item | {"image": open_image(pair.image)}
+        except ImageError as error:
+            return item | {"error": str(error)}
+
+    def caption(self, epoch: int, index: int) -> str:
+        """Return the caption as it is trained on in this epoch: tags shuffled, or all of it dropped."""
+        caption = self.pairs[index].caption
+        rng = random.Random(f"{self.seed} {epoch} {index}")
+        if rng.random() < self.caption_dropout:
+            return ""
+        if not self.shuffle_captions:
+            return caption
+        tags = [tag.strip() for tag in caption.split(",")]
+        kept, loose = tags[: self.keep_tokens], tags[self.keep_tokens :]
+        rng.shuffle(loose)
+        return ", ".join(kept + loose)
+
+
+@dataclass
+class Collate:
+    """Items → MicroBatch through a family's collator; unreadable images are left out and named."""
+
+    collate_fn: Callable[[Sequence[dict]], dict[str, Any]]
+
+    def __call__(self, items: Sequence[dict]) -> MicroBatch:
+        good = [item for item in items if "error" not in item]
+        errors = [item["error"] for item in items if "error" in item]
+        filler = {"image": Image.new("RGB", (32, 32)), "caption": ""}
+        inputs = self.collate_fn(good or [filler])
+        label_tokens = count_label_tokens(inputs["labels"]) if good else 0
+        return MicroBatch(inputs, [item["file"] for item in good], label_tokens, errors)
+
+
+def make_train_dataloader(
+    dataset: CaptionDataset,
+    plan: BatchPlan,
+    collate_fn: Callable[[Sequence[dict]], dict[str, Any]],
+    *,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Return the loader of all micro-batches that `plan` has left, in order, over the epochs' boundaries.
+
+    Its generator is its own, so that making an iterator draws nothing from the global random numbers and a
+    resumed run sees the ones that the uninterrupted run saw.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=plan,
+        collate_fn=Collate(collate_fn),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=ignore_in_worker,
+        generator=torch.Generator().manual_seed(0),
+    )

@@ -1,0 +1,179 @@
+"""The pairs a run trains on and those it is validated on, every image read once before training starts."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from caption_train.config.training import TrainOptions
+from caption_train.data.dataset import inspect_dataset
+from caption_train.data.images import check_images
+from caption_train.data.pairs import Pair
+from caption_train.data.split import fingerprint, split_by_content
+from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.system.console import printable, say, summarize
+from caption_train.training.distributed.ranks import check_agreement, fail_together
+
+NEED_VALIDATION = (
+    *("validation_split", "validation_dir", "eval_every_n_epochs", "eval_every_n_steps"),
+    *("metrics", "early_stopping_patience", "load_best_at_end"),
+)
+
+
+@dataclass
+class TrainingData:
+    """train, validation: good pairs. skipped: a line for each row or file left out, which names it.
+
+    digests: each image's SHA-256. pixels: how many each has.
+    """
+
+    train: list[Pair]
+    validation: list[Pair] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    digests: dict[Path, str] = field(default_factory=dict)
+    pixels: dict[Path, int] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what identifies the data wherever it lies: the order too, for batches depend on it."""
+        described = {
+            "pairs": len(self.train),
+            "fingerprint": fingerprint(self.train, self.digests),
+            "order": _hash_order(self.train),
+        }
+        if self.validation:
+            described |= {
+                "held-out pairs": len(self.validation),
+                "held-out fingerprint": fingerprint(self.validation, self.digests),
+                "held-out order": _hash_order(self.validation),
+            }
+        return described
+
+    def find_worst(self, count: int) -> list[Pair]:
+        """Return `count` pairs of the longest captions on the largest images, which need the most memory."""
+        longest = sorted(self.train, key=lambda pair: len(pair.caption), reverse=True)[:count]
+        largest = sorted(self.train, key=lambda pair: self.pixels.get(pair.image, 0), reverse=True)
+        return [replace(pair, image=other.image) for pair, other in zip(longest, largest, strict=False)]
+
+    def describe_cut(self, tokenizer: Any, max_length: int) -> str | None:
+        """Return a line on captions of more tokens than `--max_length`, or None."""
+        # A token has a byte at least: most captions need no counting.
+        long = [p for p in self.train + self.validation if len(p.caption.encode()) >= max_length]
+        counts = {p: len(tokenizer(p.caption, add_special_tokens=False).input_ids) + 1 for p in long}
+        cut = [pair for pair in long if counts[pair] > max_length]
+        if not cut:
+            return None
+        longest = max(cut, key=counts.__getitem__)
+        return (
+            f"--max_length {max_length}: {len(cut)} captions are longer and are cut, the longest of "
+            f"{counts[longest]:,} tokens in {printable(longest.source)}"
+        )
+
+
+def read_training_data(options: TrainOptions, accelerator: Accelerator) -> TrainingData:
+    """Read and check the dataset of a run.
+
+    Validation pairs are those of `--validation_dir`, those that `--validation_split` holds out, or the rows
+    that the metadata calls so. What is wrong is listed in one CaptionTrainError, or left out under
+    `--on_bad_data skip`.
+    """
+    with fail_together(accelerator):
+        data = _read(options)
+    if accelerator.num_processes > 1:
+        # Each image is read by one process for all, so they must mean the same ones.
+        check_agreement(accelerator, _list_rows(data))
+    _inspect_images(data, accelerator)
+    with fail_together(accelerator):
+        if options.validation_split:
+            data.train, data.validation = split_by_content(
+                data.train, options.validation_split, options.seed, data.digests
+            )
+        _judge(data, options, accelerator)
+    return data
+
+
+def _judge(data: TrainingData, options: TrainOptions, accelerator: Accelerator) -> None:
+    """Raise where the data cannot be trained on as asked; else say what was left out."""
+    if data.skipped and options.on_bad_data == "stop":
+        headline = f"{len(data.skipped)} bad rows or files (--on_bad_data skip leaves them out):"
+        raise CaptionTrainError(summarize(headline, data.skipped, limit=None))
+    if data.skipped:
+        headline = f"--on_bad_data skip: {len(data.skipped)} left out:"
+        say(accelerator, summarize(headline, data.skipped, limit=None))
+    if not data.train:
+        raise UsageError(f"--dataset_dir {options.dataset_dir}: no pair is left to train on")
+    if options.validation_split and not data.validation:
+        raise UsageError(
+            f"--validation_split {options.validation_split}: all images are copies of one another, which are "
+            "never split; give --validation_dir"
+        )
+    asking = [name for name in NEED_VALIDATION if getattr(options, name)]
+    if asking and not data.validation:
+        raise UsageError(
+            f"--{asking[0]} needs validation images: give --validation_split 0.1 or --validation_dir, or "
+            "name a split in metadata.jsonl"
+        )
+
+
+def _read(options: TrainOptions) -> TrainingData:
+    pairs, problems = _inspect(options, options.dataset_dir)
+    train = [pair for pair in pairs if pair.split == "train"]
+    validation = [pair for pair in pairs if pair.split == "validation"]
+    if validation and (options.validation_split or options.validation_dir):
+        raise UsageError(
+            f"--dataset_dir {options.dataset_dir}: {len(validation)} rows are held out for validation "
+            "already; drop --validation_split or --validation_dir"
+        )
+    if options.validation_dir:
+        validation, more = _inspect(options, options.validation_dir)
+        validation = [replace(pair, split="validation") for pair in validation]
+        problems += more
+    return TrainingData(train, validation, problems)
+
+
+def _inspect(options: TrainOptions, folder: Path) -> tuple[list[Pair], list[str]]:
+    return inspect_dataset(
+        folder,
+        caption_extensions=options.caption_extension,
+        follow_symlinks=options.follow_symlinks,
+        split=None,
+    )
+
+
+def _list_rows(data: TrainingData) -> dict[str, str]:
+    """Return image → a hash of its size and what is said of it: what no process can see of another's disk."""
+    rows: dict[str, list] = {}
+    for pair in data.train + data.validation:
+        with suppress(OSError):
+            rows.setdefault(str(pair.image), [pair.image.stat().st_size])
+        rows.setdefault(str(pair.image), []).append((pair.caption, pair.prompt, pair.split))
+    return {
+        f"{name} with its caption": hashlib.sha256(repr(row).encode()).hexdigest()[:8]
+        for name, row in rows.items()
+    }
+
+
+def _inspect_images(data: TrainingData, accelerator: Accelerator) -> None:
+    """Read and decode every image once, each process its share; leave pairs of bad ones out."""
+    images = sorted({pair.image for pair in data.train + data.validation})
+    share = images[accelerator.process_index :: accelerator.num_processes]
+    bad = {}
+    for image, found in gather_object(list(zip(share, check_images(share, accelerator), strict=True))):
+        if isinstance(found, str):
+            bad[image] = found
+        else:
+            data.digests[image], data.pixels[image] = found
+    data.train = [pair for pair in data.train if pair.image not in bad]
+    data.validation = [pair for pair in data.validation if pair.image not in bad]
+    data.skipped += [bad[image] for image in sorted(bad)]
+
+
+def _hash_order(pairs: Sequence[Pair]) -> str:
+    root = os.path.commonpath([pair.image.parent.absolute() for pair in pairs])
+    names = "\n".join(os.path.relpath(pair.image, root) for pair in pairs)
+    return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:16]

@@ -1,0 +1,35 @@
+"""The parts of one training run, which loop, saver and sampler share."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from accelerate import Accelerator
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, ProcessorMixin
+
+from caption_train.adapters.record import TrainingRecord
+from caption_train.config.training import TrainOptions
+from caption_train.training.checkpoints.progress import Progress
+from caption_train.training.run.batch_plan import BatchPlan
+
+
+@dataclass
+class Run:
+    """Everything prepared. Plan and loader start at the step that `progress` stands at.
+
+    random_states: each process's random numbers there, to be restored when the loop starts; None at step 0.
+    """
+
+    options: TrainOptions
+    record: TrainingRecord
+    accelerator: Accelerator
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    optimizer: Optimizer
+    lr_scheduler: LRScheduler
+    plan: BatchPlan
+    train_dataloader: DataLoader
+    progress: Progress = field(default_factory=Progress)
+    random_states: list[dict[str, Any]] | None = None
