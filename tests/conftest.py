@@ -9,26 +9,22 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from functools import cache
-from pathlib import Path
 
 import hypothesis
 import pytest
 
 from caption_train.errors import UsageError
+from tests.fixtures.sample_set import CAPTIONS
 
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-CAPTIONS = {"red": "red", "green": "green, large", "blue": "blue, small star", "white": "white, small, large"}
-"""Colour of a picture → its caption; lengths differ, so that a batch has padding."""
-
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
     """`tiny_base("blip")`: the folder of a family's tiny base; what is not in examples/ is made once."""
-    from tests.tiny_bases import find_or_save_base
+    from tests.fixtures.bases import find_or_save_base
 
     return cache(lambda family: find_or_save_base(family, tmp_path_factory.mktemp(f"{family}-tiny")))
 
@@ -36,7 +32,7 @@ def tiny_base(tmp_path_factory):
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """The folder of a BLIP with random weights and no dropout, to compare runs on."""
-    from tests.tiny_runs import save_base
+    from tests.fixtures.runs import save_base
 
     return save_base("blip", tmp_path_factory.mktemp("base"))
 
@@ -70,7 +66,7 @@ def train(tiny_base, pairs_folder, tmp_path_factory):
 @pytest.fixture(scope="session")
 def overfitted(train):
     """`overfitted("blip")`: a LoRA that knows the four pictures by heart, trained at the first call."""
-    from tests.tiny_bases import OVERFIT
+    from tests.fixtures.bases import OVERFIT
 
     flags = ["--batch_size", "4", "--rank", "32", "--dropout", "0", "--seed", "0"]
     return cache(lambda family: train(family, *flags, *OVERFIT[family]))

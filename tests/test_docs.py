@@ -7,7 +7,8 @@ import subprocess
 import pytest
 
 from caption_train.cli.commands import caption_main, compile_main, export_main, train_main
-from tests.conftest import CAPTIONS, REPOSITORY
+from tests.fixtures.paths import REPOSITORY
+from tests.fixtures.sample_set import CAPTIONS
 
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("examples/*.md")])
 MAINS = {

@@ -1,21 +1,21 @@
 """The embedded default: scenes, the sample set and the tiny bases."""
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from tests.fixtures.paths import REPOSITORY
 
-from examples.sample_set import COUNTS, write_sample_set  # noqa: E402
-from examples.scenes import draw_scene, place_things, sample_scene  # noqa: E402
-from examples.styles import RANDOM_STYLES, STYLES, TRIGGER, write_caption  # noqa: E402
+sys.path.insert(0, str(REPOSITORY))
 
-BASES = ROOT / "examples" / "bases"
-SHAPES = ROOT / "examples" / "shapes"
+from examples.sample_set import COUNTS, write_sample_set
+from examples.scenes import draw_scene, place_things, sample_scene
+from examples.styles import RANDOM_STYLES, STYLES, TRIGGER, write_caption
+
+BASES = REPOSITORY / "examples" / "bases"
+SHAPES = REPOSITORY / "examples" / "shapes"
 MAX_BASE_BYTES = 8_000_000
 
 
@@ -98,7 +98,7 @@ def load_base(name, monkeypatch):
     if name == "florence2-tiny":
         from examples.tiny_florence import FLORENCE as family
     elif name == "moondream-tiny":
-        import caption_train.families.moondream_processor  # noqa: F401  (makes it known to the auto classes)
+        import caption_train.families.moondream.processor  # noqa: F401  (makes it known to the auto classes)
         from examples.pretrain_moondream import MOONDREAM as family
     else:
         from examples.tiny_blip import BLIP as family

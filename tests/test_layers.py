@@ -9,7 +9,7 @@ from graphlib import TopologicalSorter
 import pytest
 
 from caption_train.families import FAMILIES
-from tests.conftest import REPOSITORY
+from tests.fixtures.paths import REPOSITORY
 
 PACKAGE = REPOSITORY / "caption_train"
 SCRIPTS = sorted(path.name for path in REPOSITORY.glob("*.py"))

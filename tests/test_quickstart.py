@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from scripts.quickstart_report import exact_match, main, read_references
-from tests.conftest import REPOSITORY
+from tests.fixtures.paths import REPOSITORY
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import pytest
 
 from caption_train.cli.commands import caption_main, compile_main, train_main
 from caption_train.families import get_family
-from tests.conftest import CAPTIONS, REPOSITORY
+from tests.fixtures.paths import REPOSITORY
+from tests.fixtures.sample_set import CAPTIONS
 
 FLORENCE_TARGETS = ["qkv", "proj", "k_proj", "v_proj", "q_proj", "out_proj"]
 BLIP_TARGETS = [

@@ -1,6 +1,7 @@
 """One weight's step of Flora, Adafactor whose momentum is a random projection, in little memory.
 
-The formulas, seeds and roundings are those of the package flora-opt, bit for bit (tests/test_flora_step.py),
+The formulas, seeds and roundings are those of the package flora-opt, bit for bit
+(tests/training/optim/test_flora_step.py),
 which holds up to five copies of a weight while it steps; here there are two, and the gradient.
 """
 

@@ -1,0 +1,270 @@
+"""The captioning job on a family without a model: what is captioned, kept, skipped, written and said."""
+
+import json
+import os
+import signal
+import sys
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from caption_train.captioning.job import caption_folder
+from caption_train.config.captioning import CaptionOptions
+from caption_train.errors import CaptionTrainError, UsageError
+from tests.fixtures.fake_family import FakeFamily
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Seven images from black to white, 0.png … 6.png."""
+    for level in range(7):
+        Image.new("RGB", (8, 6), (level * 42,) * 3).save(tmp_path / f"{level}.png")
+    return tmp_path
+
+
+def run(family, images, **options):
+    settings = {"images": [str(images)], "num_workers": 0, "batch_size": 2} | options
+    return caption_folder(CaptionOptions(**settings), family)
+
+
+def captions(folder, extension=".txt"):
+    return {path.name: path.read_text().strip() for path in sorted(folder.glob(f"*{extension}"))}
+
+
+def test_captions_go_to_the_terminal_in_order(folder, capsys):
+    assert run(FakeFamily(), folder) == 0
+    out, err = capsys.readouterr()
+    assert [line.split(": ")[0] for line in out.splitlines()] == [str(folder / f"{i}.png") for i in range(7)]
+    assert "0.png: say dark" in out
+    assert "6.png: say white" in out
+    assert "7 images captioned" in err
+    assert captions(folder) == {}
+
+
+def test_captions_are_written_beside_the_images(folder):
+    assert run(FakeFamily(), folder, save_captions=True, caption_extension="caption") == 0
+    assert captions(folder, ".caption")["0.caption"] == "say dark"
+    assert len(captions(folder, ".caption")) == 7
+
+
+def test_an_existing_caption_is_kept_and_not_captioned_again(folder, capsys):
+    (folder / "3.txt").write_text("by hand")
+    family = FakeFamily()
+    run(family, folder, save_captions=True)
+    assert captions(folder)["3.txt"] == "by hand"
+    assert sum(family.model.batches) == 6
+    assert "1 kept" in capsys.readouterr().err
+
+
+def test_overwrite_captions_all_again(folder):
+    (folder / "3.txt").write_text("by hand")
+    family = FakeFamily()
+    run(family, folder, save_captions=True, overwrite=True)
+    assert captions(folder)["3.txt"] == "say grey"
+    assert sum(family.model.batches) == 7
+
+
+def test_nothing_is_loaded_when_all_have_captions(folder):
+    run(FakeFamily(), folder, save_captions=True)
+    family = FakeFamily()
+    assert run(family, folder, save_captions=True) == 0
+    assert family.loaded == []
+
+
+def test_unreadable_images_are_named_and_the_rest_captioned(folder, capsys):
+    (folder / "2.png").write_bytes(b"no image")
+    (folder / "5.png").write_bytes(b"")
+    assert run(FakeFamily(), folder) == 1
+    assert len(capsys.readouterr().out.splitlines()) == 5
+    assert run(FakeFamily(), folder, save_captions=True) == 1
+    err = capsys.readouterr().err
+    assert "2 images could not be read" in err
+    assert str(folder / "2.png") in err
+    assert str(folder / "5.png") in err
+    assert sorted(captions(folder)) == ["0.txt", "1.txt", "3.txt", "4.txt", "6.txt"]
+
+
+def test_a_batch_of_unreadable_images_only_is_skipped(folder):
+    for name in ("0.png", "1.png"):
+        (folder / name).write_bytes(b"no image")
+    family = FakeFamily()
+    assert run(family, folder, save_captions=True) == 1
+    assert family.model.batches == [2, 2, 1]
+
+
+def test_names_missing_from_a_list_are_named_and_the_rest_captioned(folder, capsys):
+    (folder / "list.txt").write_text("0.png\ngone.png\n1.png\n")
+    assert run(FakeFamily(), folder / "list.txt") == 1
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2
+    assert "gone.png: there is no such file" in err
+    assert "list.txt:2" in err
+
+
+def test_workers_and_batches_change_no_caption(folder):
+    for number, settings in enumerate(({"batch_size": 1}, {"batch_size": 5}, {"num_workers": 2})):
+        run(FakeFamily(), folder, output=folder / f"{number}.jsonl", **settings)
+    texts = [(folder / f"{number}.jsonl").read_text() for number in range(3)]
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_sampling_depends_on_the_seed_and_the_image_alone(folder):
+    sampled = {"temperature": 5.0, "seed": 1}
+    variants = (sampled, sampled | {"batch_size": 7}, sampled | {"seed": 2})
+    for number, settings in enumerate(variants):
+        run(FakeFamily(), folder, output=folder / f"{number}.jsonl", **settings)
+    run(FakeFamily(), folder / "4.png", output=folder / "alone.jsonl", **sampled)
+    texts = [(folder / f"{number}.jsonl").read_text() for number in range(3)]
+    assert texts[0] == texts[1] != texts[2]
+    assert (folder / "alone.jsonl").read_text() == texts[0].splitlines(keepends=True)[4]
+
+
+def test_what_was_finished_survives_an_interrupt_and_the_next_run_goes_on(folder, capsys):
+    output = folder / "captions.jsonl"
+    assert run(FakeFamily(KeyboardInterrupt()), folder, save_captions=True, output=output) == 130
+    assert "Interrupted: 4 of 7" in capsys.readouterr().err
+    assert len(captions(folder)) == len(output.read_text().splitlines()) == 4
+    family = FakeFamily()
+    assert run(family, folder, save_captions=True, output=output) == 0
+    assert sum(family.model.batches) == 3
+    names = [json.loads(line)["file_name"] for line in output.read_text().splitlines()]
+    assert names == [f"{level}.png" for level in range(7)]
+
+
+def test_sigterm_ends_the_run_as_an_interrupt_does(folder):
+    class Sigterm(FakeFamily):
+        def generate(self, *arguments, **settings):
+            if len(self.model.batches) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().generate(*arguments, **settings)
+
+    assert run(Sigterm(), folder, save_captions=True) == 143
+    assert len(captions(folder)) == 2
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_an_error_keeps_what_was_finished(folder):
+    output = folder / "captions.jsonl"
+    with pytest.raises(CaptionTrainError, match=r"--batch_size 2.*bfloat16"):
+        run(FakeFamily(RuntimeError("CUDA out of memory. Tried")), folder, output=output)
+    assert len(output.read_text().splitlines()) == 4
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(folder, monkeypatch):
+    def fill(path, content):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("caption_train.captioning.outputs.write_atomically", fill)
+    output = folder / "captions.jsonl"
+    with pytest.raises(CaptionTrainError, match=r"0\.txt: cannot be written: No space left on device"):
+        run(FakeFamily(), folder, save_captions=True, output=output)
+    assert not output.exists()
+
+
+def test_a_usage_error_in_a_worker_keeps_its_message(folder):
+    with pytest.raises(UsageError) as caught:
+        run(FakeFamily(), folder, prompt="refused", num_workers=1)
+    assert str(caught.value) == "--prompt: refused"
+
+
+def test_a_worker_that_is_killed_is_one_line_that_names_the_flag(folder):
+    with pytest.raises(CaptionTrainError, match="--num_workers"):
+        run(FakeFamily(), folder, prompt="die", num_workers=1)
+
+
+def test_prefix_suffix_and_trigger_frame_the_caption(folder):
+    run(FakeFamily(), folder / "0.png", prefix="a ", suffix=", photo", trigger="zwx", save_captions=True)
+    assert captions(folder) == {"0.txt": "zwx, a say dark, photo"}
+
+
+def test_remarks_are_counted_and_written(folder, capsys):
+    output = folder / "captions.jsonl"
+    run(FakeFamily(), folder, output=output, max_token_length=1)
+    assert "7 reached the token limit without an end" in capsys.readouterr().err
+    assert json.loads(output.read_text().splitlines()[0])["remarks"] == ["cut"]
+
+
+def test_answers_are_written_with_the_captions(folder):
+    class Answering(FakeFamily):
+        def parse_answer(self, text, prompt, size):
+            return {"boxes": [[0, 0, *size]]} if "dark" in text else None
+
+    run(Answering(), folder, output=folder / "captions.jsonl")
+    rows = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
+    assert rows[0]["answer"] == {"boxes": [[0, 0, 8, 6]]}
+    assert "answer" not in rows[6]
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "fake/large"}))
+    training = {"family": "fake", "base_model": "fake/large", "revision": "abc", "prompt": "speak"}
+    (folder / "training.json").write_text(json.dumps(training))
+    return folder
+
+
+def test_an_adapter_brings_its_base_revision_and_prompt(folder, adapter, monkeypatch, capsys):
+    # Importing PEFT takes longer than all other tests here.
+    lora = SimpleNamespace(load_adapter=lambda model, folder, family: model)
+    monkeypatch.setitem(sys.modules, "caption_train.adapters.lora", lora)
+    family = FakeFamily()
+    run(family, folder / "0.png", peft_model=adapter)
+    assert [loaded[:2] for loaded in family.loaded] == [("fake/large", "abc")]
+    assert "speak dark" in capsys.readouterr().out
+
+
+def test_an_adapter_of_another_base_is_refused_before_loading(folder, adapter):
+    family = FakeFamily()
+    with pytest.raises(UsageError, match="trained on fake/large"):
+        run(family, folder, peft_model=adapter, base_model="fake/base")
+    assert family.loaded == []
+
+
+def test_an_adapter_of_another_family_is_refused_before_loading(folder, adapter):
+    (adapter / "training.json").write_text(json.dumps({"family": "other"}))
+    with pytest.raises(UsageError, match="trained on other, not on fake"):
+        run(FakeFamily(), folder, peft_model=adapter)
+
+
+def test_answers_are_drawn_on_copies_that_keep_names_and_formats(folder):
+    class Drawing(FakeFamily):
+        def parse_answer(self, text, prompt, size):
+            return {"boxes": []} if "white" in text else None
+
+        def draw_answer(self, image, answer):
+            return Image.new("RGB", image.size, "red")
+
+    (folder / "sub").mkdir()
+    Image.new("RGB", (4, 4), "white").save(folder / "sub" / "w.JPG")
+    original = (folder / "6.png").read_bytes()
+    run(Drawing(), folder, recursive=True, visualize=folder / "drawn")
+    drawn = [path.relative_to(folder / "drawn").as_posix() for path in (folder / "drawn").rglob("*.*")]
+    assert sorted(drawn) == ["6.png", "sub/w.JPG"]
+    with Image.open(folder / "drawn/sub/w.JPG") as image:
+        assert (image.format, image.getpixel((0, 0))[0] > 250) == ("JPEG", True)
+    assert (folder / "6.png").read_bytes() == original
+    Image.new("RGB", (4, 4)).save(folder / "sub" / "6.png")
+    for target in (folder, folder / "sub"):
+        with pytest.raises(UsageError, match="would replace the images"):
+            run(Drawing(), folder, recursive=True, visualize=target)
+
+
+def test_a_list_of_nothing_draws_nothing(folder):
+    class Drawing(FakeFamily):
+        draw_answer = None
+
+    (folder / "list.txt").write_text("gone.png\n")
+    assert run(Drawing(), folder / "list.txt", visualize=folder / "drawn") == 1
+
+
+def test_visualize_needs_a_family_that_draws(folder):
+    with pytest.raises(UsageError, match="--visualize"):
+        run(FakeFamily(), folder, visualize=folder / "drawn")
+
+
+def test_an_unknown_device_is_refused_by_flag(folder):
+    with pytest.raises(UsageError, match="--device quantum"):
+        run(FakeFamily(), folder, device="quantum")

@@ -1,0 +1,62 @@
+"""Where errors become exit codes."""
+
+import subprocess
+import sys
+
+import pytest
+
+from caption_train.cli.exit_codes import run
+from caption_train.errors import CaptionTrainError, UsageError
+from tests.fixtures.paths import REPOSITORY
+
+
+def raising(error):
+    def work():
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (CaptionTrainError("a.png is broken"), 1, "a.png is broken"),
+        (UsageError("--rank is required"), 2, "--rank is required"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_a_user_can_cause_is_a_line_and_a_code(error, code, said, capsys):
+    assert run(raising(error)) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f": {said}")
+
+
+def test_every_line_of_a_message_names_the_program(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/train.py"])
+    assert run(raising(UsageError("one\ntwo"))) == 2
+    assert capsys.readouterr().err == "train.py: one\ntrain.py: two\n"
+
+
+def test_running_out_of_memory_says_which_flags_help(capsys):
+    import torch
+
+    assert run(raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "out of memory" in line and "--gradient_checkpointing" in line and "--quantize" in line
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run(raising(ZeroDivisionError()))
+
+
+def test_the_works_own_code_is_returned():
+    assert run(lambda: 3) == 3
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    """`script | head -1`: what head leaves unread ends the script quietly."""
+    code = "from caption_train.cli import run; run(lambda: [print('x' * 999) for _ in range(9999)] and 0)"
+    command = f'"{sys.executable}" -c "{code}" | head -c 1'
+    done = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("x", "")

@@ -1,0 +1,95 @@
+"""Several processes caption a folder as one would."""
+
+import os
+import subprocess
+import sys
+import weakref
+
+import pytest
+from PIL import Image
+from torch import distributed
+
+from caption_train.system.processes import Processes
+from tests.fixtures.forked import start_ranks
+from tests.fixtures.paths import REPOSITORY
+
+WORKER = REPOSITORY / "tests" / "fixtures" / "caption_on_ranks.py"
+
+
+def start(*arguments, ranks):
+    """Run the worker; with several ranks under torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    launcher = torchrun if ranks > 1 else []
+    return subprocess.run(
+        [sys.executable, *launcher, str(WORKER), *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for level in range(7):
+        Image.new("RGB", (8, 6), (level * 42,) * 3).save(tmp_path / f"{level}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("work", "code", "said"),
+    [
+        ("lambda: print('done') or 0", 0, "done"),
+        ("lambda: sys.exit(3)", 3, ""),
+        ("lambda: 1 / 0", 1, "ZeroDivisionError"),
+    ],
+)
+def test_one_of_several_ends_without_freeing_anything(work, code, said):
+    script = (
+        "import atexit, sys; from caption_train.cli import run; "
+        f"atexit.register(lambda: print('freed')); sys.exit(run({work}))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert said in done.stdout + done.stderr and "freed" not in done.stdout
+
+
+def test_a_group_that_is_left_is_not_freed(tmp_path):
+    def work() -> None:
+        distributed.init_process_group("gloo")
+        group = weakref.ref(distributed.group.WORLD)
+        Processes(count=2).leave()
+        assert not distributed.is_initialized() and group() is not None
+
+    log = tmp_path / "log"
+    assert [rank.wait() for rank in start_ranks(2, work, log)] == [0, 0], log.read_text()
+
+
+def test_two_processes_write_what_one_writes(folder):
+    assert start(folder, folder / "one.jsonl", ranks=1).returncode == 0
+    done = start(folder, folder / "two.jsonl", "save", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "two.jsonl").read_text() == (folder / "one.jsonl").read_text()
+    assert len(list(folder.glob("*.txt"))) == 7
+    assert done.stderr.count("7 images captioned") == 1
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
+def test_two_processes_print_in_order_and_name_unreadable_images_once(folder):
+    for name in ("3.png", "4.png"):
+        (folder / name).write_bytes(b"no image")
+    done = start(folder, "-", ranks=2)
+    assert done.returncode == 1
+    assert [line.split(": ")[1] for line in done.stdout.splitlines()] == [
+        *("say dark", "say dark", "say grey"),
+        *("say bright", "say white"),
+    ]
+    assert done.stderr.count("4.png: not an image") == 1
+
+
+def test_a_single_process_shares_with_itself():
+    processes = Processes()
+    assert processes.share(lambda: 3) == 3
+    assert processes.gather("mine") == ["mine"]

@@ -1,0 +1,81 @@
+"""Runs killed with -9 again and again, against one that was left alone."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures.forked import start, start_ranks
+from tests.fixtures.kills import HARD, die_at
+from tests.fixtures.runs import assert_same_run, make_options, train, write_pairs
+
+OPTIMIZERS = {
+    "AdamW with workers": {"num_workers": 2},
+    "every weight": {"train_method": "full", "learning_rate": 1e-4},
+    "AdamW8bit": {"optimizer_name": "AdamW8bit", "target_modules": ["mlp.fc1", "mlp.fc2"]},
+    "Flora": {"optimizer_name": "Flora", "optimizer_rank": 2},
+    "FloraAccelerator": {
+        "optimizer_name": "Flora",
+        "optimizer_rank": 2,
+        "accumulation_compression": True,
+        "accumulation_rank": 2,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return write_pairs(tmp_path_factory.mktemp("pairs"), 10)
+
+
+@pytest.fixture
+def make(base, pairs, tmp_path):
+    def make(output="out", **changes):
+        return make_options("blip", base, pairs, tmp_path / output, **changes)
+
+    return make
+
+
+def kill_and_resume(options, moments, log: Path) -> None:
+    """Train `options` through a kill at each of the moments to the end."""
+    for moment in moments:
+
+        def work(moment=moment):
+            die_at(*moment)
+            train("blip", options)
+
+        assert start(work, log).wait() == -signal.SIGKILL, log.read_text()
+        options.resume = "auto"
+    assert start(lambda: train("blip", options), log).wait() == 0, log.read_text()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_run_killed_three_times_ends_with_the_same_bits(name, make, tmp_path):
+    changes = {**HARD, **OPTIMIZERS[name]}
+    log = tmp_path / "log"
+    assert start(lambda: train("blip", make("whole", **changes)), log).wait() == 0, log.read_text()
+    moments = [("after the gradient", 2), ("writing a file", 2), ("before the pointer", 1)]
+    kill_and_resume(make("killed", **changes), moments, log)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert not list((tmp_path / "killed").glob(".partial-*"))
+
+
+def test_two_processes_killed_together_end_with_the_same_bits(make, tmp_path):
+    changes = {**HARD, "epochs": 1, "save_every_n_steps": 1}
+    log = tmp_path / "log"
+
+    def work(output: str, moment=None, **more) -> None:
+        if moment is not None:
+            die_at(*moment)
+        train("blip", make(output, **changes, **more))
+
+    ranks = start_ranks(2, lambda: work("whole"), log)
+    assert [rank.wait() for rank in ranks] == [0, 0], log.read_text()
+    ranks = start_ranks(2, lambda: work("killed", ("after the gradient", 2)), log)
+    assert [rank.wait() for rank in ranks] == [-signal.SIGKILL] * 2, log.read_text()
+    ranks = start_ranks(2, lambda: work("killed", resume="auto"), log)
+    assert [rank.wait() for rank in ranks] == [0, 0], log.read_text()
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    ranks = start_ranks(1, lambda: work("killed", resume="auto"), log)
+    assert [rank.wait() for rank in ranks] == [2]
+    assert "saved by 2 processes, this run has 1" in log.read_text()

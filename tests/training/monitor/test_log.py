@@ -1,0 +1,126 @@
+"""The log of a run, and the picture made of it."""
+
+import json
+import math
+import signal
+from types import SimpleNamespace
+
+import pytest
+from accelerate import Accelerator
+from PIL import Image
+
+from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.training.checkpoints.progress import Progress
+from caption_train.training.monitor import log
+from caption_train.training.monitor.curve import CURVE_FILE, draw_curve
+from caption_train.training.monitor.log import LOG_FILE, RunLog
+from caption_train.training.monitor.trackers import check_trackers, start_trackers
+from tests.fixtures.forked import start
+from tests.fixtures.kills import die_at
+from tests.fixtures.runs import make_options, save_base, train, write_pairs
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+def read(folder) -> list[dict]:
+    # A strict reader: NaN is not JSON.
+    def refuse(name):
+        raise ValueError(name)
+
+    return [json.loads(line, parse_constant=refuse) for line in (folder / LOG_FILE).read_text().splitlines()]
+
+
+def write_log(accelerator, folder, first_step=0) -> None:
+    log = RunLog(accelerator, folder, first_step)
+    for step in range(first_step + 1, 6):
+        loss = math.nan if step == 3 else 1 / step
+        log.write(step, 1, {"loss": loss, "learning_rate": 0.1, "grad_norm": math.inf})
+        if step == 4:
+            log.write(step, 1, {"eval_loss": 0.5})
+    log.file.close()
+
+
+def test_what_is_no_number_is_null(accelerator, tmp_path):
+    write_log(accelerator, tmp_path)
+    assert read(tmp_path)[2] == {"step": 3, "epoch": 1, "loss": None, "learning_rate": 0.1, "grad_norm": None}
+
+
+def test_a_resumed_run_goes_on_after_its_step_and_after_half_a_line(accelerator, tmp_path):
+    write_log(accelerator, tmp_path)
+    whole = read(tmp_path)
+    with (tmp_path / LOG_FILE).open("a") as file:
+        file.write('{"step": 6, "ep')
+    write_log(accelerator, tmp_path, first_step=2)
+    assert read(tmp_path) == whole
+
+
+def test_a_full_disk_is_told_in_one_line(accelerator, tmp_path):
+    log = RunLog(accelerator, tmp_path)
+    log.file = open("/dev/full", "wb", buffering=0)  # noqa: PTH123, SIM115
+    with pytest.raises(CaptionTrainError, match=r"could not save log\.jsonl: the disk is full"):
+        log.write(1, 1, {"loss": 1.0})
+
+
+def test_the_curve_is_drawn_from_a_log_with_gaps(accelerator, tmp_path):
+    pytest.importorskip("matplotlib")
+    write_log(accelerator, tmp_path)
+    draw_curve(tmp_path)
+    with Image.open(tmp_path / CURVE_FILE) as image:
+        assert image.format == "PNG" and image.width > 500
+        assert len(image.convert("RGB").getcolors(10**6)) > 50, "nothing was drawn"
+
+
+def test_wandb_without_a_login_is_refused_before_a_run_starts(monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(wandb, "login", lambda **settings: False)
+    with pytest.raises(UsageError, match=r"--log_with wandb: .*`wandb login`.*WANDB_MODE=offline"):
+        check_trackers("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_trackers("wandb")
+
+
+def test_what_wandb_raises_when_it_starts_is_one_line(tmp_path):
+    wandb = pytest.importorskip("wandb")
+
+    def fail(*arguments):
+        raise wandb.errors.CommError("no route\nto host")
+
+    with pytest.raises(UsageError, match=r"--log_with wandb: no route; run `wandb login`"):
+        start_trackers(SimpleNamespace(init_trackers=fail), "name", {}, Progress())
+
+
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(log, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="pip install tensorboard"):
+        check_trackers("tensorboard")
+    check_trackers(None)
+
+
+def test_trackers_go_on_with_the_run_that_was_killed(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    base, pairs = save_base("blip", tmp_path / "base"), write_pairs(tmp_path / "pairs", 6)
+    options = make_options("blip", base, pairs, tmp_path / "out", log_with="all", save_every_n_steps=2)
+
+    def work() -> None:
+        die_at("after the gradient", 4)
+        train("blip", options)
+
+    assert start(work, tmp_path / "log").wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
+    options.resume = "auto"
+    assert start(lambda: train("blip", options), tmp_path / "log").wait() == 0, (tmp_path / "log").read_text()
+
+    (folder,) = {path.parent for path in (tmp_path / "out" / "caption-train").glob("events.*")}
+    events = reader.EventAccumulator(str(folder)).Reload()
+    logged = [(line["step"], pytest.approx(line["loss"])) for line in read(tmp_path / "out")]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == logged
+    assert [step for step, _ in logged] == [1, 2, 3, 4, 5, 6]
+    assert len([*folder.rglob("hparams.yml")]) == 1, "settings are told once"
+
+    run_id = Progress.read(tmp_path / "out" / "last" / "state").run_id
+    assert [f.name for f in (tmp_path / "wandb").glob("offline-run-*/*.wandb")] == [f"run-{run_id}.wandb"] * 2

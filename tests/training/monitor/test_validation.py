@@ -1,0 +1,151 @@
+"""Validation: what it measures, and what follows from it."""
+
+import json
+import math
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from caption_train.data.images import open_image
+from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.families import get_family
+from caption_train.families.labels import count_label_tokens
+from caption_train.training.monitor.validation import Evaluator
+from caption_train.training.prepare import prepare_training
+from tests.fixtures.forked import start_ranks
+from tests.fixtures.runs import make_options, read_log, train, write_pairs
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return write_pairs(tmp_path_factory.mktemp("pairs"), 8)
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory):
+    return write_pairs(tmp_path_factory.mktemp("held out"), 5, seed=1)
+
+
+@pytest.fixture
+def make(base, pairs, held_out, tmp_path):
+    def make(output="out", **changes):
+        options = {"validation_dir": held_out, "epochs": 1, "batch_size": 4, **changes}
+        return make_options("blip", base, pairs, tmp_path / output, **options)
+
+    return make
+
+
+def read_evaluations(output_dir) -> list[dict]:
+    return [line for line in read_log(output_dir) if "eval_loss" in line]
+
+
+def test_the_loss_is_per_token_and_without_dropout(make):
+    trainer = prepare_training(make(dropout=0.5), get_family("blip"))
+    evaluator, run = trainer.evaluator, trainer.run
+    run.model.train()
+    before = torch.get_rng_state()
+    values = evaluator.evaluate()
+    assert run.model.training and torch.equal(torch.get_rng_state(), before)
+    run.model.eval()
+    total = tokens = 0
+    for pair in evaluator.pairs:
+        batch = evaluator.collate_fn([{"image": open_image(pair.image), "caption": pair.caption}])
+        # BLIP's first label is the token it starts from, which no loss is due on.
+        count = count_label_tokens(batch["labels"])
+        total, tokens = total + run.model(**batch).loss.item() * count, tokens + count
+    assert values == {"loss": pytest.approx(total / tokens, rel=1e-2)}
+
+
+def test_validation_happens_every_epoch_and_the_best_is_kept_and_pointed_at(make, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(Evaluator, "evaluate", lambda self: {"loss": next(losses)})
+    options = make(epochs=3, load_best_at_end=True)
+    summary = train("blip", options)
+    out = options.output_dir
+    assert [line["step"] for line in read_evaluations(out)] == [2, 4, 6]
+    assert (summary["best_step"], summary["best_loss"]) == (4, 1.0)
+    best, last = (out / "best").resolve(), (out / "last").resolve()
+    assert best.name.startswith("epoch-0002") and last.name.startswith("epoch-0003")
+    assert sorted(p.name for p in out.glob("epoch-*")) == [best.name, last.name]
+    published = load_file(out / "adapter_model.safetensors")
+    for name, weight in load_file(best / "adapter_model.safetensors").items():
+        assert torch.equal(published[name], weight)
+
+
+def test_a_run_stops_once_it_gets_no_better(make, monkeypatch):
+    losses = iter([1.0, 2.0, math.nan, 0.0])
+    monkeypatch.setattr(Evaluator, "evaluate", lambda self: {"loss": next(losses)})
+    options = make(epochs=4, early_stopping_patience=2)
+    summary = train("blip", options)
+    assert summary["stopped_early"] and summary["global_step"] == 6
+    assert json.loads((options.output_dir / "summary.json").read_text())["best_step"] == 2
+
+
+def test_a_run_that_stopped_early_stays_stopped(make, monkeypatch):
+    losses = iter([1.0, 2.0])
+    monkeypatch.setattr(Evaluator, "evaluate", lambda self: {"loss": next(losses)})
+    first = train("blip", make(epochs=4, early_stopping_patience=1))
+    again = train("blip", make(epochs=4, early_stopping_patience=1, resume="auto"))
+    assert again["stopped_early"] and again["global_step"] == first["global_step"] == 4
+
+
+def test_without_an_image_left_to_validate_on_nothing_is_the_best(make, held_out, tmp_path):
+    own = shutil.copytree(held_out, tmp_path / "own")
+    trainer = prepare_training(make(validation_dir=own, metrics=["cider"]), get_family("blip"))
+    shutil.rmtree(own)
+    summary = trainer.train()
+    assert summary["best_step"] is None and len(summary["skipped_files"]) == 5
+    json.loads((trainer.run.options.output_dir / "summary.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_samples_are_of_validation_images_before_the_first_step_too(make, capsys):
+    train("blip", make(sample_every_n_epochs=1))
+    words = capsys.readouterr().err
+    for title in ("samples at step 0", "samples at step 2"):
+        shown = words.partition(title)[2].partition("└")[0]
+        assert [line for line in shown.splitlines() if ".png" in line] and "trained on" not in shown
+
+
+def test_samples_of_images_that_are_trained_on_are_called_so(make, capsys):
+    train("blip", make(validation_dir=None, sample_every_n_epochs=1))
+    assert "samples at step 0 (images that are trained on" in capsys.readouterr().err
+
+
+def test_captions_are_scored_and_the_score_can_tell_the_best(make):
+    options = make(metrics=["cider", "exact_match"], metric_for_best="cider", metric_samples=3)
+    summary = train("blip", options)
+    (evaluation,) = read_evaluations(options.output_dir)
+    assert {"eval_loss", "eval_cider", "eval_exact_match"} <= evaluation.keys()
+    assert summary["best_cider"] == evaluation["eval_cider"]
+
+
+def test_two_processes_measure_what_one_does(make, tmp_path):
+    settings = {"metrics": ["cider", "bleu", "rouge_l"]}
+    log = tmp_path / "log"
+    ranks = start_ranks(2, lambda: train("blip", make("two", **settings, batch_size=2)), log)
+    assert [rank.wait() for rank in ranks] == [0, 0], log.read_text()
+    train("blip", make("one", **settings))
+    (one,), (two,) = (read_evaluations(tmp_path / count) for count in ("one", "two"))
+    assert two == pytest.approx(one, abs=1e-4)
+
+
+def test_a_disk_without_room_for_one_checkpoint_is_refused_before_training(make, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100_000))
+    with pytest.raises(CaptionTrainError, match=r"0\.1 MB free, one checkpoint takes more than 0\.5 MB"):
+        prepare_training(make(), get_family("blip"))
+
+
+def test_asking_for_the_best_without_validation_images_is_refused(make):
+    with pytest.raises(UsageError, match="--load_best_at_end needs validation images"):
+        prepare_training(make(validation_dir=None, load_best_at_end=True), get_family("blip"))
+
+
+def test_options_that_validation_cannot_follow_are_refused(make):
+    problems = make(validation_split=0.1, metrics=["spice"], metric_for_best="cider").check()
+    assert len(problems) == 3
+    assert "--metrics spice" in problems[0]
+    assert "--validation_split and --validation_dir" in problems[1]
+    assert "--metric_for_best cider" in problems[2]
