@@ -32,10 +32,12 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _WANT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and any(
+        word in str(error).lower() for word in _OUT_OF_MEMORY_WORDS
+    )
 
 
-_WANT_OF_MEMORY = (
+_OUT_OF_MEMORY_WORDS = (
     *("can't allocate memory", "cannot allocate memory", "out of memory", "not enough memory"),
     *("unable to mmap", "unable to allocate", "std::bad_alloc", "alloc_failed"),
     # oneDNN, which says no more than that when its scratch memory cannot be had.

@@ -25,7 +25,7 @@ from caption_train.data.images import open_items
 from caption_train.data.pairs import Pair
 from caption_train.errors import UsageError
 from caption_train.families.base import Batch
-from caption_train.system.devices import find_dtype, move_batch
+from caption_train.system.devices import model_dtype, move_batch
 
 DATA_IMAGES = 32
 """Images that EVA looks at: their patches are thousands of inputs for every layer."""
@@ -184,7 +184,7 @@ def _joined_dim(name: str) -> int | None:
     return 0 if name.endswith(".lora_A.weight") else 1 if name.endswith(".lora_B.weight") else None
 
 
-def start_lora(
+def initialize_lora(
     model: PeftModel, options: TrainOptions, device: torch.device, checkpoint: Path | None
 ) -> None:
     """Give a new LoRA its first weights, as far as data has no part in them; a resumed one those it had."""
@@ -199,7 +199,7 @@ def start_lora(
     fill_adapter(model, weights, checkpoint)
 
 
-def look_at_data(
+def initialize_from_data(
     model: torch.nn.Module,
     accelerator: Accelerator,
     pairs: Sequence[Pair],
@@ -207,7 +207,7 @@ def look_at_data(
 ) -> None:
     """Start a new LoRA from images spread over the dataset, the same ones on every process."""
     device, model = accelerator.device, accelerator.unwrap_model(model)
-    dtype = find_dtype(model)
+    dtype = model_dtype(model)
     chosen = pairs[:: max(len(pairs) // DATA_IMAGES, 1)][:DATA_IMAGES]
     batches = (move_batch(collate_fn([item]), device, dtype) for item in open_items(chosen))
     with torch.random.fork_rng([device] if device.type == "cuda" else []), accelerator.autocast():

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from caption_train.data.formats import TEXT_COLUMNS
 from caption_train.errors import CaptionTrainError, UsageError
-from caption_train.system.console import printable
+from caption_train.system.console import escape_unprintable
 from caption_train.system.files import open_atomically
 from caption_train.system.lock import OutputLock
 
@@ -52,8 +52,8 @@ class CaptionFile:
             name.encode()
         except UnicodeEncodeError:
             raise UsageError(
-                f"--output {self.path}: {printable(image)} has a name that is not UTF-8, which no row can "
-                "hold: rename it, or use --save_captions"
+                f"--output {self.path}: {escape_unprintable(image)} has a name that is not UTF-8, which no "
+                "row can hold: rename it, or use --save_captions"
             ) from None
         return name
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from caption_train.data.formats import IMAGE_SUFFIXES
 from caption_train.errors import CaptionTrainError, UsageError
-from caption_train.system.console import printable
+from caption_train.system.console import escape_unprintable
 from caption_train.system.files import open_atomically
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ class Drawings:
         for path in map(self.path, images):
             if (real(path.parent), path.name) in originals:
                 raise UsageError(
-                    f"--visualize {folder}: would replace the images there, such as {printable(path)}; name "
-                    "another folder"
+                    f"--visualize {folder}: would replace the images there, such as "
+                    f"{escape_unprintable(path)}; name another folder"
                 )
 
     def path(self, image: Path) -> Path:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Captioned:
+class CaptionResult:
     """One image that was captioned. size: its width and height in pixels, upright."""
 
     image: Path
@@ -74,7 +74,7 @@ def caption_images(
     *,
     batch_size: int = 4,
     num_workers: int = 0,
-) -> Iterator[Captioned | Unreadable]:
+) -> Iterator[CaptionResult | Unreadable]:
     """Yield what became of every image, in order, as soon as its batch is done.
 
     `num_workers` processes decode and encode ahead of the model. Raises CaptionTrainError, naming the flags
@@ -98,7 +98,7 @@ def caption_images(
             if "error" in item:
                 yield Unreadable(item["path"], item["error"])
             else:
-                yield Captioned(item["path"], item["size"], next(results))
+                yield CaptionResult(item["path"], item["size"], next(results))
 
 
 class ImageFiles(Dataset):

@@ -9,7 +9,7 @@ from pathlib import Path
 from caption_train.data.formats import IMAGE_SUFFIXES, natural_key
 from caption_train.data.scan import scan_folder
 from caption_train.errors import UsageError
-from caption_train.system.console import printable
+from caption_train.system.console import escape_unprintable
 
 LIST_SUFFIXES = frozenset({".txt", ".lst", ".list"})
 
@@ -35,7 +35,7 @@ def find_inputs(patterns: Sequence[str], *, recursive: bool = False) -> Inputs:
     if not inputs.images and not inputs.missing:
         folders = any(Path(pattern).is_dir() for pattern in patterns)
         hint = " (--recursive looks into the folders inside too)" if folders and not recursive else ""
-        raise UsageError(f"--images {printable(' '.join(patterns))}: no images there{hint}")
+        raise UsageError(f"--images {escape_unprintable(' '.join(patterns))}: no images there{hint}")
     return inputs
 
 
@@ -66,7 +66,7 @@ def _resolve(pattern: str, recursive: bool, missing: list[str]) -> list[Path]:
     # Only now: a name that exists may hold brackets and be no pattern.
     if glob.has_magic(pattern):
         return _expand(str(path), recursive, missing)
-    raise UsageError(f"--images {printable(pattern)}: there is no such file or folder")
+    raise UsageError(f"--images {escape_unprintable(pattern)}: there is no such file or folder")
 
 
 def _scan(root: Path, recursive: bool, missing: list[str]) -> list[Path]:
@@ -75,9 +75,11 @@ def _scan(root: Path, recursive: bool, missing: list[str]) -> list[Path]:
         name, _, reason = problem.rpartition(": ")
         path = root / name
         if path.is_dir():
-            missing.append(f"{printable(path)}: {reason}")
+            missing.append(f"{escape_unprintable(path)}: {reason}")
         elif path.suffix.lower() in IMAGE_SUFFIXES:
-            missing.append(f"{printable(path)}: {'a link to nothing' if path.is_symlink() else reason}")
+            missing.append(
+                f"{escape_unprintable(path)}: {'a link to nothing' if path.is_symlink() else reason}"
+            )
     return [root / name for name in folder.images]
 
 
@@ -107,7 +109,7 @@ def _read_list(path: Path, missing: list[str]) -> list[Path]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
-            f"--images {printable(path)}: cannot be read as a list of images: {error}"
+            f"--images {escape_unprintable(path)}: cannot be read as a list of images: {error}"
         ) from error
     images = []
     for number, line in enumerate(lines, 1):
@@ -116,8 +118,8 @@ def _read_list(path: Path, missing: list[str]) -> list[Path]:
         if found:
             images.append(found)
         elif line.strip():
-            shown = printable(name)[:200]
-            missing.append(f"{shown}: there is no such file ({printable(path)}:{number})")
+            shown = escape_unprintable(name)[:200]
+            missing.append(f"{shown}: there is no such file ({escape_unprintable(path)}:{number})")
     if not images and not missing:
-        raise UsageError(f"--images {printable(path)}: the list is empty")
+        raise UsageError(f"--images {escape_unprintable(path)}: the list is empty")
     return images

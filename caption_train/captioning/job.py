@@ -17,13 +17,13 @@ from caption_train.adapters.record import check_base, read_adapter, read_base_pr
 from caption_train.captioning.drawings import Drawings
 from caption_train.captioning.inputs import find_inputs
 from caption_train.captioning.outputs import Outputs, wrap_caption
-from caption_train.captioning.plan import Plan
-from caption_train.captioning.summary import Tally
+from caption_train.captioning.plan import CaptionPlan
+from caption_train.captioning.summary import CaptioningSummary
 from caption_train.config.captioning import CaptionOptions
 from caption_train.errors import CaptionTrainError, UsageError, naming_model
 from caption_train.families.base import Family
 from caption_train.metrics.output_health import find_remarks
-from caption_train.system.console import printable
+from caption_train.system.console import escape_unprintable
 from caption_train.system.launcher import notice_launcher
 from caption_train.system.processes import join_processes
 from caption_train.system.signals import Terminated, raising_terminated
@@ -31,7 +31,7 @@ from caption_train.system.signals import Terminated, raising_terminated
 if TYPE_CHECKING:
     import torch
 
-    from caption_train.captioning.generate import Captioned, Unreadable
+    from caption_train.captioning.generate import CaptionResult, Unreadable
 
 
 def caption_folder(options: CaptionOptions, family: Family) -> int:
@@ -69,7 +69,7 @@ class CaptionJob:
         self.plan = self.processes.share(self._make_plan)
         self.drawings = Drawings(options.visualize, self.plan.images) if options.visualize else None
         self.lines: list[tuple[int, str]] = []
-        self.tally = Tally()
+        self.tally = CaptioningSummary()
         if self.processes.is_main:
             self.tally.kept = len(self.plan.images) - len(self.plan.pending)
             self.tally.unreadable += self.plan.missing
@@ -79,7 +79,7 @@ class CaptionJob:
         share = self.plan.pending[self.processes.rank :: self.processes.count]
         if share:
             self._caption(share)
-        total = sum(self.processes.gather(self.tally), Tally())
+        total = sum(self.processes.gather(self.tally), CaptioningSummary())
         lines = self.processes.gather(self.lines)
         if self.processes.is_main:
             self.outputs.finish(self.plan.images)
@@ -105,7 +105,7 @@ class CaptionJob:
         if self.processes.is_main:
             print(f"Interrupted: {count} captions are {kept}", file=sys.stderr)
 
-    def _make_plan(self) -> Plan:
+    def _make_plan(self) -> CaptionPlan:
         """Decide what is captioned with what, from the options and the adapter's account of itself."""
         options, family = self.options, self.family
         inputs = find_inputs(options.images, recursive=options.recursive)
@@ -129,7 +129,7 @@ class CaptionJob:
         if check_prompt := getattr(family, "check_prompt", None):
             check_prompt(prompt)
         pending = self.outputs.find_pending(inputs.images)
-        return Plan(inputs.images, pending, inputs.missing, model_id, revision, prompt)
+        return CaptionPlan(inputs.images, pending, inputs.missing, model_id, revision, prompt)
 
     def _caption(self, share: Sequence[Path]) -> None:
         from tqdm import tqdm
@@ -168,7 +168,7 @@ class CaptionJob:
                 else:
                     self.lines.append((number * self.processes.count + self.processes.rank, line))
 
-    def _handle(self, result: Captioned | Unreadable) -> str:
+    def _handle(self, result: CaptionResult | Unreadable) -> str:
         """Write and count what became of one image; return it as a line."""
         from caption_train.captioning.generate import Unreadable
 
@@ -186,7 +186,7 @@ class CaptionJob:
         if self.drawings and answer is not None:
             self.drawings.save(result.image, partial(self.family.draw_answer, answer=answer))
         self.tally.count(str(result.image), remarks)
-        return f"{printable(result.image)}: {printable(text)}"
+        return f"{escape_unprintable(result.image)}: {escape_unprintable(text)}"
 
     def _load(self, device: torch.device) -> tuple[Any, Any]:
         import torch
@@ -204,7 +204,7 @@ class CaptionJob:
 
     def _describe(self, device: torch.device) -> str:
         adapter = f" and {self.options.peft_model}" if self.options.peft_model else ""
-        prompt = f', prompt "{printable(self.plan.prompt)}"' if self.plan.prompt else ""
+        prompt = f', prompt "{escape_unprintable(self.plan.prompt)}"' if self.plan.prompt else ""
         return (
             f"Captioning {len(self.plan.pending):,} of {len(self.plan.images):,} images with "
             f"{self.plan.model_id}{adapter} on {device} in {self.options.dtype}{prompt}"

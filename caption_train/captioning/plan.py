@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Plan:
+class CaptionPlan:
     """images: all that were asked for, in order. pending: those to caption now. model_id, …: with what."""
 
     images: Sequence[Path]

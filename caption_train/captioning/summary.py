@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from caption_train.metrics.output_health import REMARKS
-from caption_train.system.console import printable
+from caption_train.system.console import escape_unprintable
 
 MOST_NAMES = 5
 
 
 @dataclass
-class Tally:
+class CaptioningSummary:
     """Counts of a run, or of one process of it. Lists hold names of images, `unreadable` with the reason."""
 
     written: int = 0
@@ -23,11 +23,11 @@ class Tally:
         """Count one caption."""
         self.written += 1
         for remark in remarks:
-            self.remarked[remark].append(printable(name))
+            self.remarked[remark].append(escape_unprintable(name))
 
-    def __add__(self, other: "Tally") -> "Tally":
+    def __add__(self, other: "CaptioningSummary") -> "CaptioningSummary":
         """Return the tally of both, which ran side by side."""
-        return Tally(
+        return CaptioningSummary(
             self.written + other.written,
             self.kept + other.kept,
             self.unreadable + other.unreadable,

@@ -14,7 +14,7 @@ from caption_train.data.rows import read_rows, write_metadata
 from caption_train.data.scan import scan_folder
 from caption_train.data.split import split_by_content
 from caption_train.errors import CaptionTrainError, UsageError
-from caption_train.system.console import printable, summarize
+from caption_train.system.console import escape_unprintable, summarize
 
 
 def compile_captions(options: CompileOptions) -> int:
@@ -36,13 +36,13 @@ def compile_captions(options: CompileOptions) -> int:
             losses = _write(compiled, options)
     except OSError as error:
         raise CaptionTrainError(
-            f"{printable(error.filename or target)}: {error.strerror or error}"
+            f"{escape_unprintable(error.filename or target)}: {error.strerror or error}"
         ) from error
     print_summary(compiled, options)
     if not compiled.rows:
         raise CaptionTrainError(describe_nothing(compiled))
     if losses:
-        headline = f"{printable(target)} is left as it is; --overwrite would replace"
+        headline = f"{escape_unprintable(target)} is left as it is; --overwrite would replace"
         raise CaptionTrainError(summarize(headline, losses))
     if compiled.damaged:
         raise CaptionTrainError(f"{compiled.damaged} files could not be used (named above), the others were")
@@ -143,7 +143,7 @@ def _check_images(pairs: dict[str, Pair]) -> dict[str, str]:
         try:
             open_image(pairs[name].image)
         except ImageError as error:
-            return str(error).removeprefix(f"{printable(pairs[name].image)}: ")
+            return str(error).removeprefix(f"{escape_unprintable(pairs[name].image)}: ")
         return None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -160,8 +160,8 @@ def _refuse_too_many(repeats: dict[str, int]) -> None:
     for folder, count in repeats.items():
         if count > kohya.MAX_REPEATS:
             raise UsageError(
-                f"--kohya_repeats: folder {printable(folder)} asks for {count:,} repeats, the limit is "
-                f"{kohya.MAX_REPEATS:,}"
+                f"--kohya_repeats: folder {escape_unprintable(folder)} asks for {count:,} repeats, the "
+                f"limit is {kohya.MAX_REPEATS:,}"
             )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from caption_train.data.formats import is_inside
 from caption_train.errors import UsageError
-from caption_train.system.console import printable
+from caption_train.system.console import escape_unprintable
 from caption_train.system.files import open_atomically
 
 Placement = list[tuple[Path, Path]]
@@ -24,12 +24,12 @@ def find_prefix(dataset_dir: Path, output_dir: Path) -> str | None:
     """
     dataset, output = os.path.realpath(dataset_dir), os.path.realpath(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
-        raise UsageError(f"output_dir {printable(output_dir)}: is a file, not a folder")
+        raise UsageError(f"output_dir {escape_unprintable(output_dir)}: is a file, not a folder")
     if is_inside(dataset, output):
         return "" if dataset == output else f"{Path(dataset).relative_to(output).as_posix()}/"
     if is_inside(output, dataset):
         raise UsageError(
-            f"output_dir {printable(output_dir)} lies inside dataset_dir: its images would be found "
+            f"output_dir {escape_unprintable(output_dir)} lies inside dataset_dir: its images would be found "
             "twice; give a folder beside or above it, or none"
         )
     return None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from caption_train.config.compiling import CompileOptions
 from caption_train.data.formats import METADATA_NAME
-from caption_train.system.console import printable
+from caption_train.system.console import escape_unprintable
 
 if TYPE_CHECKING:
     from caption_train.compiling.result import Compiled
@@ -20,14 +20,14 @@ _RULE = "─" * WIDTH
 
 def print_summary(compiled: "Compiled", options: CompileOptions) -> None:
     """Print the table, and the command to run next when a dataset was written."""
-    lines = [printable(options.dataset_dir), _RULE, *_count_lines(compiled, options), _RULE]
+    lines = [escape_unprintable(options.dataset_dir), _RULE, *_count_lines(compiled, options), _RULE]
     left_over = list(_left_over_lines(compiled, options))
     lines += [*left_over, _RULE] if left_over else []
     target = compiled.output_dir / METADATA_NAME
     if compiled.written:
-        lines += [f"Wrote {printable(target)}", "", "Next:", f"  {_next_command(compiled, options)}"]
+        lines += [f"Wrote {escape_unprintable(target)}", "", "Next:", f"  {_next_command(compiled, options)}"]
     elif options.dry_run and compiled.rows:
-        lines += [f"Nothing written (--dry_run); this would go to {printable(target)}"]
+        lines += [f"Nothing written (--dry_run); this would go to {escape_unprintable(target)}"]
     _print(lines)
 
 
@@ -35,7 +35,7 @@ def describe_nothing(compiled: "Compiled") -> str:
     """Return one line on why there is no pair, with what to do where that can be told."""
     folder, matches = compiled.folder, compiled.matches
     found = f"{len(folder.images)} images, {sum(map(len, folder.captions.values()))} caption files"
-    line = f"{printable(folder.root)}: no pair of image and caption ({found})"
+    line = f"{escape_unprintable(folder.root)}: no pair of image and caption ({found})"
     if matches.pairs:
         return f"{line}; all were left out, for the reasons above"
     if METADATA_NAME in folder.metadata:
@@ -103,13 +103,13 @@ def _left_over_lines(compiled: "Compiled", options: CompileOptions) -> Iterator[
 
 
 def _list_names(names: Sequence[str], limit: int | None) -> Iterable[str]:
-    yield from (f"     {printable(name)}" for name in names[:limit])
+    yield from (f"     {escape_unprintable(name)}" for name in names[:limit])
     if limit and len(names) > limit:
         yield f"     … and {len(names) - limit:,} more; --list_all names them"
 
 
 def _line(title: str, count: int, note: str = "") -> str:
-    return f" {title:<29} {count:>9,}   {printable(note)}".rstrip()
+    return f" {title:<29} {count:>9,}   {escape_unprintable(note)}".rstrip()
 
 
 def _next_command(compiled: "Compiled", options: CompileOptions) -> str:

@@ -10,7 +10,7 @@ from caption_train.data.pairs import Pair, match_captions
 from caption_train.data.rows import caption_of, make_locator, prompt_of, read_rows, split_of
 from caption_train.data.scan import Folder, scan_folder
 from caption_train.errors import CaptionTrainError, UsageError
-from caption_train.system.console import printable, summarize
+from caption_train.system.console import escape_unprintable, summarize
 
 
 def read_dataset(dataset_dir: Path | str, **settings: Any) -> list[Pair]:
@@ -20,7 +20,7 @@ def read_dataset(dataset_dir: Path | str, **settings: Any) -> list[Pair]:
     """
     pairs, problems = inspect_dataset(dataset_dir, **settings)
     if problems:
-        headline = f"{printable(dataset_dir)}: {len(problems)} bad rows or files"
+        headline = f"{escape_unprintable(dataset_dir)}: {len(problems)} bad rows or files"
         raise CaptionTrainError(summarize(headline, problems))
     return pairs
 
@@ -48,7 +48,7 @@ def inspect_dataset(
     wanted = [pair for pair in pairs if split in (None, pair.split)]
     if not wanted:
         found = found if not pairs else f"{len(pairs)} pairs, none of them in the split {split!r}"
-        raise UsageError(summarize(f"{printable(root)}: nothing to read: {found}", problems))
+        raise UsageError(summarize(f"{escape_unprintable(root)}: nothing to read: {found}", problems))
     return wanted, problems
 
 

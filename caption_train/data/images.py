@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from caption_train.data.pairs import Pair
 from caption_train.errors import CaptionTrainError
-from caption_train.system.console import printable
+from caption_train.system.console import escape_unprintable
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
 BACKGROUND = (255, 255, 255)
@@ -80,7 +80,7 @@ def _opening(path: Path | str) -> Iterator[tuple[IO[bytes], Image.Image]]:
                 yield file, image
     # Pillow's decoders raise whatever a damaged file makes them trip over, not only OSError.
     except Exception as error:
-        raise ImageError(f"{printable(path)}: {_reason(error)}") from error
+        raise ImageError(f"{escape_unprintable(path)}: {_reason(error)}") from error
 
 
 def _open_without_blocking(path: str, flags: int) -> int:
@@ -142,7 +142,7 @@ def _reason(error: Exception) -> str:
         return "too large for this machine's memory"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return printable(error)[:200] or type(error).__name__
+    return escape_unprintable(error)[:200] or type(error).__name__
 
 
 def open_items(pairs: Iterable[Pair]) -> Iterator[dict[str, Any]]:

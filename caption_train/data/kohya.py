@@ -13,7 +13,7 @@ from typing import Any
 from caption_train.data.scan import Folder
 from caption_train.data.text import join_lines, refuse_odd_characters
 from caption_train.errors import CaptionTrainError, UsageError
-from caption_train.system.console import printable
+from caption_train.system.console import escape_unprintable
 
 MAX_REPEATS = 10_000
 Given = dict[str, tuple[str, str]]
@@ -37,7 +37,7 @@ def find_metadata(folder: Folder) -> Path | None:
     candidates = sorted(p for p in folder.root.glob("*.json") if p.stem not in stems and p.is_file())
     found = [path for path in candidates if _looks_like_metadata(path)]
     if len(found) > 1:
-        names = ", ".join(printable(path.name) for path in found)
+        names = ", ".join(escape_unprintable(path.name) for path in found)
         raise UsageError(f"several Kohya metadata files ({names}): name one with --kohya_metadata")
     return found[0] if found else None
 
@@ -51,7 +51,7 @@ def read_metadata(path: Path, folder: Folder) -> tuple[Given, list[str]]:
     entries = _load(path)
     if not _is_metadata(entries):
         raise CaptionTrainError(
-            f'{printable(path)}: not Kohya metadata, {{"image": {{"caption": …, "tags": …}}}}'
+            f'{escape_unprintable(path)}: not Kohya metadata, {{"image": {{"caption": …, "tags": …}}}}'
         )
     index = _index(folder)
     given: Given = {}
@@ -84,9 +84,9 @@ def _load(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise CaptionTrainError(f"{printable(path)}: {error.strerror or error}") from error
+        raise CaptionTrainError(f"{escape_unprintable(path)}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise CaptionTrainError(f"{printable(path)}: broken JSON: {error}") from error
+        raise CaptionTrainError(f"{escape_unprintable(path)}: broken JSON: {error}") from error
 
 
 def _is_metadata(entries: Any) -> bool:

@@ -9,7 +9,7 @@ from caption_train.data.formats import CAPTION_SUFFIXES, natural_key, with_dot
 from caption_train.data.scan import Folder
 from caption_train.data.text import read_caption
 from caption_train.errors import CaptionTrainError
-from caption_train.system.console import printable
+from caption_train.system.console import escape_unprintable
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def match_captions(
             try:
                 caption = read_caption(f"{folder.root}/{found[0]}", encoding)
             except CaptionTrainError as error:
-                matches.unreadable.append(str(error).removeprefix(f"{printable(folder.root)}/"))
+                matches.unreadable.append(str(error).removeprefix(f"{escape_unprintable(folder.root)}/"))
             else:
                 _add(matches, folder.root, name, caption, found[0])
         else:

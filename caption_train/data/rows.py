@@ -17,7 +17,7 @@ from typing import Any
 from caption_train.data.formats import MAX_CAPTION_BYTES, TEXT_COLUMNS, is_inside
 from caption_train.data.text import refuse_odd_characters
 from caption_train.errors import CaptionTrainError
-from caption_train.system.console import printable
+from caption_train.system.console import escape_unprintable
 from caption_train.system.files import open_atomically
 
 SPLITS = {None: "train", "train": "train", "validation": "validation", "val": "validation", "test": "test"}
@@ -26,17 +26,17 @@ SPLITS = {None: "train", "train": "train", "validation": "validation", "val": "v
 def read_rows(path: Path) -> Iterator[tuple[int, dict | ValueError]]:
     """Yield (line number from 1, row) for each line that is not blank, a ValueError for a broken one."""
     if not path.is_file():
-        raise CaptionTrainError(f"{printable(path)}: not a regular file")
+        raise CaptionTrainError(f"{escape_unprintable(path)}: not a regular file")
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                    raise CaptionTrainError(f"{printable(path)}: is UTF-16, save it as UTF-8")
+                    raise CaptionTrainError(f"{escape_unprintable(path)}: is UTF-16, save it as UTF-8")
                 if line.strip():
                     yield number, _parse(line)
     except OSError as error:
-        raise CaptionTrainError(f"{printable(path)}: {error.strerror or error}") from error
+        raise CaptionTrainError(f"{escape_unprintable(path)}: {error.strerror or error}") from error
 
 
 def _parse(line: bytes) -> dict | ValueError:
@@ -57,7 +57,7 @@ def make_locator(root: Path, follow_symlinks: bool) -> Callable[[Any], Path]:
     def locate(name: Any) -> Path:
         if not isinstance(name, str) or not name or "\0" in name:
             raise ValueError("no file_name" if not name else "file_name is no file's name")
-        shown, relative = printable(name), posixpath.normpath(name.replace("\\", "/"))
+        shown, relative = escape_unprintable(name), posixpath.normpath(name.replace("\\", "/"))
         if relative.startswith(("/", "../")) or relative == ".." or _DRIVE.match(relative):
             raise ValueError(f"{shown} points outside the dataset folder")
         path = root / relative
@@ -113,7 +113,7 @@ def split_of(row: Mapping[str, Any]) -> str:
     """Return train, validation or test; train where the row names none. Raises ValueError for other names."""
     name = row.get("split")
     if not isinstance(name, str | None) or name not in SPLITS:
-        raise ValueError(f"split is {printable(name)[:40]!r}, not one of train, validation, test")
+        raise ValueError(f"split is {escape_unprintable(name)[:40]!r}, not one of train, validation, test")
     return SPLITS[name]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from caption_train.data.formats import CAPTION_SUFFIXES, IMAGE_SUFFIXES, is_inside, natural_key, with_dot
 from caption_train.errors import UsageError
-from caption_train.system.console import printable
+from caption_train.system.console import escape_unprintable
 
 
 @dataclass
@@ -41,7 +41,9 @@ def scan_folder(
     """
     folder = Folder(Path(root))
     if not folder.root.is_dir():
-        raise UsageError(f"{printable(root)}: {'not a folder' if folder.root.exists() else 'no such folder'}")
+        raise UsageError(
+            f"{escape_unprintable(root)}: {'not a folder' if folder.root.exists() else 'no such folder'}"
+        )
     extensions = sorted(map(with_dot, caption_extensions), key=len, reverse=True)
     captions: list[tuple[str, str]] = []
     for name in _walk(folder, recursive, follow_symlinks):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from caption_train.data.formats import MAX_CAPTION_BYTES
 from caption_train.errors import CaptionTrainError
-from caption_train.system.console import printable
+from caption_train.system.console import escape_unprintable
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -21,9 +21,9 @@ def read_caption(path: Path | str, encoding: str = "utf-8") -> str:
     try:
         return _decode(_read_bytes(path), encoding)
     except OSError as error:
-        raise CaptionTrainError(f"{printable(path)}: {error.strerror or error}") from error
+        raise CaptionTrainError(f"{escape_unprintable(path)}: {error.strerror or error}") from error
     except ValueError as error:
-        raise CaptionTrainError(f"{printable(path)}: {error}") from error
+        raise CaptionTrainError(f"{escape_unprintable(path)}: {error}") from error
 
 
 def refuse_odd_characters(text: str) -> None:

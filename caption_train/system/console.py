@@ -9,19 +9,19 @@ from accelerate import Accelerator
 _UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
 
-def say(accelerator: Accelerator, line: str) -> None:
+def print_once(accelerator: Accelerator, line: str) -> None:
     """Print a line to stderr, once for all processes."""
     if accelerator.is_main_process:
         print(line, file=sys.stderr, flush=True)
 
 
-def printable(text: object) -> str:
+def escape_unprintable(text: object) -> str:
     """Return text that takes one line and can be printed: control and lone surrogate characters escaped."""
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
 def summarize(headline: str, problems: Sequence[str], limit: int | None = 20) -> str:
     """Return a headline with the first problems, or all of them, below it, one line each."""
-    lines = [f"  {printable(problem)}" for problem in problems[:limit]]
+    lines = [f"  {escape_unprintable(problem)}" for problem in problems[:limit]]
     more = [f"  … and {len(problems) - limit} more"] if limit and len(problems) > limit else []
     return "\n".join([headline, *lines, *more])

@@ -40,6 +40,6 @@ def move_batch(batch: Mapping[str, Any], device: torch.device, dtype: torch.dtyp
     return {name: move(value) for name, value in batch.items()}
 
 
-def find_dtype(model: torch.nn.Module) -> torch.dtype:
+def model_dtype(model: torch.nn.Module) -> torch.dtype:
     """Return the dtype that `model` takes its pixels in: its first floating-point weight's."""
     return next(p.dtype for p in model.parameters() if p.is_floating_point())

@@ -36,7 +36,7 @@ def read_command(process_id: int) -> list[str]:
     return [part.decode(errors="replace") for part in command.split(b"\0") if part]
 
 
-def name_launch(script: str, command: list[str], own: Sequence[str] = ("python",)) -> list[str]:
+def relaunch_command(script: str, command: list[str], own: Sequence[str] = ("python",)) -> list[str]:
     """Return what stands before `script` to start it as it was: by the parent, whose command line this is.
 
     own: what stood before it on this process's command line, for one that nothing launched.

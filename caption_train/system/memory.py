@@ -20,14 +20,14 @@ NO_GLIBC = (OSError, AttributeError, TypeError)
 """Raised where there is another C library, or another system."""
 
 
-def give_back_freed() -> None:
+def trim_heap() -> None:
     """Give every whole free page back to the system. Pages cost time when they are needed again."""
     with suppress(*NO_GLIBC):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager
-def giving_back_memory() -> Iterator[None]:
+def trimming_heap() -> Iterator[None]:
     """Have glibc give back at once what is freed, as weights are read and quantized one after the other.
 
     Left to itself it keeps so much that a quantized base took more on a CPU than a whole one. Afterwards it
@@ -46,10 +46,10 @@ def giving_back_memory() -> Iterator[None]:
             for name, by_itself in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**26)):
                 asked = os.environ.get(VARIABLES[name], "")
                 library.mallopt(name, int(asked) if asked.isdecimal() else by_itself)
-            give_back_freed()
+            trim_heap()
 
 
-class LeanHeap:
+class HeapTrimmer:
     """Holds little that is freed around optimizer steps, where they and backward passes free a model's size.
 
     The first step makes the optimizer's state: between what steps free it would keep the heap from ever
@@ -65,15 +65,15 @@ class LeanHeap:
         if not self.applies:
             yield
             return
-        give_back_freed()
-        with nullcontext() if self.has_state else giving_back_memory():
+        trim_heap()
+        with nullcontext() if self.has_state else trimming_heap():
             yield
         self.has_state = True
 
     def stepped(self) -> None:
         """Give back the gradients, which are gone by now."""
         if self.has_state:
-            give_back_freed()
+            trim_heap()
 
 
 def peak_memory(device: torch.device) -> int:

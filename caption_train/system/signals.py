@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 
 from caption_train.errors import CaptionTrainError
-from caption_train.system.launcher import is_torchrun, name_launch, read_command
+from caption_train.system.launcher import is_torchrun, read_command, relaunch_command
 
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
@@ -68,7 +68,7 @@ class Interrupts:
         """Raise Interrupted, naming the command that goes on from here."""
         name = signal.Signals(self.number).name
         own = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv)] or ["python"]
-        start = name_launch(sys.argv[0], self.launch, own)
+        start = relaunch_command(sys.argv[0], self.launch, own)
         command = shlex.join([*start, sys.argv[0], *_without_resume(sys.argv[1:]), "--resume", "auto"])
         raise Interrupted(f"{name}: saved to {checkpoint}; go on with: {command}", self.number)
 

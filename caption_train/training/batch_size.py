@@ -13,11 +13,11 @@ from caption_train.config.training import TrainOptions
 from caption_train.data.images import open_items
 from caption_train.errors import CaptionTrainError, is_out_of_memory
 from caption_train.families.base import Batch
-from caption_train.system.console import say
-from caption_train.system.devices import find_dtype, move_batch
-from caption_train.system.memory import give_back_freed, peak_memory
+from caption_train.system.console import print_once
+from caption_train.system.devices import model_dtype, move_batch
+from caption_train.system.memory import peak_memory, trim_heap
 from caption_train.training.distributed.accelerator import hold_gradients
-from caption_train.training.distributed.fsdp import describe_launch
+from caption_train.training.distributed.fsdp import parallelism
 from caption_train.training.failures import advise_savers
 from caption_train.training.optim.state_size import count_state, find_embeddings
 from caption_train.training.run.data import TrainingData
@@ -46,7 +46,7 @@ def fit_batch_size(
         items = _open_worst(options.batch_size, data)
         fits = _try_step(accelerator, model, collate_fn, items, count_room(options, model, optimizer))
         optimizer.zero_grad()
-        if not fits and describe_launch(accelerator) in SHARDED:
+        if not fits and parallelism(accelerator) in SHARDED:
             # The others cannot be asked: they are in the middle of the step, waiting for this one's part.
             raise CaptionTrainError(advise_savers(options, accelerator, tried))
         if all(gather_object([fits])):
@@ -56,16 +56,18 @@ def fit_batch_size(
             raise CaptionTrainError(advise_savers(options, accelerator, tried))
         options.gradient_accumulation_steps *= options.batch_size // smaller[-1]
         options.batch_size = smaller[-1]
-    give_back_freed()
+    trim_heap()
     if len(tried) > 1:
-        say(
+        print_once(
             accelerator,
             f"--auto_batch_size: {options.batch_size} images × {options.gradient_accumulation_steps} "
             f"micro-batches (out of memory with {', '.join(map(str, tried[:-1]))} images)",
         )
     peak = peak_memory(accelerator.device) / GIB
     count = options.batch_size
-    say(accelerator, f"a step of the {count} largest images with the longest captions: peak {peak:.2f} GiB")
+    print_once(
+        accelerator, f"a step of the {count} largest images with the longest captions: peak {peak:.2f} GiB"
+    )
 
 
 def _try_step(
@@ -82,7 +84,7 @@ def _try_step(
     try:
         with torch.random.fork_rng(devices), hold_gradients(accelerator, model):
             room = torch.empty(state, dtype=torch.uint8, device=accelerator.device)
-            inputs = move_batch(collate_fn(items), accelerator.device, find_dtype(model))
+            inputs = move_batch(collate_fn(items), accelerator.device, model_dtype(model))
             accelerator.backward(model(**inputs).loss.float())
             room = None
     except (RuntimeError, MemoryError) as error:

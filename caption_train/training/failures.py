@@ -12,7 +12,7 @@ from caption_train.config.compatibility import check
 from caption_train.config.training import TrainOptions
 from caption_train.errors import CaptionTrainError, is_out_of_memory
 from caption_train.training.checkpoints.find import describe_latest
-from caption_train.training.distributed.fsdp import describe_launch
+from caption_train.training.distributed.fsdp import parallelism
 
 SAVERS = {
     "auto_batch_size": ("--auto_batch_size", True),
@@ -64,4 +64,4 @@ def advise_savers(options: TrainOptions, accelerator: Accelerator, tried: Sequen
 
 def _is_allowed(options: TrainOptions, accelerator: Accelerator) -> bool:
     device, precision = accelerator.device.type, options.mixed_precision or accelerator.mixed_precision
-    return not check(options, device=device, precision=precision, distributed=describe_launch(accelerator))
+    return not check(options, device=device, precision=precision, distributed=parallelism(accelerator))

@@ -12,23 +12,23 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from caption_train.errors import CaptionTrainError
-from caption_train.system.devices import find_dtype, move_batch
+from caption_train.system.devices import model_dtype, move_batch
 from caption_train.system.lock import OutputLock
-from caption_train.system.memory import LeanHeap
+from caption_train.system.memory import HeapTrimmer
 from caption_train.system.processes import keep_groups
 from caption_train.system.signals import Interrupts
 from caption_train.training.checkpoints.find import describe_latest
 from caption_train.training.checkpoints.state import restore_random_state
 from caption_train.training.distributed.accelerator import accumulate
-from caption_train.training.distributed.ranks import speak_as_one
+from caption_train.training.distributed.ranks import report_once
 from caption_train.training.failures import explain_out_of_memory
 from caption_train.training.monitor.health import Health
 from caption_train.training.monitor.log import RunLog
-from caption_train.training.monitor.samples import Sampler
+from caption_train.training.monitor.samples import PreviewCaptioner
 from caption_train.training.monitor.validation import Evaluator
 from caption_train.training.run.batches import MicroBatch
-from caption_train.training.run.run import Run
-from caption_train.training.saving import Saver
+from caption_train.training.run.run import TrainingRun
+from caption_train.training.saving import CheckpointSaver
 
 LEAST_SCALE = 1.0
 """fp16's loss scaling halves at every overflow; below this it is not the scaling that overflows."""
@@ -39,10 +39,10 @@ class Trainer:
 
     def __init__(
         self,
-        run: Run,
+        run: TrainingRun,
         evaluator: Evaluator,
-        sampler: Sampler,
-        saver: Saver,
+        sampler: PreviewCaptioner,
+        saver: CheckpointSaver,
         log: RunLog,
         lock: OutputLock,
     ) -> None:
@@ -50,16 +50,16 @@ class Trainer:
         self.log, self.lock = log, lock
         self.health = Health(run)
         self.parameters = [p for p in run.model.parameters() if p.requires_grad]
-        self.dtype = find_dtype(run.model)
-        self.heap = LeanHeap(run.options.train_method == "full" and run.accelerator.device.type == "cpu")
+        self.dtype = model_dtype(run.model)
+        self.heap = HeapTrimmer(run.options.train_method == "full" and run.accelerator.device.type == "cpu")
 
     def train(self) -> dict[str, Any]:
         """Run the loop, save the LoRA to `output_dir`, and return the summary saved beside it."""
-        # What can befall one process alone lies outside of speak_as_one: no other would tell it.
+        # What can befall one process alone lies outside of report_once: no other would tell it.
         with (
             explain_out_of_memory(self.run.options, self.run.accelerator),
             self._explain_dead_worker(),
-            speak_as_one(self.run.accelerator),
+            report_once(self.run.accelerator),
             Interrupts(self.run.accelerator) as interrupts,
         ):
             try:

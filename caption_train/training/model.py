@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from caption_train.adapters.initialization import start_lora
+from caption_train.adapters.initialization import initialize_lora
 from caption_train.adapters.lora import wrap_with_lora
 from caption_train.adapters.quantization import make_quantization_config, prepare_quantized
 from caption_train.adapters.record import TrainingRecord, describe_options, find_versions
@@ -19,7 +19,7 @@ from caption_train.data.pairs import Pair
 from caption_train.errors import UsageError
 from caption_train.families.base import Family
 from caption_train.system.files import fingerprint_model
-from caption_train.system.memory import giving_back_memory
+from caption_train.system.memory import trimming_heap
 from caption_train.training.memory.gradient_checkpointing import enable_checkpointing
 from caption_train.training.run.data import TrainingData
 
@@ -44,7 +44,7 @@ def load_trainable(
     parts = [family.parts[part] for part in options.train_parts]
     dtype = options.dtype if options.dtype != "auto" else half if is_lora else "float32"
     quantization = make_quantization_config(options, accelerator.mixed_precision, family.parts)
-    with giving_back_memory() if quantization else nullcontext():
+    with trimming_heap() if quantization else nullcontext():
         model, processor = family.load(
             options.model_id if is_lora or checkpoint is None else str(checkpoint),
             revision=options.revision,
@@ -65,7 +65,7 @@ def load_trainable(
             init=options.init_lora_weights,
         )
         _name_base(model, options)
-        start_lora(model, options, accelerator.device, checkpoint)
+        initialize_lora(model, options, accelerator.device, checkpoint)
     else:
         freeze_outside(model, parts)
     if options.gradient_checkpointing or options.activation_checkpointing:

@@ -21,7 +21,7 @@ from caption_train.training.memory.activations import (
     measure_activations,
     standing_for_packed,
 )
-from caption_train.training.memory.estimate import HALF, Plan, Planner, find_quantized
+from caption_train.training.memory.estimate import HALF, MemoryEstimate, Planner, find_quantized
 from caption_train.training.model import load_trainable
 
 GIB = 2**30
@@ -59,7 +59,7 @@ def plan_training(options: TrainOptions, family: Family) -> int:
     return 0 if smaller.fits(budget) else 1
 
 
-def print_plan(plan: Plan, console: Console) -> None:
+def print_plan(plan: MemoryEstimate, console: Console) -> None:
     """Print the parts that are not nothing, and the most that is held at once."""
     for f in fields(plan):
         if (

@@ -9,27 +9,27 @@ from accelerate.utils import set_seed
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from caption_train.adapters.initialization import look_at_data
+from caption_train.adapters.initialization import initialize_from_data
 from caption_train.adapters.lora import count_parameters
 from caption_train.adapters.record import describe_options
 from caption_train.config.training import TrainOptions
 from caption_train.data.pairs import Pair
 from caption_train.errors import UsageError
 from caption_train.families.base import Batch, Family
-from caption_train.system.console import say
+from caption_train.system.console import print_once
 from caption_train.system.files import find_commit
 from caption_train.system.launcher import notice_launcher
 from caption_train.system.lock import OutputLock
 from caption_train.training.batch_size import fit_batch_size
 from caption_train.training.checkpoints.store import clear_partial
 from caption_train.training.distributed.accelerator import make_accelerator
-from caption_train.training.distributed.fsdp import describe_launch, prepare, shard
-from caption_train.training.distributed.ranks import check_agreement, fail_together
+from caption_train.training.distributed.fsdp import parallelism, prepare, shard
+from caption_train.training.distributed.ranks import check_same_on_all_ranks, raise_on_all_ranks
 from caption_train.training.loop import Trainer
 from caption_train.training.model import list_facts, load_trainable, make_record
 from caption_train.training.monitor.console import print_settings
 from caption_train.training.monitor.log import RunLog
-from caption_train.training.monitor.samples import Sampler
+from caption_train.training.monitor.samples import PreviewCaptioner
 from caption_train.training.monitor.trackers import check_trackers, start_trackers
 from caption_train.training.monitor.validation import Evaluator
 from caption_train.training.optim.optimizer import make_lr_scheduler, make_optimizer
@@ -37,15 +37,15 @@ from caption_train.training.resume import adopt_batch_size, check_same_run, find
 from caption_train.training.run.batch_plan import BatchPlan
 from caption_train.training.run.batches import CaptionDataset, make_train_dataloader
 from caption_train.training.run.data import TrainingData, read_training_data
-from caption_train.training.run.run import Run
-from caption_train.training.saving import Saver
+from caption_train.training.run.run import TrainingRun
+from caption_train.training.saving import CheckpointSaver
 
 
 def prepare_training(options: TrainOptions, family: Family) -> Trainer:
     """Make everything a run needs. Cheap checks come first: flags and data before the model loads."""
     accelerator = make_accelerator(options)
     notice_launcher(accelerator.num_processes)
-    with fail_together(accelerator):
+    with raise_on_all_ranks(accelerator):
         lock = _open_output_dir(options, accelerator)
     try:
         return _prepare(options, family, accelerator, lock)
@@ -55,9 +55,9 @@ def prepare_training(options: TrainOptions, family: Family) -> Trainer:
 
 
 def _prepare(options: TrainOptions, family: Family, accelerator: Accelerator, lock: OutputLock) -> Trainer:
-    check_agreement(accelerator, describe_options(options))
+    check_same_on_all_ranks(accelerator, describe_options(options))
     data = read_training_data(options, accelerator)
-    with fail_together(accelerator):
+    with raise_on_all_ranks(accelerator):
         if accelerator.is_main_process:
             check_trackers(options.log_with)
         checkpoint = find_resume_point(options, accelerator)
@@ -66,9 +66,9 @@ def _prepare(options: TrainOptions, family: Family, accelerator: Accelerator, lo
         record = make_record(options, family, data)
         if checkpoint is not None:
             check_same_run(checkpoint, record, accelerator, options.resume_anyway)
-    check_agreement(accelerator, list_facts(record, checkpoint))
+    check_same_on_all_ranks(accelerator, list_facts(record, checkpoint))
     set_seed(options.seed)
-    with fail_together(accelerator):
+    with raise_on_all_ranks(accelerator):
         model, processor = load_trainable(options, family, accelerator, checkpoint)
         # A prompt too long for this model is better refused here than in a process that reads images.
         longest = max((pair.prompt or "" for pair in data.train + data.validation), key=len)
@@ -76,7 +76,7 @@ def _prepare(options: TrainOptions, family: Family, accelerator: Accelerator, lo
     record.base_commit = find_commit(options.model_id, options.revision)
     record.trainable_parameters, record.total_parameters = count_parameters(model)
     plan = _make_plan(options, len(data.train), accelerator)
-    if describe_launch(accelerator) == "FSDP":
+    if parallelism(accelerator) == "FSDP":
         model = shard(model, accelerator)
     optimizer = make_optimizer(options, model)
     lr_scheduler = make_lr_scheduler(options, optimizer, plan.total_steps)
@@ -85,15 +85,15 @@ def _prepare(options: TrainOptions, family: Family, accelerator: Accelerator, lo
     set_seed(options.seed + accelerator.process_index)
     collate_fn = family.make_collator(processor, prompt=record.prompt, max_length=options.max_length)
     if line := data.describe_cut(processor.tokenizer, options.max_length):
-        say(accelerator, line)
+        print_once(accelerator, line)
     if checkpoint is None:
         if options.init_lora_weights == "eva":
-            look_at_data(model, accelerator, data.train, collate_fn)
+            initialize_from_data(model, accelerator, data.train, collate_fn)
         fit_batch_size(options, accelerator, model, optimizer, collate_fn, data)
         plan = _make_plan(options, len(data.train), accelerator)
         record.options = describe_options(options)
     loader = _make_loader(options, data.train, plan, collate_fn, accelerator.device)
-    run = Run(options, record, accelerator, model, processor, optimizer, lr_scheduler, plan, loader)
+    run = TrainingRun(options, record, accelerator, model, processor, optimizer, lr_scheduler, plan, loader)
     if checkpoint is not None:
         resume_run(run, checkpoint)
     else:
@@ -111,7 +111,7 @@ def _open_output_dir(options: TrainOptions, accelerator: Accelerator) -> OutputL
     if accelerator.is_main_process:
         try:
             if line := lock.acquire():
-                say(accelerator, line)
+                print_once(accelerator, line)
         except FileExistsError as error:
             raise UsageError(f"--output_dir {options.output_dir}: is no folder") from error
         except OSError as error:
@@ -152,7 +152,7 @@ def _make_loader(
 
 
 def _make_trainer(
-    run: Run,
+    run: TrainingRun,
     family: Family,
     data: TrainingData,
     collate_fn: Callable[[Sequence[dict]], Batch],
@@ -166,5 +166,5 @@ def _make_trainer(
         start_trackers(accelerator, name, run.record.options, run.progress)
     log = RunLog(accelerator, options.output_dir, run.plan.first_step)
     evaluator = Evaluator(run, family, data.validation, log, collate_fn)
-    sampler = Sampler(run, family, data, log)
-    return Trainer(run, evaluator, sampler, Saver(run), log, lock)
+    sampler = PreviewCaptioner(run, family, data, log)
+    return Trainer(run, evaluator, sampler, CheckpointSaver(run), log, lock)

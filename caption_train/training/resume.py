@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from caption_train.adapters.record import TRAINING_FILE, TrainingRecord
 from caption_train.config.training import TrainOptions
 from caption_train.errors import CaptionTrainError, UsageError
-from caption_train.system.console import say
+from caption_train.system.console import print_once
 from caption_train.system.files import copy_atomically
 from caption_train.training.checkpoints.find import (
     BEST,
@@ -32,9 +32,9 @@ from caption_train.training.checkpoints.find import (
 from caption_train.training.checkpoints.progress import Progress
 from caption_train.training.checkpoints.state import read_state
 from caption_train.training.checkpoints.store import write_checkpoint
-from caption_train.training.distributed.ranks import fail_together
+from caption_train.training.distributed.ranks import raise_on_all_ranks
 from caption_train.training.monitor.log import LOG_FILE
-from caption_train.training.run.run import Run
+from caption_train.training.run.run import TrainingRun
 
 MAY_CHANGE = {
     *("model_id", "prompt", "task"),  # what they come to is in FACTS
@@ -59,7 +59,7 @@ def find_resume_point(options: TrainOptions, accelerator: Accelerator) -> Path |
     """Return the checkpoint that `--resume` means, or None to start anew. Damaged ones are named."""
     if options.resume is None:
         if found := list_checkpoints(options.output_dir):
-            say(
+            print_once(
                 accelerator,
                 f"--output_dir {options.output_dir}: {found[0].name} of an earlier run is there, and stays; "
                 "this run starts anew (--resume auto goes on from there)",
@@ -68,9 +68,9 @@ def find_resume_point(options: TrainOptions, accelerator: Accelerator) -> Path |
     if options.resume == "auto":
         checkpoint, passed = find_latest(options.output_dir)
         for line in passed:
-            say(accelerator, f"--resume auto: {line}")
+            print_once(accelerator, f"--resume auto: {line}")
         none = "none is whole" if passed else "no checkpoint yet"
-        say(accelerator, f"--resume auto: {checkpoint or none + '; starting anew'}")
+        print_once(accelerator, f"--resume auto: {checkpoint or none + '; starting anew'}")
         return checkpoint
     checkpoint = follow(Path(options.resume))
     if not checkpoint.is_dir():
@@ -84,7 +84,7 @@ def find_resume_point(options: TrainOptions, accelerator: Accelerator) -> Path |
     return checkpoint
 
 
-def resume_run(run: Run, checkpoint: Path) -> None:
+def resume_run(run: TrainingRun, checkpoint: Path) -> None:
     """Put a prepared run where its checkpoint stood. Random numbers come last, when the loop starts."""
     options, accelerator, plan = run.options, run.accelerator, run.plan
     check_same_model(checkpoint, run.record, accelerator, options.resume_anyway)
@@ -104,7 +104,7 @@ def resume_run(run: Run, checkpoint: Path) -> None:
     )
     if changed:
         names = ", ".join(f"--{name} {saved.get(name)} → {getattr(options, name)}" for name in changed)
-        say(
+        print_once(
             accelerator,
             f"--resume: {names}: training goes on from step {plan.first_step} to {plan.total_steps} (it was "
             f"{progress.total_steps}), the learning rate along the new schedule: "
@@ -113,7 +113,7 @@ def resume_run(run: Run, checkpoint: Path) -> None:
     patience = options.early_stopping_patience
     progress.stopped_early = patience is not None and progress.evaluations_since_best >= patience
     if progress.stopped_early:
-        say(
+        print_once(
             accelerator,
             f"--early_stopping_patience {patience}: the run had stopped at step {plan.first_step}",
         )
@@ -124,11 +124,11 @@ SCHEDULE = ("epochs", "learning_rate", "scheduler", "warmup_steps", "weight_deca
 """What the optimizer's rates follow from, beside the number of steps."""
 
 
-def _settle(run: Run, checkpoint: Path) -> None:
+def _settle(run: TrainingRun, checkpoint: Path) -> None:
     """Have `last` and `best` point at what they did at this checkpoint, brought along from another folder."""
     accelerator, progress, output_dir = run.accelerator, run.progress, run.options.output_dir
     best = None
-    with fail_together(accelerator):
+    with raise_on_all_ranks(accelerator):
         if accelerator.is_main_process:
             here = _bring(checkpoint, output_dir, is_newest=True)
             log = checkpoint.parent / LOG_FILE
@@ -142,7 +142,7 @@ def _settle(run: Run, checkpoint: Path) -> None:
                 best = _bring(best, output_dir)
                 point(output_dir, BEST, best)
     if progress.best_step is not None and gather_object([best])[0] is None:
-        say(
+        print_once(
             accelerator, f"--resume: the best checkpoint, of step {progress.best_step}, is gone; seeking anew"
         )
         progress.best_step = progress.best_value = None
@@ -192,7 +192,7 @@ def check_same_run(checkpoint: Path, record: TrainingRecord, accelerator: Accele
     for name in sorted(record.versions.keys() | saved["versions"].keys()):
         was, now = saved["versions"].get(name), record.versions.get(name)
         if was != now:
-            say(accelerator, f"--resume: {name} was {was}, is {now}; numbers may differ")
+            print_once(accelerator, f"--resume: {name} was {was}, is {now}; numbers may differ")
     differences = list_differences(saved, record)
     if anyway and (fixed := [line for name, line in differences.items() if name in FIXED]):
         raise UsageError(
@@ -243,4 +243,4 @@ def _refuse(checkpoint: Path, differences: list[str], accelerator: Accelerator, 
             "(--resume_anyway goes on all the same)"
         )
     for difference in differences:
-        say(accelerator, f"--resume_anyway: {difference}")
+        print_once(accelerator, f"--resume_anyway: {difference}")

@@ -17,22 +17,22 @@ from caption_train.training.checkpoints.find import BEST, LAST, count_saves, fol
 from caption_train.training.checkpoints.state import capture_random_state, write_state
 from caption_train.training.checkpoints.store import explain_failure, prune, publish, write_checkpoint
 from caption_train.training.distributed.fsdp import gather_state, gather_weights
-from caption_train.training.distributed.ranks import fail_together
+from caption_train.training.distributed.ranks import raise_on_all_ranks
 from caption_train.training.monitor.curve import draw_curve
 from caption_train.training.run.batch_plan import is_due
-from caption_train.training.run.run import Run
+from caption_train.training.run.run import TrainingRun
 
 SUMMARY_FILE = "summary.json"
 
 
-class Saver:
+class CheckpointSaver:
     """Saves a run. Unless a `--save_every_…` asks for more it saves every epoch and keeps the newest only."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TrainingRun) -> None:
         self.run = run
         self.output_dir = run.options.output_dir
         self.saved_step = run.plan.first_step
-        with fail_together(run.accelerator):
+        with raise_on_all_ranks(run.accelerator):
             if run.accelerator.is_main_process:
                 self._check_room()
 
@@ -63,7 +63,7 @@ class Saver:
         random_states = capture_random_state(run.accelerator)
         optimizer_state = gather_state(run.accelerator, run.optimizer.state_dict())
         weights = gather_weights(run.accelerator, run.model)
-        with fail_together(run.accelerator):
+        with raise_on_all_ranks(run.accelerator):
             if run.accelerator.is_main_process:
                 run.progress.saves = count_saves(self.output_dir) + 1
                 pointers = (LAST, BEST) if is_best else (LAST,)
@@ -103,7 +103,7 @@ class Saver:
             "skipped_steps": progress.skipped_steps,
             "skipped_files": list(progress.skipped_files.values()),
         }
-        with fail_together(run.accelerator):
+        with raise_on_all_ranks(run.accelerator):
             if run.accelerator.is_main_process:
                 chosen = BEST if run.options.load_best_at_end and progress.best_step else LAST
                 publish(follow(self.output_dir / chosen), self.output_dir)

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 from PIL import Image
 
-from caption_train.captioning.generate import Captioned, Generation, Unreadable, caption_images
+from caption_train.captioning.generate import CaptionResult, Generation, Unreadable, caption_images
 from caption_train.captioning.sampling import make_sampler
 from caption_train.errors import UsageError
 from caption_train.families import get_family
@@ -36,7 +36,7 @@ def texts(loaded, images, *, prompt=None, batch_size=4, num_workers=0, **setting
     results = caption_images(
         family, model, processor, images, generation, batch_size=batch_size, num_workers=num_workers
     )
-    return [r.generated.token_ids if isinstance(r, Captioned) else r.reason for r in results]
+    return [r.generated.token_ids if isinstance(r, CaptionResult) else r.reason for r in results]
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -57,7 +57,7 @@ def test_sampling_gives_an_image_the_same_caption_in_any_batch(loaded, images):
     runs = []
     for size in (1, 4):
         results = caption_images(*loaded, images, generation, batch_size=size)
-        runs.append([tuple(r.generated.token_ids) for r in results if isinstance(r, Captioned)])
+        runs.append([tuple(r.generated.token_ids) for r in results if isinstance(r, CaptionResult)])
     assert runs[0] == runs[1]
     assert len(set(runs[0])) == 4
 

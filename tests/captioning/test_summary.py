@@ -2,7 +2,7 @@
 
 import pytest
 
-from caption_train.captioning.summary import Tally
+from caption_train.captioning.summary import CaptioningSummary
 from caption_train.families.base import Generated
 from caption_train.metrics.output_health import find_remarks, repeats_itself
 
@@ -34,7 +34,7 @@ def test_a_caption_may_be_cut_and_empty():
 
 
 def test_the_summary_names_all_unreadable_images_and_a_few_of_the_rest():
-    tally = Tally(kept=2, unreadable=["bad.png: damaged"], seconds=2.0)
+    tally = CaptioningSummary(kept=2, unreadable=["bad.png: damaged"], seconds=2.0)
     for number in range(8):
         tally.count(f"{number}.png", ["empty"])
     assert tally.lines() == [
@@ -46,5 +46,5 @@ def test_the_summary_names_all_unreadable_images_and_a_few_of_the_rest():
 
 
 def test_tallies_of_processes_add_up_and_their_times_overlap():
-    total = Tally(3, 1, ["x"], seconds=2) + Tally(4, 0, ["y"], seconds=3)
+    total = CaptioningSummary(3, 1, ["x"], seconds=2) + CaptioningSummary(4, 0, ["y"], seconds=3)
     assert (total.written, total.kept, total.unreadable, total.seconds) == (7, 1, ["x", "y"], 3)

@@ -8,7 +8,7 @@ from caption_train.data.formats import IMAGE_SUFFIXES, natural_key
 from caption_train.data.scan import scan_folder
 from caption_train.data.text import read_caption
 from caption_train.errors import CaptionTrainError, UsageError
-from caption_train.system.console import printable
+from caption_train.system.console import escape_unprintable
 
 
 def find_images(root, **options):
@@ -159,6 +159,6 @@ def test_natural_order_is_an_order(names):
 
 @given(st.text())
 def test_printable_text_is_one_line_of_utf_8(text):
-    shown = printable(text)
+    shown = escape_unprintable(text)
     assert len(shown.splitlines()) <= 1
     shown.encode("utf-8")

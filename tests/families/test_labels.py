@@ -3,7 +3,7 @@
 import torch
 
 from caption_train.families.labels import IGNORE_INDEX, count_label_tokens, pad_labels
-from caption_train.system.devices import find_dtype, move_batch
+from caption_train.system.devices import model_dtype, move_batch
 
 
 def test_labels_are_padded_right_with_what_the_loss_ignores():
@@ -28,4 +28,4 @@ def test_moving_changes_the_type_of_pixels_only():
 def test_a_models_type_is_that_of_its_floating_point_weights():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2).half())
     model[0].register_parameter("packed", torch.nn.Parameter(torch.zeros(2, dtype=torch.uint8), False))
-    assert find_dtype(model) == torch.float16
+    assert model_dtype(model) == torch.float16

@@ -4,9 +4,9 @@ import os
 
 from caption_train.system.launcher import (
     describe_missing_processes,
-    name_launch,
     notice_launcher,
     read_command,
+    relaunch_command,
 )
 
 ACCELERATE = [
@@ -49,14 +49,14 @@ def test_a_run_that_nothing_launched_is_left_alone(capsys):
 def test_the_command_that_launched_a_run_is_told_as_it_would_be_typed():
     script = "train.py"
     for command in (["bash"], ["bash", script]):
-        assert name_launch(script, command, ["python", "-u"]) == ["python", "-u"]
-    assert name_launch(script, [*ACCELERATE, "--epochs", "2"]) == [
+        assert relaunch_command(script, command, ["python", "-u"]) == ["python", "-u"]
+    assert relaunch_command(script, [*ACCELERATE, "--epochs", "2"]) == [
         *("/venv/bin/accelerate", "launch", "--cpu", "--num_processes", "2")
     ]
     torchrun = ["/venv/bin/python3.11", "/venv/bin/torchrun", "--nproc_per_node", "2", script]
-    assert name_launch(script, torchrun) == ["/venv/bin/torchrun", "--nproc_per_node", "2"]
+    assert relaunch_command(script, torchrun) == ["/venv/bin/torchrun", "--nproc_per_node", "2"]
     module = ["/venv/bin/python", "-m", "torch.distributed.run", "--standalone", script]
-    assert name_launch(script, module) == module[:-1]
+    assert relaunch_command(script, module) == module[:-1]
 
 
 def test_a_program_that_the_shell_finds_by_its_name_is_called_by_it(tmp_path, monkeypatch):
@@ -65,4 +65,4 @@ def test_a_program_that_the_shell_finds_by_its_name_is_called_by_it(tmp_path, mo
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     command = ["/venv/bin/python", str(program), "launch", "train.py"]
-    assert name_launch("train.py", command) == ["accelerate", "launch"]
+    assert relaunch_command("train.py", command) == ["accelerate", "launch"]

@@ -47,7 +47,7 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
         options,
         device=accelerator.device.type,
         precision=accelerator.mixed_precision,
-        distributed=fsdp.describe_launch(accelerator),
+        distributed=fsdp.parallelism(accelerator),
     )
     _refuse(problems)
     return accelerator

@@ -25,7 +25,7 @@ from caption_train.training.distributed.deepspeed import ZeroAccelerator
 from caption_train.training.memory.gradient_checkpointing import find_blocks
 
 
-def describe_launch(accelerator: Accelerator) -> str:
+def parallelism(accelerator: Accelerator) -> str:
     """Return accelerate's name for how processes share the work, also where it knows nothing of it."""
     if isinstance(accelerator, ZeroAccelerator):
         return DistributedType.DEEPSPEED.value
@@ -81,7 +81,7 @@ def prepare(
 
 
 @contextmanager
-def whole(model: torch.nn.Module) -> Iterator[None]:
+def unsharded(model: torch.nn.Module) -> Iterator[None]:
     """Hold all weights for a while, to evaluate and caption as if nothing were sharded.
 
     All processes must enter it; inside, each may run the model as often as it has reason to, or not at all.

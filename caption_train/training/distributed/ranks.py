@@ -14,7 +14,7 @@ LISTED = 10
 
 
 @contextmanager
-def fail_together(accelerator: Accelerator) -> Iterator[None]:
+def raise_on_all_ranks(accelerator: Accelerator) -> Iterator[None]:
     """Wait for all processes at the end of a block; where it failed in any of them, it fails in all.
 
     The main process raises the first failure, the others leave silently with its exit code.
@@ -36,7 +36,7 @@ def fail_together(accelerator: Accelerator) -> Iterator[None]:
 
 
 @contextmanager
-def speak_as_one(accelerator: Accelerator) -> Iterator[None]:
+def report_once(accelerator: Accelerator) -> Iterator[None]:
     """Let a failure that all processes have at once be told by the main process only."""
     try:
         yield
@@ -46,10 +46,10 @@ def speak_as_one(accelerator: Accelerator) -> Iterator[None]:
         raise SystemExit(error.exit_code) from error
 
 
-def check_agreement(accelerator: Accelerator, facts: Mapping[str, Any]) -> None:
+def check_same_on_all_ranks(accelerator: Accelerator, facts: Mapping[str, Any]) -> None:
     """Raise UsageError where the processes start from different facts, naming them."""
     everyone = gather_object([dict(facts)])
-    with fail_together(accelerator):
+    with raise_on_all_ranks(accelerator):
         differences = [
             f"{name} is {theirs.get(name)!r} in process {rank}, {everyone[0].get(name)!r} in process 0"
             for rank, theirs in enumerate(everyone)

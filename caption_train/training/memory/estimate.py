@@ -33,7 +33,7 @@ SAME_SIZE = 0.05
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryEstimate:
     """Bytes a run holds. libraries: the process without a model, on a CPU. loading: as the file is read.
 
     kept: what the process keeps of what was freed, until the step. first_gradient: the largest, of word
@@ -66,7 +66,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Saver:
+class MemorySaver:
     """Flags that save memory, and what they cost in speed or quality, roughly, to find the cheapest set."""
 
     flags: str
@@ -74,24 +74,24 @@ class Saver:
     cost: int
 
 
-def find_savers(options: TrainOptions) -> list[Saver]:
+def find_savers(options: TrainOptions) -> list[MemorySaver]:
     """Return the savers that are not in use yet."""
     savers = []
     if options.mixed_precision not in HALF:
-        savers.append(Saver("--mixed_precision bf16", {"mixed_precision": "bf16"}, 1))
+        savers.append(MemorySaver("--mixed_precision bf16", {"mixed_precision": "bf16"}, 1))
     if options.optimizer_name == "AdamW":
-        savers.append(Saver("--optimizer_name AdamW8bit", {"optimizer_name": "AdamW8bit"}, 1))
+        savers.append(MemorySaver("--optimizer_name AdamW8bit", {"optimizer_name": "AdamW8bit"}, 1))
     if options.batch_size > 1:
         steps = options.batch_size * options.gradient_accumulation_steps
         changes = {"batch_size": 1, "gradient_accumulation_steps": steps}
-        savers.append(Saver(f"--batch_size 1 --gradient_accumulation_steps {steps}", changes, 2))
+        savers.append(MemorySaver(f"--batch_size 1 --gradient_accumulation_steps {steps}", changes, 2))
     if not options.gradient_checkpointing:
-        savers.append(Saver("--gradient_checkpointing", {"gradient_checkpointing": True}, 3))
+        savers.append(MemorySaver("--gradient_checkpointing", {"gradient_checkpointing": True}, 3))
     if options.quantize is None:
-        savers.append(Saver("--quantize", {"quantize": "4bit"}, 4))
+        savers.append(MemorySaver("--quantize", {"quantize": "4bit"}, 4))
     if not options.accumulation_compression:
         changes = {"optimizer_name": "Flora", "accumulation_compression": True}
-        savers.append(Saver("--optimizer_name Flora --accumulation_compression", changes, 5))
+        savers.append(MemorySaver("--optimizer_name Flora --accumulation_compression", changes, 5))
     return savers
 
 
@@ -123,7 +123,7 @@ class Planner:
         self.processes = processes
         self.embeddings = find_embeddings(model)
 
-    def plan(self, options: TrainOptions) -> Plan:
+    def plan(self, options: TrainOptions) -> MemoryEstimate:
         """Return what a run with these options holds."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         gradients = count_gradients(options, trained)
@@ -132,7 +132,7 @@ class Planner:
         weights = self.count_weights(options)
         # Weights of the file's own dtype are its pages; others are made from them.
         is_copied = abs(weights - self.file) > SAME_SIZE * self.file
-        return Plan(
+        return MemoryEstimate(
             libraries=self.libraries,
             loading=weights + (self.file if is_copied else 0),
             weights=weights,
@@ -145,7 +145,9 @@ class Planner:
             accumulates=options.gradient_accumulation_steps > 1,
         )
 
-    def find_cheapest(self, options: TrainOptions, budget: int) -> tuple[TrainOptions, Plan, list[str]]:
+    def find_cheapest(
+        self, options: TrainOptions, budget: int
+    ) -> tuple[TrainOptions, MemoryEstimate, list[str]]:
         """Return options, plan and flags of the cheapest savers that fit in `budget` bytes.
 
         When none do, the plan is the smallest there is and its peak is above the budget.
@@ -236,7 +238,7 @@ def find_quantized(model: nn.Module, parts: Mapping[str, str], options: TrainOpt
     return found
 
 
-def _subsets(savers: Sequence[Saver]) -> Iterator[tuple[Saver, ...]]:
+def _subsets(savers: Sequence[MemorySaver]) -> Iterator[tuple[MemorySaver, ...]]:
     """Yield every choice of savers in which no two set the same flag."""
     for count in range(len(savers) + 1):
         for chosen in itertools.combinations(savers, count):

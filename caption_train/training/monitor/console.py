@@ -13,7 +13,7 @@ from caption_train.adapters.model_card import name_flag
 from caption_train.adapters.record import TrainingRecord
 from caption_train.config.compatibility import SHARDED
 from caption_train.config.training import TrainOptions
-from caption_train.training.distributed.fsdp import describe_launch
+from caption_train.training.distributed.fsdp import parallelism
 from caption_train.training.run.batch_plan import BatchPlan
 
 GIB = 1024**3
@@ -37,7 +37,7 @@ def print_settings(
     console = Console(stderr=True, markup=False, highlight=False)
     console.print(table)
     console.print("defaults: " + " · ".join(defaults), style="dim")
-    way = SHARDED.get(describe_launch(accelerator))
+    way = SHARDED.get(parallelism(accelerator))
     sharded = f", sharded by {way}" if way else ""
     share = record.trainable_parameters / record.total_parameters
     console.print(

@@ -11,7 +11,7 @@ from torch import nn
 from caption_train.errors import CaptionTrainError
 from caption_train.training.checkpoints.find import describe_latest
 from caption_train.training.run.batches import MicroBatch
-from caption_train.training.run.run import Run
+from caption_train.training.run.run import TrainingRun
 
 MEMORY = 0.95
 """How much of the running loss a step keeps: it looks back about twenty steps."""
@@ -29,7 +29,7 @@ PATIENCE = 20
 class Health:
     """Judges every step of a `Run`. All processes come to the same judgement."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TrainingRun) -> None:
         self.run = run
         self.untried = copy_lora_b(run.model) if run.progress.global_step < PATIENCE else {}
         self.tries = 0

@@ -10,24 +10,24 @@ from rich.table import Table
 from caption_train.data.images import ImageError, open_image
 from caption_train.data.pairs import Pair
 from caption_train.families.base import Family
-from caption_train.training.distributed.fsdp import whole
+from caption_train.training.distributed.fsdp import unsharded
 from caption_train.training.monitor.log import RunLog, Sample
 from caption_train.training.monitor.validation import caption_images
 from caption_train.training.run.batch_plan import is_due
 from caption_train.training.run.data import TrainingData
-from caption_train.training.run.run import Run
+from caption_train.training.run.run import TrainingRun
 
 COUNT = 4
 
 
-class Sampler:
+class PreviewCaptioner:
     """Captions the same few images before the first step and every `--sample_every_n_…`.
 
     They are the first validation images, kept in memory: a file that goes away cannot stop a run for its
     preview. Only where none are held out are they images that are trained on, and are called so.
     """
 
-    def __init__(self, run: Run, family: Family, data: TrainingData, log: RunLog) -> None:
+    def __init__(self, run: TrainingRun, family: Family, data: TrainingData, log: RunLog) -> None:
         pairs, self.note = data.validation, ""
         if not pairs:
             pairs, self.note = data.train, " (images that are trained on: --validation_split holds some out)"
@@ -58,7 +58,7 @@ class Sampler:
     def sample(self, step: int) -> None:
         """Caption the images, print and log them; the training's random numbers stay as they were."""
         pairs, images = [pair for pair, _ in self.images], [image for _, image in self.images]
-        with whole(self.run.model):
+        with unsharded(self.run.model):
             if not self.run.accelerator.is_main_process:
                 return
             captions = caption_images(self.run, self.family, images, [pair.prompt for pair in pairs])

@@ -16,13 +16,13 @@ from caption_train.data.images import ImageError, open_image
 from caption_train.data.pairs import Pair
 from caption_train.families.base import Batch, Family
 from caption_train.metrics.coco import score_captions
-from caption_train.system.devices import find_dtype, move_batch
+from caption_train.system.devices import model_dtype, move_batch
 from caption_train.system.signals import ignore_in_worker
-from caption_train.training.distributed.fsdp import whole
+from caption_train.training.distributed.fsdp import unsharded
 from caption_train.training.monitor.log import RunLog
 from caption_train.training.run.batch_plan import is_due
 from caption_train.training.run.batches import CaptionDataset, Collate
-from caption_train.training.run.run import Run
+from caption_train.training.run.run import TrainingRun
 
 MAX_NEW_TOKENS = 64
 
@@ -32,7 +32,7 @@ class Evaluator:
 
     def __init__(
         self,
-        run: Run,
+        run: TrainingRun,
         family: Family,
         pairs: Sequence[Pair],
         log: RunLog,
@@ -59,7 +59,7 @@ class Evaluator:
 
     def evaluate(self) -> dict[str, float]:
         """Return the loss per token and the metrics asked for, over all processes."""
-        with whole(self.run.model):
+        with unsharded(self.run.model):
             values = {"loss": self._measure_loss()}
             if self.run.options.metrics:
                 values |= self._score()
@@ -79,7 +79,7 @@ class Evaluator:
         losses, tokens, errors = 0.0, 0, []
         with evaluating(run) as model:
             for batch in loader:
-                inputs = move_batch(batch.inputs, accelerator.device, find_dtype(model))
+                inputs = move_batch(batch.inputs, accelerator.device, model_dtype(model))
                 losses += model(**inputs).loss.item() * batch.label_tokens
                 tokens += batch.label_tokens
                 errors += batch.errors
@@ -149,7 +149,7 @@ class Evaluator:
 
 
 @contextmanager
-def evaluating(run: Run) -> Iterator[torch.nn.Module]:
+def evaluating(run: TrainingRun) -> Iterator[torch.nn.Module]:
     """Give the model without its wrapper, dropout off; leave training and its random numbers untouched."""
     model, device = run.accelerator.unwrap_model(run.model), run.accelerator.device
     model.eval()
@@ -161,14 +161,14 @@ def evaluating(run: Run) -> Iterator[torch.nn.Module]:
 
 
 def caption_images(
-    run: Run, family: Family, images: Sequence[Image.Image], prompts: Sequence[str | None]
+    run: TrainingRun, family: Family, images: Sequence[Image.Image], prompts: Sequence[str | None]
 ) -> list[str]:
     """Caption images as they are trained on: with their own prompts, where None with the run's."""
     if not images:
         return []
     with evaluating(run) as model:
         batch = family.encode(run.processor, images, [prompt or run.record.prompt for prompt in prompts])
-        batch = move_batch(batch, run.accelerator.device, find_dtype(model))
+        batch = move_batch(batch, run.accelerator.device, model_dtype(model))
         generated = family.generate(model, run.processor, batch, max_new_tokens=MAX_NEW_TOKENS)
     return [caption.text for caption in generated]
 

@@ -17,8 +17,8 @@ from caption_train.data.images import check_images
 from caption_train.data.pairs import Pair
 from caption_train.data.split import fingerprint, split_by_content
 from caption_train.errors import CaptionTrainError, UsageError
-from caption_train.system.console import printable, say, summarize
-from caption_train.training.distributed.ranks import check_agreement, fail_together
+from caption_train.system.console import escape_unprintable, print_once, summarize
+from caption_train.training.distributed.ranks import check_same_on_all_ranks, raise_on_all_ranks
 
 NEED_VALIDATION = (
     *("validation_split", "validation_dir", "eval_every_n_epochs", "eval_every_n_steps"),
@@ -71,7 +71,7 @@ class TrainingData:
         longest = max(cut, key=counts.__getitem__)
         return (
             f"--max_length {max_length}: {len(cut)} captions are longer and are cut, the longest of "
-            f"{counts[longest]:,} tokens in {printable(longest.source)}"
+            f"{counts[longest]:,} tokens in {escape_unprintable(longest.source)}"
         )
 
 
@@ -82,13 +82,13 @@ def read_training_data(options: TrainOptions, accelerator: Accelerator) -> Train
     that the metadata calls so. What is wrong is listed in one CaptionTrainError, or left out under
     `--on_bad_data skip`.
     """
-    with fail_together(accelerator):
+    with raise_on_all_ranks(accelerator):
         data = _read(options)
     if accelerator.num_processes > 1:
         # Each image is read by one process for all, so they must mean the same ones.
-        check_agreement(accelerator, _list_rows(data))
+        check_same_on_all_ranks(accelerator, _list_rows(data))
     _inspect_images(data, accelerator)
-    with fail_together(accelerator):
+    with raise_on_all_ranks(accelerator):
         if options.validation_split:
             data.train, data.validation = split_by_content(
                 data.train, options.validation_split, options.seed, data.digests
@@ -104,7 +104,7 @@ def _judge(data: TrainingData, options: TrainOptions, accelerator: Accelerator) 
         raise CaptionTrainError(summarize(headline, data.skipped, limit=None))
     if data.skipped:
         headline = f"--on_bad_data skip: {len(data.skipped)} left out:"
-        say(accelerator, summarize(headline, data.skipped, limit=None))
+        print_once(accelerator, summarize(headline, data.skipped, limit=None))
     if not data.train:
         raise UsageError(f"--dataset_dir {options.dataset_dir}: no pair is left to train on")
     if options.validation_split and not data.validation:

@@ -16,7 +16,7 @@ from caption_train.training.run.batch_plan import BatchPlan
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """Everything prepared. Plan and loader start at the step that `progress` stands at.
 
     random_states: each process's random numbers there, to be restored when the loop starts; None at step 0.

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
-from caption_train.system.memory import LeanHeap
+from caption_train.system.memory import HeapTrimmer
 from caption_train.training.checkpoints.progress import Progress
 from caption_train.training.loop import Trainer
 from caption_train.training.monitor.health import WARM_UP, Health
@@ -64,7 +64,7 @@ def test_a_skipped_step_is_said_and_an_overflow_of_fp16_is_no_bad_step(health, c
 
 def _stub(run, health: Health) -> SimpleNamespace:
     """Return what of a Trainer takes a step."""
-    return SimpleNamespace(run=run, health=health, heap=LeanHeap(False))
+    return SimpleNamespace(run=run, health=health, heap=HeapTrimmer(False))
 
 
 @pytest.mark.parametrize(("loss", "gradient"), [(math.nan, 0.0), (math.nan, 1.0), (1.0, math.inf)])
