@@ -110,7 +110,7 @@ def make_family(name: str) -> SimpleNamespace:
         return AutoModelForImageTextToText.from_pretrained(model_id, **keywords), None
 
     real = get_family(name.partition("-")[0])
-    return SimpleNamespace(load=load, parts=real.parts, lora_target_modules=real.lora_target_modules)
+    return SimpleNamespace(load=load, facts=real.facts)
 
 
 def measure(name: str, folder: Path, flags: dict) -> dict:
@@ -122,10 +122,13 @@ def measure(name: str, folder: Path, flags: dict) -> dict:
 
     family = make_family(name)
     options = TrainOptions(
-        model_id=str(folder), output_dir=folder, target_modules=list(family.lora_target_modules), **flags
+        model_id=str(folder),
+        output_dir=folder,
+        target_modules=list(family.facts.lora_target_modules),
+        **flags,
     )
     accelerator = make_accelerator(options)
-    model, _ = load_trainable(options, family, accelerator, None)
+    model, _ = load_trainable(options, family, family.facts, accelerator)
     config = model.config
     optimizer = make_optimizer(options, model)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -225,7 +228,7 @@ def count(name: str) -> dict:
     nothing = Activations(0, [], [])
     planner = Planner(
         model,
-        get_family(name.partition("-")[0]).parts,
+        get_family(name.partition("-")[0]).facts.parts,
         {"no": nothing, "bf16": nothing, "quantized": nothing},
     )
     whole = planner.plan(TrainOptions(**FULL))

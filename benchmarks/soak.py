@@ -47,7 +47,7 @@ def make_options(work: Path, output_dir: Path, setup: str, **changes) -> TrainOp
         "model_id": str(work / "base"),
         "dataset_dir": ROOT / "examples" / "shapes" / "heldout",
         "output_dir": output_dir,
-        "target_modules": list(family.lora_target_modules),
+        "target_modules": list(family.facts.lora_target_modules),
         "device": "cpu",
         "learning_rate": 1e-3,
         "dropout": 0.1,

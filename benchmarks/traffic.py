@@ -34,7 +34,8 @@ def count_step(name: str, folder: Path, flags: dict) -> int:
 
     options = TrainOptions(model_id=str(folder), output_dir=folder, optimizer_name="Flora", **FULL, **flags)
     accelerator = make_accelerator(options)
-    model, _ = load_trainable(options, make_family(name), accelerator, None)
+    family = make_family(name)
+    model, _ = load_trainable(options, family, family.facts, accelerator)
     batch = make_batch(name, model.config, 1)
     model, optimizer = accelerator.prepare(model, make_optimizer(options, model))
     sent, all_reduce = [0], dist.all_reduce

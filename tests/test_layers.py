@@ -1,6 +1,7 @@
 """The house as its imports draw it: arrows point down only, `--help` is light, no idle requirement."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -14,19 +15,26 @@ from tests.fixtures.paths import REPOSITORY
 PACKAGE = REPOSITORY / "caption_train"
 SCRIPTS = sorted(path.name for path in REPOSITORY.glob("*.py"))
 HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate", "PIL", "numpy", "rich", "tqdm", "yaml"}
-STANDARD_LIBRARY_ONLY = {
-    *("cli", "flags", "options", "combinations", "errors", "files", "captions", "metadata", "families"),
-    *("families.base", *(f"families.{name}" for name in FAMILIES)),
-}
-INFERENCE = ("captioning", "generating", "inputs", "outputs", "processes", "sampling", "tally")
-TRAINING = {"training", "prepare", "run", "saving", "resume", "accelerator", "flora", "dataset"}
-REGISTRY_READERS = {"cli", "adapter_info", "model_card"}
-"""The wiring, and what reads or writes a family's name in a saved adapter."""
-BELOW_FAMILIES = {"errors", "files", "captions", "images", "collate"}
+LIGHT = ("cli", "config", "errors", "data.formats", "data.scan", "system", "families.base")
+"""What `--help` reads, with the families' own modules; it is imported with the standard library alone."""
+SHARED_BY_FAMILIES = {"families.base", "families.labels"}
+MOST_MODULES = 12
+
+
+def read_layers() -> tuple[dict[str, list[str]], list[str]]:
+    """Return folder → what it may import, in order, and the order of the folders in training/."""
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text("utf-8")
+    text = text[text.index("<!-- layers") : text.index("<!-- end of layers -->")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "| `" in line]
+    names = {row[0].strip("`"): re.findall(r"`([\w.]+)`", row[2]) for row in rows if len(row) == 3}
+    return names, [row[0].strip("`").removeprefix("training.") for row in rows if len(row) == 2]
+
+
+ALLOWED, TRAINING = read_layers()
 
 
 class Imports(ast.NodeVisitor):
-    """Collects (module, at the top of the file) of every import that runs; those for type checkers do not."""
+    """Collects (module, runs when the file is imported) of every import, those for type checkers too."""
 
     def __init__(self, tree: ast.Module) -> None:
         self.found: set[tuple[str, bool]] = set()
@@ -34,10 +42,15 @@ class Imports(ast.NodeVisitor):
         self.visit(tree)
 
     def visit_If(self, node):
-        if not (isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"):
+        if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            self._visit_inside(node)
+        else:
             self.generic_visit(node)
 
     def visit_FunctionDef(self, node):
+        self._visit_inside(node)
+
+    def _visit_inside(self, node):
         was, self.at_top = self.at_top, False
         self.generic_visit(node)
         self.at_top = was
@@ -69,19 +82,43 @@ ARROWS = {
 }
 
 
-def reach(name: str) -> set[str]:
-    """Return everything that `name` leads to."""
-    seen, pending = set(), [name]
-    while pending:
-        new = ARROWS[pending.pop()] - seen
-        seen |= new
-        pending += new
-    return seen
+def is_allowed(arrow: str, allowed: list[str]) -> bool:
+    return any(arrow == name or arrow.startswith(f"{name}.") for name in allowed)
 
 
 def test_the_walk_sees_the_house():
-    assert {"training", "families.blip", "cli"} <= ARROWS.keys()
-    assert ARROWS["training"] and "prepare" in ARROWS["cli"]
+    assert {"training.loop", "families.blip", "cli.commands"} <= ARROWS.keys()
+    assert ARROWS["training.loop"] and "training.prepare" in ARROWS["cli.commands"]
+
+
+def test_the_list_names_every_folder_and_every_folder_on_it_is_there():
+    folders = {path.stem for path in PACKAGE.iterdir() if path.is_dir() or path.suffix == ".py"}
+    assert folders - {"__init__", "__main__", "__pycache__"} == ALLOWED.keys()
+    inner = {path.name for path in (PACKAGE / "training").iterdir() if path.is_dir()}
+    assert inner - {"__pycache__"} == set(TRAINING)
+
+
+def test_the_list_has_an_order_a_folder_imports_only_those_above_it():
+    names = list(ALLOWED)
+    for index, (name, allowed) in enumerate(ALLOWED.items()):
+        assert {a.partition(".")[0] for a in allowed} <= set(names[:index]), name
+
+
+@pytest.mark.parametrize("folder", [name for name in ALLOWED if name != "cli"])
+def test_a_folder_imports_only_what_its_line_lists(folder):
+    for name, arrows in ARROWS.items():
+        if name.partition(".")[0] == folder:
+            outside = {arrow for arrow in arrows if arrow and arrow.partition(".")[0] != folder}
+            assert {arrow for arrow in outside if not is_allowed(arrow, ALLOWED[folder])} == set(), name
+
+
+def test_inside_training_arrows_point_up_the_list_only():
+    for name, arrows in ARROWS.items():
+        top, _, rest = name.partition(".")
+        if top == "training" and rest.partition(".")[0] in TRAINING:
+            place = TRAINING.index(rest.partition(".")[0])
+            inner = {a.split(".")[1] for a in arrows if a.startswith("training.")}
+            assert inner <= set(TRAINING[: place + 1]), name
 
 
 def test_no_two_modules_lead_to_each_other():
@@ -89,29 +126,34 @@ def test_no_two_modules_lead_to_each_other():
     assert set(TopologicalSorter(ARROWS).static_order()) >= ARROWS.keys()
 
 
+def test_no_folder_holds_more_than_a_dozen_modules():
+    for folder in {path.parent for path in PACKAGE.rglob("*.py")}:
+        modules = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(modules) <= MOST_MODULES, folder
+
+
 def test_nothing_outside_the_families_imports_one():
     for name, arrows in ARROWS.items():
         if not name.startswith("families"):
-            assert not {a for a in arrows if a.startswith("families.")} - {"families.base"}, name
+            assert {a for a in arrows if a.startswith("families.")} <= SHARED_BY_FAMILIES, name
 
 
-def test_loop_and_captioning_do_not_ask_the_registry():
-    assert {name for name, arrows in ARROWS.items() if "families" in arrows} <= REGISTRY_READERS
+def test_no_family_is_named_outside_the_families():
+    for path in PACKAGE.rglob("*.py"):
+        if "families" not in path.relative_to(PACKAGE).parts:
+            text = path.read_text("utf-8").lower()
+            assert not [name for name in FAMILIES if name in text], path
 
 
-def test_a_family_knows_only_what_lies_below_it():
-    for name in ARROWS:
-        if name.startswith("families"):
-            assert {n for n in reach(name) if not n.startswith("families")} <= BELOW_FAMILIES, name
+def test_nobody_asks_what_a_family_can():
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text("utf-8")
+        assert not re.search(r"(hasattr|getattr)\((self\.)?family\b", text), path
 
 
-def test_inference_never_leads_to_training():
-    for name in INFERENCE:
-        assert not reach(name) & TRAINING, name
-
-
-def test_only_scripts_lead_to_cli():
-    assert not [name for name, arrows in ARROWS.items() if "cli" in arrows]
+def test_only_the_doors_lead_to_cli():
+    inside = [name for name, arrows in ARROWS.items() if any(a.partition(".")[0] == "cli" for a in arrows)]
+    assert {name.partition(".")[0] for name in inside} <= {"cli", "__main__"}
 
 
 def test_the_package_imports_nothing_that_lies_beside_it():
@@ -120,7 +162,12 @@ def test_the_package_imports_nothing_that_lies_beside_it():
         assert not {module.partition(".")[0] for module, _ in found} & outside, name
 
 
-@pytest.mark.parametrize("name", sorted(STANDARD_LIBRARY_ONLY))
+def find_light_modules() -> list[str]:
+    own = {target.partition(":")[0].removeprefix("caption_train.") for target in FAMILIES.values()}
+    return sorted(name for name in ARROWS if name in {"families", *own} or is_allowed(name, list(LIGHT)))
+
+
+@pytest.mark.parametrize("name", find_light_modules())
 def test_what_help_needs_imports_nothing_heavy_at_the_top(name):
     top = {module.partition(".")[0] for module, at_top in IMPORTS[name] if at_top}
     assert top <= set(sys.stdlib_module_names) | {"caption_train"}
@@ -171,7 +218,7 @@ def find_used() -> set[str]:
     """Return the top-level names of all imports in the repository."""
     used = {module.partition(".")[0] for found in IMPORTS.values() for module, _ in found}
     for folder in ("tests", "examples", "benchmarks", "scripts"):
-        for path in (REPOSITORY / folder).glob("*.py"):
+        for path in (REPOSITORY / folder).rglob("*.py"):
             used |= {m.partition(".")[0] for m, _ in Imports(ast.parse(path.read_text("utf-8"))).found}
     return used
 

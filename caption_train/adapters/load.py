@@ -23,8 +23,7 @@ def load_adapter(model: nn.Module, folder: Path | str, family: Family) -> PeftMo
     from peft import PeftConfig, load_peft_weights
 
     try:
-        convert = getattr(family, "convert_adapter", None)
-        converted = convert(folder, model) if convert else None
+        converted = family.convert_adapter(folder, model)
         # PEFT would look for them on the hub.
         if converted is None and not any((Path(folder) / name).is_file() for name in WEIGHT_FILES):
             raise OSError(f"there are no weights: none of {', '.join(WEIGHT_FILES)}")

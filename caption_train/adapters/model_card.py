@@ -5,15 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from caption_train.adapters.record import TRAINING_FILE, TrainingRecord
-from caption_train.families import name_script
+from caption_train.families import FAMILIES, get_family, name_script
 from caption_train.system.files import write_atomically
-
-ELSEWHERE = {
-    "florence": "Plain transformers and PEFT load it on a base in transformers' layout, which Microsoft's "
-    "repositories are not: `python export_adapter.py {base} florence-native/` writes one, "
-    "`python export_adapter.py . merged/ --merge` base and LoRA as one model."
-}
-"""How a LoRA is used without this tool, by family, where more is to say than `PeftModel.from_pretrained`."""
 
 
 def write_card(folder: Path, record: TrainingRecord, extra: Mapping[str, Any]) -> None:
@@ -41,7 +34,7 @@ def _card(record: TrainingRecord, extra: Mapping[str, Any]) -> str:
     rows += [f"| {name} | {value} |" for name, value in extra.items() if value is not None]
     script = name_script(record.family)
     base = f"--base_model {record.base_model} " if is_lora else ""
-    hint = ELSEWHERE.get(record.family, "") if is_lora else ""
+    hint = get_family(record.family).load_elsewhere if is_lora and record.family in FAMILIES else ""
     elsewhere = [hint.format(base=record.base_model), ""] if hint else []
     return "\n".join(
         [

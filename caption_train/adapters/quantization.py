@@ -52,7 +52,7 @@ def prepare_quantized(model: "PreTrainedModel") -> "PreTrainedModel":
 
     Everything is frozen and what is not quantized (norms, embeddings, the head) is float32. Gradients through
     checkpointed blocks are enabled where checkpointing is, not here: the usual hook on the input embeddings
-    breaks BLIP, which adds to them in place.
+    breaks models that add to them in place.
     """
     if not (getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)):
         return model

@@ -12,6 +12,7 @@ from caption_train import __version__
 from caption_train.config.training import TrainOptions
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import name_script
+from caption_train.families.base import Family, ModelFacts
 
 TRAINING_FILE = "training.json"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "flora-opt", "pillow")
@@ -48,13 +49,67 @@ def read_adapter(folder: Path | str) -> AdapterInfo:
     )
 
 
-def read_base_prompt(base_model: str, family: str) -> str | None:
+@dataclass(frozen=True)
+class Base:
+    """The model that a command works with, and what it is asked.
+
+    model_id: a hub id or a folder. revision: of the hub; None is its newest. prompt: what the model is given
+    with every image. facts: what config.json says.
+    """
+
+    model_id: str
+    revision: str | None
+    prompt: str
+    facts: ModelFacts
+
+
+def resolve_base(
+    family: Family,
+    model_id: str | None,
+    revision: str | None,
+    prompt: str | None,
+    adapter: AdapterInfo | None = None,
+    *,
+    flag: str = "--base_model",
+) -> Base:
+    """Decide with which base, revision and prompt to train, caption, plan or export; nothing is loaded.
+
+    What the user gives wins, then what the adapter says of itself, then what a model in a folder says, then
+    the family's defaults. An empty prompt is a prompt.
+
+    Args:
+        family: whose model it is.
+        model_id, revision, prompt: what the user gave, None where nothing.
+        adapter: what goes on the base, if anything does.
+        flag: the flag that names the model, for messages.
+
+    Raises:
+        UsageError: the adapter was trained on another base or family, or the family cannot read the prompt.
+    """
+    if adapter is not None:
+        model_id = model_id or adapter.base_model
+    model_id = model_id or family.model_id
+    if adapter is not None:
+        check_base(adapter, family.name, model_id, family.base_models)
+        revision = revision or (adapter.revision if model_id == adapter.base_model else None)
+        prompt = adapter.prompt if prompt is None else prompt
+    if model_id == family.model_id:
+        # The pinned release is the default model's; another id or folder has releases of its own.
+        revision = revision or family.revision
+    base_prompt = _read_base_prompt(model_id, family.name, flag)
+    facts = family.describe(model_id, revision)
+    prompt = next(p for p in (prompt, base_prompt, facts.default_prompt) if p is not None)
+    family.check_prompt(prompt)
+    return Base(model_id, revision, prompt, facts)
+
+
+def _read_base_prompt(base_model: str, family: str, flag: str) -> str | None:
     """Return the prompt that a model in a local folder was trained with, None where nothing is said.
 
     Raises UsageError when it is of another family.
     """
     training = _read_json(Path(base_model) / TRAINING_FILE) or {}
-    _check_family(f"--base_model {base_model}", training.get("family"), family)
+    _check_family(f"{flag} {base_model}", training.get("family"), family)
     return training.get("prompt")
 
 

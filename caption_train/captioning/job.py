@@ -13,14 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caption_train.adapters.record import check_base, read_adapter, read_base_prompt
 from caption_train.captioning.drawings import Drawings
-from caption_train.captioning.inputs import find_inputs
 from caption_train.captioning.outputs import Outputs, wrap_caption
-from caption_train.captioning.plan import CaptionPlan
+from caption_train.captioning.plan import make_plan
 from caption_train.captioning.summary import CaptioningSummary
 from caption_train.config.captioning import CaptionOptions
-from caption_train.errors import CaptionTrainError, UsageError, naming_model
+from caption_train.errors import CaptionTrainError, naming_model
 from caption_train.families.base import Family
 from caption_train.metrics.output_health import find_remarks
 from caption_train.system.console import escape_unprintable
@@ -66,7 +64,7 @@ class CaptionJob:
         self.processes = join_processes()
         notice_launcher(self.processes.count)
         self.outputs = Outputs(options, self.processes.rank)
-        self.plan = self.processes.share(self._make_plan)
+        self.plan = self.processes.share(lambda: make_plan(options, family, self.outputs))
         self.drawings = Drawings(options.visualize, self.plan.images) if options.visualize else None
         self.lines: list[tuple[int, str]] = []
         self.tally = CaptioningSummary()
@@ -105,32 +103,6 @@ class CaptionJob:
         if self.processes.is_main:
             print(f"Interrupted: {count} captions are {kept}", file=sys.stderr)
 
-    def _make_plan(self) -> CaptionPlan:
-        """Decide what is captioned with what, from the options and the adapter's account of itself."""
-        options, family = self.options, self.family
-        inputs = find_inputs(options.images, recursive=options.recursive)
-        if options.visualize and not hasattr(family, "draw_answer"):
-            raise UsageError(f"--visualize: {family.title} gives no boxes to draw")
-        if options.visualize:
-            Drawings(options.visualize, inputs.images)
-        model_id, revision = options.base_model or family.model_id, options.revision
-        prompt = options.prompt if options.task is None else options.task
-        if options.peft_model:
-            adapter = read_adapter(options.peft_model)
-            model_id = options.base_model or adapter.base_model or model_id
-            check_base(adapter, family.name, model_id, family.base_models)
-            prompt = adapter.prompt if prompt is None else prompt
-            if model_id == adapter.base_model:
-                revision = revision or adapter.revision
-        if model_id == family.model_id:
-            revision = revision or family.revision
-        base_prompt = read_base_prompt(model_id, family.name)
-        prompt = next(p for p in (prompt, base_prompt, family.default_prompt) if p is not None)
-        if check_prompt := getattr(family, "check_prompt", None):
-            check_prompt(prompt)
-        pending = self.outputs.find_pending(inputs.images)
-        return CaptionPlan(inputs.images, pending, inputs.missing, model_id, revision, prompt)
-
     def _caption(self, share: Sequence[Path]) -> None:
         from tqdm import tqdm
 
@@ -149,7 +121,7 @@ class CaptionJob:
             model,
             processor,
             share,
-            make_generation(self.options, self.plan.prompt),
+            make_generation(self.options, self.plan.base.prompt),
             batch_size=self.options.batch_size,
             num_workers=self.options.num_workers,
         )
@@ -179,8 +151,7 @@ class CaptionJob:
         text = wrap_caption(
             generated.text, prefix=options.prefix, suffix=options.suffix, trigger=options.trigger
         )
-        parse = getattr(self.family, "parse_answer", None)
-        answer = parse(generated.text, self.plan.prompt, result.size) if parse else None
+        answer = self.family.parse_answer(generated.text, self.plan.base.prompt, result.size)
         remarks = find_remarks(generated)
         self.outputs.write(result.image, text, answer=answer, remarks=remarks)
         if self.drawings and answer is not None:
@@ -195,7 +166,9 @@ class CaptionJob:
 
         dtype = getattr(torch, self.options.dtype)
         with out_of_memory_explained(device, self.options.batch_size), naming_model("--base_model"):
-            model, processor = self.family.load(self.plan.model_id, revision=self.plan.revision, dtype=dtype)
+            model, processor = self.family.load(
+                self.plan.base.model_id, revision=self.plan.base.revision, dtype=dtype
+            )
             if self.options.peft_model:
                 from caption_train.adapters.load import load_adapter
 
@@ -204,8 +177,8 @@ class CaptionJob:
 
     def _describe(self, device: torch.device) -> str:
         adapter = f" and {self.options.peft_model}" if self.options.peft_model else ""
-        prompt = f', prompt "{escape_unprintable(self.plan.prompt)}"' if self.plan.prompt else ""
+        prompt = f', prompt "{escape_unprintable(self.plan.base.prompt)}"' if self.plan.base.prompt else ""
         return (
             f"Captioning {len(self.plan.pending):,} of {len(self.plan.images):,} images with "
-            f"{self.plan.model_id}{adapter} on {device} in {self.options.dtype}{prompt}"
+            f"{self.plan.base.model_id}{adapter} on {device} in {self.options.dtype}{prompt}"
         )

@@ -1,4 +1,4 @@
-"""What a captioning run works on: images, model, prompt."""
+"""Decides what is left to caption, with which model and prompt, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -6,14 +6,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from caption_train.adapters.record import Base, read_adapter, resolve_base
+from caption_train.captioning.drawings import Drawings
+from caption_train.captioning.inputs import find_inputs
+from caption_train.captioning.outputs import Outputs
+from caption_train.config.captioning import CaptionOptions
+from caption_train.errors import UsageError
+from caption_train.families.base import Family
+
 
 @dataclass(frozen=True)
 class CaptionPlan:
-    """images: all that were asked for, in order. pending: those to caption now. model_id, …: with what."""
+    """What a captioning run works on.
+
+    images: all that were asked for, in order. pending: those of them to caption now. missing: a line for each
+    that is not there. base: the model, and the prompt it is given.
+    """
 
     images: Sequence[Path]
     pending: Sequence[Path]
     missing: Sequence[str]
-    model_id: str
-    revision: str | None
-    prompt: str
+    base: Base
+
+
+def make_plan(options: CaptionOptions, family: Family, outputs: Outputs) -> CaptionPlan:
+    """Find the images and the model; UsageError for what cannot work."""
+    inputs = find_inputs(options.images, recursive=options.recursive)
+    if options.visualize:
+        if not family.draws_answers:
+            raise UsageError(f"--visualize: {family.title} gives no boxes to draw")
+        # Refuses a folder that holds some of the images.
+        Drawings(options.visualize, inputs.images)
+    adapter = read_adapter(options.peft_model) if options.peft_model else None
+    prompt = options.prompt if options.task is None else options.task
+    base = resolve_base(family, options.base_model, options.revision, prompt, adapter)
+    return CaptionPlan(inputs.images, outputs.find_pending(inputs.images), inputs.missing, base)

@@ -37,8 +37,8 @@ def parse_options(
     given = _merge_positionals(vars(parser.parse_intermixed_args(argv)), positionals)
     config_path = given.pop("config", None)
     config = read_config_file(config_path, options_class, flags, choices) if config_path else {}
-    options = options_class(**(defaults | config | given))
-    options.sources = dict.fromkeys(config, str(config_path)) | dict.fromkeys(given, "command line")
+    sources = dict.fromkeys(config, str(config_path)) | dict.fromkeys(given, "command line")
+    options = options_class(**(defaults | config | given), sources=sources)
     problems = options.check()
     if problems:
         raise UsageError("\n".join(problems))

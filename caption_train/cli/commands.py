@@ -62,14 +62,11 @@ def train_main(family_name: str, argv: Sequence[str] | None = None) -> int:
             positionals=("dataset_dir", "output_dir"),
             defaults={
                 "model_id": family.model_id,
-                "target_modules": list(family.lora_target_modules),
+                "target_modules": list(family.facts.lora_target_modules),
                 **family.train_defaults,
             },
             **_family_flags(family),
         )
-        if options.model_id == family.model_id and options.revision is None:
-            # The pinned release is the default model's; another id or folder has releases of its own.
-            options.revision = family.revision
         family.cache_converted = options.cache_converted
         if options.plan:
             from caption_train.training.plan_command import plan_training
@@ -144,7 +141,7 @@ def export_main(argv: Sequence[str] | None = None) -> int:
             positionals=("source", "output_dir"),
             choices={"family": tuple(FAMILIES)},
         )
-        print(export(options, get_family(find_family(options, "florence"))))
+        print(export(options, get_family(find_family(options))))
         return 0
 
     return run(work)
@@ -154,7 +151,7 @@ def _family_flags(family: Family) -> dict[str, Any]:
     """Return what the family offers as `--task`, and the flags it has no use for."""
     absent = {
         "task": not family.tasks,
-        "visualize": not hasattr(family, "draw_answer"),
-        "cache_converted": not hasattr(family, "cache_converted"),
+        "visualize": not family.draws_answers,
+        "cache_converted": not family.converts_checkpoints,
     }
     return {"choices": {"task": family.tasks}, "omit": tuple(name for name in absent if absent[name])}

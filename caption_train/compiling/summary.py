@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from caption_train.config.compiling import CompileOptions
 from caption_train.data.formats import METADATA_NAME
+from caption_train.families import FAMILIES, get_family
 from caption_train.system.console import escape_unprintable
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ def print_summary(compiled: "Compiled", options: CompileOptions) -> None:
     lines += [*left_over, _RULE] if left_over else []
     target = compiled.output_dir / METADATA_NAME
     if compiled.written:
-        lines += [f"Wrote {escape_unprintable(target)}", "", "Next:", f"  {_next_command(compiled, options)}"]
+        lines += [f"Wrote {escape_unprintable(target)}", "", "Next, with the model of your choice:"]
+        lines += _next_commands(compiled, options)
     elif options.dry_run and compiled.rows:
         lines += [f"Nothing written (--dry_run); this would go to {escape_unprintable(target)}"]
     _print(lines)
@@ -112,13 +114,14 @@ def _line(title: str, count: int, note: str = "") -> str:
     return f" {title:<29} {count:>9,}   {escape_unprintable(note)}".rstrip()
 
 
-def _next_command(compiled: "Compiled", options: CompileOptions) -> str:
+def _next_commands(compiled: "Compiled", options: CompileOptions) -> Iterator[str]:
     # The folder's own name, also for `.` and `..`.
     name = compiled.output_dir.resolve().name or "my-lora"
     arguments = ["--dataset_dir", str(compiled.output_dir), "--output_dir", f"loras/{name}"]
     if options.follow_symlinks and compiled.prefix is not None:
         arguments.append("--follow_symlinks")
-    return shlex.join(["accelerate", "launch", "train_florence_lora.py", *arguments])
+    for family in map(get_family, FAMILIES):
+        yield "  " + shlex.join(["accelerate", "launch", family.training_script, *arguments])
 
 
 def _print(lines: Iterable[str]) -> None:

@@ -12,7 +12,7 @@ _captions = partial(flag, group="captions")
 _output = partial(flag, group="output")
 
 
-@dataclass
+@dataclass(frozen=True)
 class CaptionOptions:
     """What an inference script is asked to do."""
 

@@ -12,7 +12,7 @@ _kohya = partial(flag, group="Kohya-ss datasets")
 _written = partial(flag, group="what is written")
 
 
-@dataclass
+@dataclass(frozen=True)
 class CompileOptions:
     """What compile_captions.py is asked to do."""
 

@@ -14,13 +14,15 @@ _target = partial(flag, group="how")
 _proof = partial(flag, group="checking the result")
 
 
-@dataclass
+@dataclass(frozen=True)
 class ExportOptions:
     """What export_adapter.py is asked to do."""
 
     source: Path = _source(None, "adapter folder, or a model: a folder or hub id")
     output_dir: Path = _source(None, "write the result to this folder")
-    family: str | None = _source(None, "family of the model (default: the adapter's, else florence)")
+    family: str | None = _source(
+        None, "family of the model (default: the adapter's, else the one with two layouts)"
+    )
     base_model: str | None = _source(None, "base of the adapter (default: the one it was trained on)")
     revision: str | None = _source(None, "branch, tag or commit of the model on the hub")
 
@@ -28,7 +30,7 @@ class ExportOptions:
     layout: str = _target(
         "native",
         "native is what transformers 5 loads; legacy is what Microsoft's remote code, ComfyUI and other "
-        "tools on transformers 4 load, or Moondream's own code",
+        "tools on transformers 4 load, or the authors' own code",
         choices=("native", "legacy"),
     )
     dtype: str = _target(

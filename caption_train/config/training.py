@@ -27,7 +27,7 @@ _memory = partial(flag, group="memory and precision")
 _save = partial(flag, group="saving, samples and logs")
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainOptions:
     """What a training script is asked to do. Defaults are the reference's; a family may override some."""
 

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 from caption_train.config.exporting import ExportOptions
 from caption_train.errors import CaptionTrainError, UsageError, naming_model
 from caption_train.exporting.proof import caption_once, check_same_tokens, open_proof_image
+from caption_train.families import CONVERTIBLE
 
 if TYPE_CHECKING:
     import torch
 
+    from caption_train.adapters.record import Base
     from caption_train.families.base import Family
 
 
@@ -25,13 +27,13 @@ ABOUT = ("training.json", "README.md")
 """What a trained adapter or model says of itself."""
 
 
-def find_family(options: ExportOptions, default: str) -> str:
-    """Return the family asked for, or the adapter's own, or `default`."""
+def find_family(options: ExportOptions) -> str:
+    """Return the name of the family asked for, or the adapter's own, or that of what does not say its own."""
     if options.family is None and options.is_adapter:
         from caption_train.adapters.record import read_adapter
 
-        return read_adapter(options.source).family or default
-    return options.family or default
+        return read_adapter(options.source).family or CONVERTIBLE
+    return options.family or CONVERTIBLE
 
 
 def export(options: ExportOptions, family: Family) -> str:
@@ -42,34 +44,36 @@ def export(options: ExportOptions, family: Family) -> str:
     that its base's precision rounds to other tokens is written in float32 instead.
     """
     options.check_paths()
-    if options.layout == "legacy" and not hasattr(family, "save_legacy"):
+    if options.layout == "legacy" and not family.has_legacy_layout:
         raise UsageError(f"--layout legacy: {family.title} has one layout only")
-    model_id, revision, prompt = _find_base(options, family)
+    base = _resolve_base(options, family)
     # What is a link stays one: the folder behind it is replaced.
-    output_dir, base = options.output_dir.resolve(), Path(model_id).resolve()
-    if base.is_dir() and output_dir in (base, *base.parents):
+    output_dir, folder = options.output_dir.resolve(), Path(base.model_id).resolve()
+    if folder.is_dir() and output_dir in (folder, *folder.parents):
         raise UsageError(f"output_dir {options.output_dir} is, or holds, the base: choose another")
     image = open_proof_image(options.image)
     with naming_model("--base_model" if options.is_adapter else "source"):
-        model, processor = family.load(model_id, revision=revision)
+        model, processor = family.load(base.model_id, revision=base.revision)
     if options.is_adapter:
         from caption_train.adapters.load import load_adapter
 
         model = load_adapter(model, options.source, family)
-    before = caption_once(family, model, processor, image, prompt)
+    before = caption_once(family, model, processor, image, base.prompt)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     partial_folder = Path(tempfile.mkdtemp(prefix=".export-", dir=output_dir.parent))
     try:
         partial_folder.chmod(0o755)
         whole = options.merge or not options.is_adapter
         if whole:
-            _write_model(options, family, model, processor, partial_folder, (model_id, revision))
+            _write_model(options, family, model, processor, partial_folder, base)
             del model
             model, processor = family.load(str(partial_folder))
         else:
             _write_adapter(options, family, model, partial_folder)
-            model = load_adapter(family.load(model_id, revision=revision)[0], partial_folder, family)
-        after = caption_once(family, model, processor, image, prompt)
+            model = load_adapter(
+                family.load(base.model_id, revision=base.revision)[0], partial_folder, family
+            )
+        after = caption_once(family, model, processor, image, base.prompt)
         if before.token_ids != after.token_ids and options.merge and options.dtype == "auto":
             del model
             report = export(replace(options, dtype="float32"), family)
@@ -97,52 +101,40 @@ def _put_in_place(folder: Path, target: Path) -> None:
     shutil.rmtree(former)
 
 
-def _find_base(options: ExportOptions, family: Family) -> tuple[str, str | None, str]:
-    """Return model id, revision and prompt of what is to be loaded."""
-    from caption_train.adapters.record import check_base, read_adapter, read_base_prompt
+def _resolve_base(options: ExportOptions, family: Family) -> Base:
+    from caption_train.adapters.record import read_adapter, resolve_base
 
-    if not options.is_adapter:
-        model_id = options.source.as_posix()
-        prompt = options.prompt or read_base_prompt(model_id, family.name) or family.default_prompt
-        return model_id, options.revision, prompt
-    adapter = read_adapter(options.source)
-    model_id = options.base_model or adapter.base_model or family.model_id
-    check_base(adapter, family.name, model_id, family.base_models)
-    revision = options.revision or (adapter.revision if model_id == adapter.base_model else None)
-    return model_id, revision, options.prompt or adapter.prompt or family.default_prompt
+    adapter = read_adapter(options.source) if options.is_adapter else None
+    model_id = options.base_model if options.is_adapter else options.source.as_posix()
+    return resolve_base(family, model_id, options.revision, options.prompt, adapter)
 
 
 def _write_model(
-    options: ExportOptions, family: Family, model: Any, processor: Any, folder: Path, base: tuple[str, Any]
+    options: ExportOptions, family: Family, model: Any, processor: Any, folder: Path, base: Base
 ) -> None:
     # The inference scripts find the prompt in training.json; an adapter's README.md is none of a model's.
     _copy_beside(options.source, folder, *(["training.json"] if options.is_adapter else ABOUT))
     if options.is_adapter:
         from caption_train.adapters.load import find_shared
 
-        getattr(family, "prepare_merge", lambda model: None)(model)
+        family.prepare_merge(model)
         if shared := find_shared(model):
             raise CaptionTrainError(
                 f"an adapter of {', '.join(shared)} cannot be merged: its weights are shared"
             )
         model = model.merge_and_unload()
-    model = model.to(_find_dtype(options, family, *base))
+    model = model.to(_find_dtype(options, family, base))
     if options.layout == "legacy":
         family.save_legacy(model, processor, folder)
     else:
         model.save_pretrained(folder)
-        processor.save_pretrained(folder)
+        family.save_processor(processor, folder)
 
 
 def _write_adapter(options: ExportOptions, family: Family, model: Any, folder: Path) -> None:
     """Write the adapter that `model` carries, and what lay beside the one it came from."""
     _copy_beside(options.source, folder, *ABOUT)
-    if hasattr(family, "save_adapter"):
-        family.save_adapter(model.get_base_model(), options.source, folder, legacy=options.layout == "legacy")
-    else:
-        raise UsageError(
-            f"{options.source} is {family.title}'s only layout already; --merge writes the model"
-        )
+    family.save_adapter(model.get_base_model(), options.source, folder, legacy=options.layout == "legacy")
 
 
 def _copy_beside(source: Path, folder: Path, *names: str) -> None:
@@ -151,10 +143,9 @@ def _copy_beside(source: Path, folder: Path, *names: str) -> None:
             shutil.copyfile(path, folder / name)
 
 
-def _find_dtype(options: ExportOptions, family: Family, model_id: str, revision: str | None) -> torch.dtype:
+def _find_dtype(options: ExportOptions, family: Family, base: Base) -> torch.dtype:
     import torch
 
     if options.dtype != "auto":
         return getattr(torch, options.dtype)
-    find = getattr(family, "find_dtype", None)
-    return find(model_id, revision) if find else torch.float32
+    return family.find_stored_dtype(base.model_id, base.revision)

@@ -1,4 +1,4 @@
-"""The model families. A new one is a file here, a line in this dict and two scripts."""
+"""The model families by name. A new one is a file here, a line in this dict and two scripts."""
 
 from importlib import import_module
 
@@ -11,6 +11,10 @@ FAMILIES = {
 }
 
 
+CONVERTIBLE = "florence"
+"""The family of an exported model or adapter that does not name its own: the one whose old layout cannot."""
+
+
 def get_family(name: str) -> Family:
     """Return the family object for `name`; its module is imported only now, torch only by its verbs."""
     module, _, class_name = FAMILIES[name].partition(":")
@@ -19,4 +23,4 @@ def get_family(name: str) -> Family:
 
 def name_script(family: str) -> str:
     """Return the inference script of a family, by its name alone."""
-    return "inference.py" if family == "blip" else f"inference_{family}.py"
+    return get_family(family).inference_script if family in FAMILIES else f"the {family} script"

@@ -1,13 +1,19 @@
-"""What a model family is. No torch here or at the top of a family's file: `--help` reads these facts too."""
+"""What a model family is. No torch is imported here: `--help` reads these facts too."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
+
+from caption_train.errors import UsageError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
+    from peft import LoraConfig, PeftModel
     from PIL import Image
     from transformers import PreTrainedModel, ProcessorMixin
     from transformers.utils.quantization_config import BitsAndBytesConfig
@@ -30,25 +36,58 @@ class Generated:
     finished: bool = True
 
 
-class Family(Protocol):
-    """A model family: facts, and four verbs. Training and captioning only ever see this."""
+@dataclass(frozen=True)
+class ModelFacts:
+    """What depends on the checkpoint, and is known from its config.json alone.
+
+    lora_target_modules: names, or ends of names, of the modules that a LoRA trains if the user names none.
+    parts: `vision`, `projector`, `language`: a regular expression that fully matches the part's module names.
+    default_prompt: what `encode` is given when the user names no prompt: a task token, a sentence, or "".
+    """
+
+    lora_target_modules: tuple[str, ...]
+    parts: Mapping[str, str]
+    default_prompt: str
+
+
+class Family(ABC):
+    """A model family: facts, and four methods that it must have. Training and captioning only ever see this.
+
+    What else a family may do has a default here, so that nobody has to ask whether it can.
+    """
 
     name: str
     title: str
+    training_script: str
     inference_script: str
     model_id: str
-    revision: str | None
-    base_models: Sequence[str]
-    lora_target_modules: Sequence[str]
-    train_defaults: Mapping[str, Any]
+    """The model that is trained and captioned with unless the user names one."""
+    revision: str | None = None
+    """The release of `model_id` that is used unless the user names one."""
+    base_models: Sequence[str] = ()
+    """The official models, by their ids on the hub."""
+    facts: ModelFacts
+    """What `describe` returns unless the family looks at the checkpoint."""
+    train_defaults: Mapping[str, Any] = {}
     """Defaults of training flags that differ from `TrainOptions`, by field name."""
-    default_prompt: str
-    """What `encode` is given when the user names no prompt: a task token, a sentence, or "" for none."""
-    tasks: Sequence[str]
+    tasks: Sequence[str] = ()
     """Task tokens that `--task` offers; empty where the family has none."""
-    parts: Mapping[str, str]
-    """`vision`, `projector`, `language`: a regular expression that fully matches the part's module names."""
+    draws_answers = False
+    """Whether `draw_answer` has something to draw: `--visualize`."""
+    converts_checkpoints = False
+    """Whether some checkpoints are converted when they load: `--cache_converted`."""
+    cache_converted = False
+    """Whether `load` keeps what it converted, and uses what it kept."""
+    has_legacy_layout = False
+    """Whether `save_legacy` writes a second layout."""
+    load_elsewhere = ""
+    """What the model card says beside `PeftModel.from_pretrained`; {base} becomes the base."""
 
+    def describe(self, model_id: str, revision: str | None = None) -> ModelFacts:
+        """Return what depends on the checkpoint. Reads config.json at most, never weights."""
+        return self.facts
+
+    @abstractmethod
     def load(
         self,
         model_id: str,
@@ -61,14 +100,14 @@ class Family(Protocol):
 
         `dtype` None means float32. Nothing is left random and no remote code runs.
         """
-        ...
 
+    @abstractmethod
     def encode(
         self, processor: ProcessorMixin, images: Sequence[Image.Image], prompts: Sequence[str]
     ) -> Batch:
         """Turn B RGB images and B prompts into what the model reads, in training and in generation alike."""
-        ...
 
+    @abstractmethod
     def make_collator(
         self, processor: ProcessorMixin, *, prompt: str, max_length: int
     ) -> Callable[[Sequence[dict]], Batch]:
@@ -78,8 +117,8 @@ class Family(Protocol):
         `labels` [B, T] hold IGNORE_INDEX wherever none is due. `max_length` limits the caption in tokens, end
         token included; a longer caption is cut before it. An item may carry its own `"prompt"`.
         """
-        ...
 
+    @abstractmethod
     def generate(
         self, model: PreTrainedModel, processor: ProcessorMixin, batch: Batch, **settings: Any
     ) -> list[Generated]:
@@ -88,4 +127,41 @@ class Family(Protocol):
         `settings` are transformers' generation arguments (num_beams, max_new_tokens, …); what is not given is
         what the checkpoint's authors chose.
         """
-        ...
+
+    def check_prompt(self, prompt: str) -> None:  # noqa: B027  (most families read any prompt)
+        """Raise UsageError for a prompt that no model of this family can read, before one is loaded."""
+
+    def parse_answer(self, text: str, prompt: str, image_size: tuple[int, int]) -> Any:
+        """Return the boxes of a generated text, in pixels of an image (width, height) large; None if none."""
+        return None
+
+    def draw_answer(self, image: Image.Image, answer: Any) -> Image.Image:
+        """Return a copy of `image` with what `parse_answer` found drawn on it."""
+        raise UsageError(f"--visualize: {self.title} gives no boxes to draw")
+
+    def convert_adapter(
+        self, folder: Path | str, model: PreTrainedModel
+    ) -> tuple[LoraConfig, dict[str, torch.Tensor]] | None:
+        """Return another tool's adapter as PEFT's config and weights for `model`; None if it is PEFT's."""
+        return None
+
+    def prepare_merge(self, model: PeftModel) -> None:  # noqa: B027  (most adapters can be merged as they are)
+        """Change what must be changed before the adapter of `model` can be merged."""
+
+    def save_adapter(self, model: PreTrainedModel, source: Path | str, folder: Path, *, legacy: bool) -> None:
+        """Write the adapter in `source`, which fits `model`, into `folder` with the names of a layout."""
+        raise UsageError(f"{source} is {self.title}'s only layout already; --merge writes the model")
+
+    def save_legacy(self, model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
+        """Write the model in the family's second layout, that of its authors' own code."""
+        raise UsageError(f"--layout legacy: {self.title} has one layout only")
+
+    def save_processor(self, processor: ProcessorMixin, folder: Path) -> None:
+        """Write what `AutoProcessor` needs to load the processor from `folder`."""
+        processor.save_pretrained(folder)
+
+    def find_stored_dtype(self, model_id: str, revision: str | None = None) -> torch.dtype:
+        """Return the precision that a checkpoint is stored in: that of what is merged and exported."""
+        import torch
+
+        return torch.float32

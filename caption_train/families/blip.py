@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from caption_train.errors import CaptionTrainError
-from caption_train.families.base import Batch, Generated
+from caption_train.families.base import Batch, Family, Generated, ModelFacts
 
 if TYPE_CHECKING:
     import torch
@@ -15,27 +15,28 @@ if TYPE_CHECKING:
     from transformers import BlipForConditionalGeneration, BlipProcessor
 
 
-class Blip:
+class Blip(Family):
     """BLIP captioning. The decoder starts from `[DEC]`, reads the prompt if there is one, ends at `[SEP]`."""
 
     name = "blip"
     title = "BLIP"
+    training_script = "train_blip_network.py"
     inference_script = "inference.py"
     model_id = "Salesforce/blip-image-captioning-base"
-    revision = None
     base_models = (model_id, "Salesforce/blip-image-captioning-large")
-    lora_target_modules = (
-        *("self.query", "self.key", "self.value", "output.dense"),
-        *("self_attn.qkv", "self_attn.projection", "mlp.fc1", "mlp.fc2"),
+    facts = ModelFacts(
+        lora_target_modules=(
+            *("self.query", "self.key", "self.value", "output.dense"),
+            *("self_attn.qkv", "self_attn.projection", "mlp.fc1", "mlp.fc2"),
+        ),
+        parts={
+            "vision": r"vision_model\..*",
+            "projector": r"text_decoder\..*\.crossattention\.self\.(key|value)",
+            "language": r"text_decoder\.(?!.*\.crossattention\.self\.(key|value)).*",
+        },
+        default_prompt="",
     )
     train_defaults = {"learning_rate": 1e-3, "batch_size": 2}
-    default_prompt = ""
-    tasks = ()
-    parts = {
-        "vision": r"vision_model\..*",
-        "projector": r"text_decoder\..*\.crossattention\.self\.(key|value)",
-        "language": r"text_decoder\.(?!.*\.crossattention\.self\.(key|value)).*",
-    }
 
     def load(
         self,

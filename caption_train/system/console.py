@@ -1,18 +1,23 @@
 """Writes to the screen: lines printed once for all processes, names made printable, lists cut short."""
 
+from __future__ import annotations
+
 import re
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from accelerate import Accelerator
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 _UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
 
-def print_once(accelerator: Accelerator, line: str) -> None:
-    """Print a line to stderr, once for all processes."""
+def print_once(accelerator: Accelerator, *lines: str) -> None:
+    """Print lines to stderr, once for all processes."""
     if accelerator.is_main_process:
-        print(line, file=sys.stderr, flush=True)
+        for line in lines:
+            print(line, file=sys.stderr, flush=True)
 
 
 def escape_unprintable(text: object) -> str:

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from caption_train.errors import UsageError
 
+if TYPE_CHECKING:
+    import torch
 
-def choose_device(name: str | None, *, local_rank: int = 0, processes: int = 1) -> torch.device:
-    """Return the device called `name`, or the best there is for this process; UsageError if there is none."""
-    if name is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda", local_rank % torch.cuda.device_count())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+def open_device(name: str) -> torch.device:
+    """Return the device that `--device` names; UsageError where this machine cannot use it."""
+    import torch
+
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    if device.type == "cuda" and device.index is None and processes > 1:
-        return torch.device("cuda", local_rank % torch.cuda.device_count())
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {name} cannot be used on this machine: {reason}") from None
     return device
+
+
+def choose_device(name: str | None, *, local_rank: int = 0, processes: int = 1) -> torch.device:
+    """Return the device called `name`, or the best there is for this process; UsageError if there is none."""
+    import torch
+
+    if name is not None:
+        device = open_device(name)
+        if device.type != "cuda" or device.index is not None or processes == 1:
+            return device
+    elif not torch.cuda.is_available():
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
 def move_batch(batch: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -31,6 +42,8 @@ def move_batch(batch: Mapping[str, Any], device: torch.device, dtype: torch.dtyp
 
     What is no tensor stays as it is.
     """
+
+    import torch
 
     def move(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):

@@ -3,14 +3,18 @@
 Its heap shrinks only from its end, so what lies below one small tensor that lives on stays with the process.
 """
 
+from __future__ import annotations
+
 import ctypes
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """glibc's names for how much free heap it keeps, and from which size an allocation has pages of its own."""
@@ -79,6 +83,8 @@ class HeapTrimmer:
 def peak_memory(device: torch.device) -> int:
     """Return the most bytes this process has held: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device)
     try:
         # getrusage would also count what the process held that started this one.
@@ -95,8 +101,11 @@ def peak_memory(device: torch.device) -> int:
 
 
 def resident_memory() -> int:
+    """Return the bytes that this process holds in memory now; where that is unknown, its peak."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
+        import torch
+
         return peak_memory(torch.device("cpu"))
     return pages * 4096

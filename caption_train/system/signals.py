@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
-
-import torch
-from accelerate import Accelerator
+from typing import TYPE_CHECKING, Any, Self
 
 from caption_train.errors import CaptionTrainError
 from caption_train.system.launcher import is_torchrun, read_command, relaunch_command
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
@@ -60,6 +60,8 @@ class Interrupts:
     def agreed(self) -> bool:
         """Return whether any process got a signal: every process gets the same answer at the same step."""
         if self.accelerator.num_processes > 1:
+            import torch
+
             numbers = torch.tensor([self.number], device=self.accelerator.device)
             self.number = int(self.accelerator.gather(numbers).max())
         return self.number != 0

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,13 +33,17 @@ def fit_batch_size(
     optimizer: Any,
     collate_fn: Callable[[Sequence[dict]], Batch],
     data: TrainingData,
-) -> None:
+) -> TrainOptions:
     """Try the worst step, of the longest captions and largest images, and print its peak.
 
-    Nothing is learned from it.
+    Nothing is learned from it. Under `--auto_batch_size` a batch that does not fit is made smaller and the
+    accumulation longer until one does; the effective batch stays as it was.
 
-    Under `--auto_batch_size` a batch that does not fit is made smaller and the accumulation longer, in
-    `options`, until one does; the effective batch stays as it was. Raises CaptionTrainError when none fits.
+    Returns:
+        The options with the batch that fits.
+
+    Raises:
+        CaptionTrainError: none fits.
     """
     tried: list[int] = []
     while True:
@@ -54,8 +59,9 @@ def fit_batch_size(
         smaller = [n for n in range(1, options.batch_size // 2 + 1) if options.batch_size % n == 0]
         if not options.auto_batch_size or not smaller:
             raise CaptionTrainError(advise_savers(options, accelerator, tried))
-        options.gradient_accumulation_steps *= options.batch_size // smaller[-1]
-        options.batch_size = smaller[-1]
+        times = options.batch_size // smaller[-1]
+        accumulated = options.gradient_accumulation_steps * times
+        options = replace(options, batch_size=smaller[-1], gradient_accumulation_steps=accumulated)
     trim_heap()
     if len(tried) > 1:
         print_once(
@@ -68,6 +74,7 @@ def fit_batch_size(
     print_once(
         accelerator, f"a step of the {count} largest images with the longest captions: peak {peak:.2f} GiB"
     )
+    return options
 
 
 def _try_step(

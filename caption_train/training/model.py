@@ -1,7 +1,8 @@
 """Loads the base, makes it trainable, and records where the run comes from."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ from torch import nn
 from caption_train.adapters.initialization import initialize_lora
 from caption_train.adapters.lora import wrap_with_lora
 from caption_train.adapters.quantization import make_quantization_config, prepare_quantized
-from caption_train.adapters.record import TrainingRecord, describe_options, find_versions
+from caption_train.adapters.record import Base, TrainingRecord, describe_options, find_versions, resolve_base
 from caption_train.adapters.targets import freeze_outside
 from caption_train.config.training import TrainOptions
 from caption_train.data.pairs import Pair
 from caption_train.errors import UsageError
-from caption_train.families.base import Family
+from caption_train.families.base import Family, ModelFacts
 from caption_train.system.files import fingerprint_model
 from caption_train.system.memory import trimming_heap
 from caption_train.training.memory.gradient_checkpointing import enable_checkpointing
@@ -26,24 +27,36 @@ from caption_train.training.run.data import TrainingData
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def list_facts(record: TrainingRecord, checkpoint: Path | None) -> dict[str, Any]:
-    """Return what must be the same in every process, beside its flags: machines may differ in these."""
-    return {
-        **{f"dataset's {name}": value for name, value in record.dataset.items()},
-        **record.versions,
-        "the checkpoint to go on from": checkpoint and checkpoint.name,
-    }
+def resolve_options(options: TrainOptions, family: Family) -> tuple[TrainOptions, Base]:
+    """Return the options with what the base decides filled in, and the base."""
+    prompt = options.prompt if options.task is None else options.task
+    base = resolve_base(family, options.model_id, options.revision, prompt, flag="--model_id")
+    targets = options.target_modules or list(base.facts.lora_target_modules)
+    return replace(options, model_id=base.model_id, revision=base.revision, target_modules=targets), base
 
 
 def load_trainable(
-    options: TrainOptions, family: Family, accelerator: Accelerator, checkpoint: Path | None
+    options: TrainOptions,
+    family: Family,
+    facts: ModelFacts,
+    accelerator: Accelerator,
+    checkpoint: Path | None = None,
 ) -> tuple[nn.Module, Any]:
-    """Load the base and make trainable what `--train_method` names; weights from `checkpoint` if resuming."""
+    """Load the base and make trainable what `--train_method` names.
+
+    Args:
+        options, family, facts: what to load and what of it to train.
+        accelerator: decides precision and device.
+        checkpoint: where the trained weights come from, if the run goes on from one.
+
+    Returns:
+        The model on the CPU (quantized: on the device) and its processor.
+    """
     half = {"bf16": "bfloat16", "fp16": "float16"}.get(accelerator.mixed_precision, "float32")
     is_lora = options.train_method == "lora"
-    parts = [family.parts[part] for part in options.train_parts]
+    parts = [facts.parts[part] for part in options.train_parts]
     dtype = options.dtype if options.dtype != "auto" else half if is_lora else "float32"
-    quantization = make_quantization_config(options, accelerator.mixed_precision, family.parts)
+    quantization = make_quantization_config(options, accelerator.mixed_precision, facts.parts)
     with trimming_heap() if quantization else nullcontext():
         model, processor = family.load(
             options.model_id if is_lora or checkpoint is None else str(checkpoint),
@@ -73,20 +86,17 @@ def load_trainable(
     return model, processor
 
 
-def make_record(options: TrainOptions, family: Family, data: TrainingData) -> TrainingRecord:
+def make_record(options: TrainOptions, family: Family, base: Base, data: TrainingData) -> TrainingRecord:
     """Return what the saved LoRA will say of where it comes from; parameters are counted later.
 
-    Raises UsageError for a prompt that the family cannot read, the run's or a row's.
+    Raises UsageError for a row's prompt that the family cannot read.
     """
-    prompt = next(p for p in (options.prompt, options.task, family.default_prompt) if p is not None)
-    if check_prompt := getattr(family, "check_prompt", None):
-        check_prompt(prompt)
-        _check_prompts(check_prompt, data.train + data.validation)
+    _check_prompts(family, data.train + data.validation)
     return TrainingRecord(
         family=family.name,
         base_model=_base_name(options),
         revision=options.revision,
-        prompt=prompt,
+        prompt=base.prompt,
         options=describe_options(options),
         dataset=data.describe(),
         versions=find_versions(),
@@ -94,10 +104,10 @@ def make_record(options: TrainOptions, family: Family, data: TrainingData) -> Tr
     )
 
 
-def _check_prompts(check_prompt: Callable[[str], None], pairs: Sequence[Pair]) -> None:
+def _check_prompts(family: Family, pairs: Sequence[Pair]) -> None:
     for pair in pairs:
         try:
-            check_prompt(pair.prompt or "")
+            family.check_prompt(pair.prompt or "")
         except UsageError as error:
             raise UsageError(f"{pair.source}: {str(error).removeprefix('--')}") from error
 

@@ -13,6 +13,7 @@ from caption_train.data.dataset import read_dataset
 from caption_train.data.images import open_image
 from caption_train.data.pairs import Pair
 from caption_train.families.base import Family
+from caption_train.system.devices import model_dtype, move_batch
 from caption_train.system.memory import peak_memory, resident_memory
 from caption_train.training.distributed.accelerator import make_accelerator
 from caption_train.training.memory.activations import (
@@ -22,7 +23,7 @@ from caption_train.training.memory.activations import (
     standing_for_packed,
 )
 from caption_train.training.memory.estimate import HALF, MemoryEstimate, Planner, find_quantized
-from caption_train.training.model import load_trainable
+from caption_train.training.model import load_trainable, resolve_options
 
 GIB = 2**30
 ROWS = {
@@ -73,6 +74,7 @@ def print_plan(plan: MemoryEstimate, console: Console) -> None:
 
 def make_planner(options: TrainOptions, family: Family) -> tuple[Planner, TrainOptions]:
     """Load the model and measure one image's activations; return the options with the precision resolved."""
+    options, base = resolve_options(options, family)
     accelerator = make_accelerator(options)
     options = replace(options, mixed_precision=accelerator.mixed_precision)
     pairs = read_dataset(
@@ -88,9 +90,8 @@ def make_planner(options: TrainOptions, family: Family) -> tuple[Planner, TrainO
         activation_checkpointing=False,
     )
     before = resident_memory()
-    model, processor = load_trainable(plain, family, accelerator, None)
-    prompt = options.prompt or options.task or family.default_prompt
-    collate_fn = family.make_collator(processor, prompt=prompt, max_length=options.max_length)
+    model, processor = load_trainable(plain, family, base.facts, accelerator)
+    collate_fn = family.make_collator(processor, prompt=base.prompt, max_length=options.max_length)
     batch = collate_fn([_find_longest(pairs)])
     on_cpu = accelerator.device.type == "cpu"
     held = sum(p.nbytes for p in model.parameters())
@@ -98,8 +99,8 @@ def make_planner(options: TrainOptions, family: Family) -> tuple[Planner, TrainO
     copied = peak_memory(torch.device("cpu")) - before - held
     planner = Planner(
         model,
-        family.parts,
-        _measure(model, family.parts, batch, options),
+        base.facts.parts,
+        _measure(model, base.facts.parts, batch, options),
         libraries=before if on_cpu else 0,
         file=(copied if copied > held / 4 else held) if on_cpu else 0,
         device=accelerator.device.type,
@@ -115,7 +116,9 @@ def _measure(
     model.train()
     measured = {}
     if options.mixed_precision not in HALF:
-        measured["no"] = measure_activations(model, _cast(batch, model))
+        measured["no"] = measure_activations(
+            model, move_batch(batch, torch.device("cpu"), model_dtype(model))
+        )
     is_lora = options.train_method == "lora"
     with cast_frozen(model, torch.bfloat16 if is_lora else torch.float32):
         measured["bf16"] = _measure_half(model, batch)
@@ -128,12 +131,7 @@ def _measure(
 
 def _measure_half(model: torch.nn.Module, batch: dict[str, Any]) -> Activations:
     with torch.autocast("cpu", torch.bfloat16):
-        return measure_activations(model, _cast(batch, model))
-
-
-def _cast(batch: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in batch.items()}
+        return measure_activations(model, move_batch(batch, torch.device("cpu"), model_dtype(model)))
 
 
 def _find_longest(pairs: Sequence[Pair]) -> dict[str, Any]:

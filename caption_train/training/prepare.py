@@ -1,17 +1,20 @@
-"""From options to a run that is ready to train: data, model, LoRA, optimizer, and where it stood."""
+"""Makes a trainer from options: data, where to start from, model and LoRA, optimizer, loader, monitors."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader
 
 from caption_train.adapters.initialization import initialize_from_data
 from caption_train.adapters.lora import count_parameters
-from caption_train.adapters.record import describe_options
+from caption_train.adapters.record import Base, TrainingRecord, describe_options
 from caption_train.config.training import TrainOptions
 from caption_train.data.pairs import Pair
 from caption_train.errors import UsageError
@@ -26,7 +29,7 @@ from caption_train.training.distributed.accelerator import make_accelerator
 from caption_train.training.distributed.fsdp import parallelism, prepare, shard
 from caption_train.training.distributed.ranks import check_same_on_all_ranks, raise_on_all_ranks
 from caption_train.training.loop import Trainer
-from caption_train.training.model import list_facts, load_trainable, make_record
+from caption_train.training.model import load_trainable, make_record, resolve_options
 from caption_train.training.monitor.console import print_settings
 from caption_train.training.monitor.log import RunLog
 from caption_train.training.monitor.samples import PreviewCaptioner
@@ -41,40 +44,105 @@ from caption_train.training.run.run import TrainingRun
 from caption_train.training.saving import CheckpointSaver
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts from: a checkpoint, or None for the base alone; and what it will say of itself."""
+
+    options: TrainOptions
+    record: TrainingRecord
+    checkpoint: Path | None
+
+    def list_facts(self) -> dict[str, Any]:
+        """Return what must be the same in every process, beside its flags: machines may differ in these."""
+        return {
+            **{f"dataset's {name}": value for name, value in self.record.dataset.items()},
+            **self.record.versions,
+            "the checkpoint to go on from": self.checkpoint and self.checkpoint.name,
+        }
+
+
 def prepare_training(options: TrainOptions, family: Family) -> Trainer:
-    """Make everything a run needs. Cheap checks come first: flags and data before the model loads."""
+    """Make everything a run needs. Cheap checks come first: flags and data before the model loads.
+
+    Args:
+        options: as the user gave them.
+        family: whose model is trained.
+
+    Returns:
+        A trainer that holds the lock on the output folder until it is done.
+
+    Raises:
+        UsageError, CaptionTrainError: in every process of the run, whichever of them failed.
+    """
     accelerator = make_accelerator(options)
     notice_launcher(accelerator.num_processes)
     with raise_on_all_ranks(accelerator):
+        options, base = resolve_options(options, family)
         lock = _open_output_dir(options, accelerator)
     try:
-        return _prepare(options, family, accelerator, lock)
+        return _prepare(options, family, base, accelerator, lock)
     except BaseException:
         lock.abandon()
         raise
 
 
-def _prepare(options: TrainOptions, family: Family, accelerator: Accelerator, lock: OutputLock) -> Trainer:
+def _prepare(
+    options: TrainOptions, family: Family, base: Base, accelerator: Accelerator, lock: OutputLock
+) -> Trainer:
     check_same_on_all_ranks(accelerator, describe_options(options))
     data = read_training_data(options, accelerator)
+    start = _decide_start(options, family, base, data, accelerator)
+    model, processor = _load(start, family, base, data, accelerator)
+    collate_fn = family.make_collator(processor, prompt=base.prompt, max_length=options.max_length)
+    run = _make_run(start, model, processor, data, collate_fn, accelerator)
+    if start.checkpoint is not None:
+        resume_run(run, start.checkpoint)
+    else:
+        run.progress.note_errors(data.skipped)
+    return _make_trainer(run, family, data, collate_fn, lock)
+
+
+def _decide_start(
+    options: TrainOptions, family: Family, base: Base, data: TrainingData, accelerator: Accelerator
+) -> Start:
     with raise_on_all_ranks(accelerator):
         if accelerator.is_main_process:
             check_trackers(options.log_with)
-        checkpoint = find_resume_point(options, accelerator)
+        checkpoint, lines = find_resume_point(options)
+        print_once(accelerator, *lines)
         if options.auto_batch_size and checkpoint is not None:
-            adopt_batch_size(options, checkpoint)
-        record = make_record(options, family, data)
+            options = adopt_batch_size(options, checkpoint)
+        start = Start(options, make_record(options, family, base, data), checkpoint)
         if checkpoint is not None:
-            check_same_run(checkpoint, record, accelerator, options.resume_anyway)
-    check_same_on_all_ranks(accelerator, list_facts(record, checkpoint))
+            print_once(accelerator, *check_same_run(checkpoint, start.record, options.resume_anyway))
+    check_same_on_all_ranks(accelerator, start.list_facts())
+    return start
+
+
+def _load(
+    start: Start, family: Family, base: Base, data: TrainingData, accelerator: Accelerator
+) -> tuple[nn.Module, Any]:
+    options, record = start.options, start.record
     set_seed(options.seed)
     with raise_on_all_ranks(accelerator):
-        model, processor = load_trainable(options, family, accelerator, checkpoint)
+        model, processor = load_trainable(options, family, base.facts, accelerator, start.checkpoint)
         # A prompt too long for this model is better refused here than in a process that reads images.
         longest = max((pair.prompt or "" for pair in data.train + data.validation), key=len)
-        family.encode(processor, [Image.new("RGB", (32, 32))] * 2, [record.prompt, longest or record.prompt])
+        family.encode(processor, [Image.new("RGB", (32, 32))] * 2, [base.prompt, longest or base.prompt])
     record.base_commit = find_commit(options.model_id, options.revision)
     record.trainable_parameters, record.total_parameters = count_parameters(model)
+    return model, processor
+
+
+def _make_run(
+    start: Start,
+    model: nn.Module,
+    processor: Any,
+    data: TrainingData,
+    collate_fn: Callable[[Sequence[dict]], Batch],
+    accelerator: Accelerator,
+) -> TrainingRun:
+    options, record = start.options, start.record
     plan = _make_plan(options, len(data.train), accelerator)
     if parallelism(accelerator) == "FSDP":
         model = shard(model, accelerator)
@@ -83,22 +151,16 @@ def _prepare(options: TrainOptions, family: Family, accelerator: Accelerator, lo
     model, optimizer = prepare(accelerator, model, optimizer)
     # The LoRA starts the same on every process; dropout must not.
     set_seed(options.seed + accelerator.process_index)
-    collate_fn = family.make_collator(processor, prompt=record.prompt, max_length=options.max_length)
     if line := data.describe_cut(processor.tokenizer, options.max_length):
         print_once(accelerator, line)
-    if checkpoint is None:
+    if start.checkpoint is None:
         if options.init_lora_weights == "eva":
             initialize_from_data(model, accelerator, data.train, collate_fn)
-        fit_batch_size(options, accelerator, model, optimizer, collate_fn, data)
+        options = fit_batch_size(options, accelerator, model, optimizer, collate_fn, data)
         plan = _make_plan(options, len(data.train), accelerator)
         record.options = describe_options(options)
     loader = _make_loader(options, data.train, plan, collate_fn, accelerator.device)
-    run = TrainingRun(options, record, accelerator, model, processor, optimizer, lr_scheduler, plan, loader)
-    if checkpoint is not None:
-        resume_run(run, checkpoint)
-    else:
-        run.progress.note_errors(data.skipped)
-    return _make_trainer(run, family, data, collate_fn, lock)
+    return TrainingRun(options, record, accelerator, model, processor, optimizer, lr_scheduler, plan, loader)
 
 
 def _open_output_dir(options: TrainOptions, accelerator: Accelerator) -> OutputLock:

@@ -4,10 +4,10 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from caption_train.adapters.record import TRAINING_FILE, TrainingRecord
@@ -55,23 +55,27 @@ FIXED = {
 """What decides which weights and what optimizer state there are: with another one nothing fits."""
 
 
-def find_resume_point(options: TrainOptions, accelerator: Accelerator) -> Path | None:
-    """Return the checkpoint that `--resume` means, or None to start anew. Damaged ones are named."""
+def find_resume_point(options: TrainOptions) -> tuple[Path | None, list[str]]:
+    """Find the checkpoint that `--resume` means.
+
+    Returns:
+        The checkpoint, or None to start anew; and lines to print, which name damaged ones.
+
+    Raises:
+        UsageError: `--resume PATH` is no checkpoint. CaptionTrainError: it is damaged.
+    """
     if options.resume is None:
-        if found := list_checkpoints(options.output_dir):
-            print_once(
-                accelerator,
-                f"--output_dir {options.output_dir}: {found[0].name} of an earlier run is there, and stays; "
-                "this run starts anew (--resume auto goes on from there)",
-            )
-        return None
+        found = list_checkpoints(options.output_dir)
+        return None, [
+            f"--output_dir {options.output_dir}: {path.name} of an earlier run is there, and stays; "
+            "this run starts anew (--resume auto goes on from there)"
+            for path in found[:1]
+        ]
     if options.resume == "auto":
         checkpoint, passed = find_latest(options.output_dir)
-        for line in passed:
-            print_once(accelerator, f"--resume auto: {line}")
         none = "none is whole" if passed else "no checkpoint yet"
-        print_once(accelerator, f"--resume auto: {checkpoint or none + '; starting anew'}")
-        return checkpoint
+        lines = [*passed, f"{checkpoint or none + '; starting anew'}"]
+        return checkpoint, [f"--resume auto: {line}" for line in lines]
     checkpoint = follow(Path(options.resume))
     if not checkpoint.is_dir():
         raise UsageError(f"--resume {options.resume}: there is no folder {checkpoint}")
@@ -81,13 +85,14 @@ def find_resume_point(options: TrainOptions, accelerator: Accelerator) -> Path |
         raise UsageError(f"--resume {options.resume}: has no training state{hint}")
     if damage := find_damage(checkpoint):
         raise CaptionTrainError(f"--resume {options.resume}: {damage}; try --resume auto")
-    return checkpoint
+    return checkpoint, []
 
 
 def resume_run(run: TrainingRun, checkpoint: Path) -> None:
     """Put a prepared run where its checkpoint stood. Random numbers come last, when the loop starts."""
     options, accelerator, plan = run.options, run.accelerator, run.plan
-    check_same_model(checkpoint, run.record, accelerator, options.resume_anyway)
+    for line in check_same_model(checkpoint, run.record, options.resume_anyway):
+        print_once(accelerator, line)
     run.progress = progress = Progress.read(checkpoint / STATE)
     plan.first_step = progress.global_step
     if plan.total_steps < plan.first_step:
@@ -177,33 +182,32 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
         raise CaptionTrainError(f"--resume {checkpoint}: {TRAINING_FILE} cannot be read: {error}") from error
 
 
-def adopt_batch_size(options: TrainOptions, checkpoint: Path) -> None:
-    """Go on with the batch that `--auto_batch_size` found when the run started."""
+def adopt_batch_size(options: TrainOptions, checkpoint: Path) -> TrainOptions:
+    """Return the options with the batch that `--auto_batch_size` found when the run started."""
     saved = read_record(checkpoint)["options"]
     found = saved["batch_size"], saved["gradient_accumulation_steps"]
     # Another effective batch is another run, and refused as one.
-    if math.prod(found) == options.batch_size * options.gradient_accumulation_steps:
-        options.batch_size, options.gradient_accumulation_steps = found
+    if math.prod(found) != options.batch_size * options.gradient_accumulation_steps:
+        return options
+    return replace(options, batch_size=found[0], gradient_accumulation_steps=found[1])
 
 
-def check_same_run(checkpoint: Path, record: TrainingRecord, accelerator: Accelerator, anyway: bool) -> None:
-    """Refuse to resume with another base, data or settings, naming each; other versions are only said."""
-    saved = read_record(checkpoint)
+def check_same_run(checkpoint: Path, record: TrainingRecord, anyway: bool) -> list[str]:
+    """Refuse to resume with another base, data or settings, naming each; return what is only to be said."""
+    saved, lines = read_record(checkpoint), []
     for name in sorted(record.versions.keys() | saved["versions"].keys()):
         was, now = saved["versions"].get(name), record.versions.get(name)
         if was != now:
-            print_once(accelerator, f"--resume: {name} was {was}, is {now}; numbers may differ")
+            lines.append(f"--resume: {name} was {was}, is {now}; numbers may differ")
     differences = list_differences(saved, record)
     if anyway and (fixed := [line for name, line in differences.items() if name in FIXED]):
         raise UsageError(
             f"--resume {checkpoint}: what was saved does not fit, --resume_anyway or not: {'; '.join(fixed)}"
         )
-    _refuse(checkpoint, list(differences.values()), accelerator, anyway)
+    return lines + _refuse(checkpoint, list(differences.values()), anyway)
 
 
-def check_same_model(
-    checkpoint: Path, record: TrainingRecord, accelerator: Accelerator, anyway: bool
-) -> None:
+def check_same_model(checkpoint: Path, record: TrainingRecord, anyway: bool) -> list[str]:
     """Refuse to resume when the hub has another base by now, or another number of parameters is trained."""
     saved = read_record(checkpoint)
     was, now = saved["trainable_parameters"], record.trainable_parameters
@@ -212,7 +216,7 @@ def check_same_model(
     # A model trained whole goes on from its checkpoint alone.
     if was and now and was != now and record.options["train_method"] == "lora":
         differences.append(f"the commit of {record.base_model} was {was}, is {now}: add --revision {was}")
-    _refuse(checkpoint, differences, accelerator, anyway)
+    return _refuse(checkpoint, differences, anyway)
 
 
 def list_differences(saved: dict[str, Any], record: TrainingRecord) -> dict[str, str]:
@@ -236,11 +240,10 @@ def _list_facts(record: Mapping[str, Any], by_content: bool) -> dict[str, Any]:
     return facts | {f"--{name}": v for name, v in record["options"].items() if name not in MAY_CHANGE}
 
 
-def _refuse(checkpoint: Path, differences: list[str], accelerator: Accelerator, anyway: bool) -> None:
+def _refuse(checkpoint: Path, differences: list[str], anyway: bool) -> list[str]:
     if differences and not anyway:
         raise UsageError(
             f"--resume {checkpoint}: not the run that was saved: {'; '.join(differences)} "
             "(--resume_anyway goes on all the same)"
         )
-    for difference in differences:
-        print_once(accelerator, f"--resume_anyway: {difference}")
+    return [f"--resume_anyway: {difference}" for difference in differences]

@@ -8,6 +8,7 @@ from caption_train.adapters.load import fill_adapter, load_adapter
 from caption_train.adapters.lora import count_parameters, wrap_with_lora
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.training.monitor.health import copy_lora_b, find_dead_modules
+from tests.fixtures.fake_family import FakeFamily
 
 
 class Model(nn.Module):
@@ -94,7 +95,7 @@ def test_a_saved_adapter_loads_onto_its_base_with_the_same_outputs(tmp_path):
     take_step(model)
     expected = model.eval()(image)
     torch.manual_seed(0)
-    loaded = load_adapter(Model(), saved(tmp_path, model), family=object())
+    loaded = load_adapter(Model(), saved(tmp_path, model), family=FakeFamily())
     assert torch.equal(loaded(image), expected)
     torch.testing.assert_close(loaded.merge_and_unload()(image), expected)
 
@@ -121,5 +122,5 @@ def test_a_damaged_adapter_is_one_line(tmp_path):
     folder = saved(tmp_path, wrap("conv"))
     (folder / "adapter_model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(CaptionTrainError, match="--peft_model") as caught:
-        load_adapter(Model(), folder, family=object())
+        load_adapter(Model(), folder, family=FakeFamily())
     assert "\n" not in str(caught.value)

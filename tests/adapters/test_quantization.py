@@ -28,7 +28,7 @@ def folder(family, tmp_path_factory):
 def load(family, folder, **flags):
     options = TrainOptions(**flags)
     model, processor = family.load(
-        str(folder), quantization_config=make_quantization_config(options, parts=family.parts)
+        str(folder), quantization_config=make_quantization_config(options, parts=family.facts.parts)
     )
     return prepare_quantized(model), processor
 
@@ -36,12 +36,12 @@ def load(family, folder, **flags):
 def make_batch(family, processor) -> dict:
     images = [Image.effect_noise((96, 96), 90).convert("RGB") for _ in range(2)]
     items = [{"image": image, "caption": "a red circle above a green square"} for image in images]
-    return family.make_collator(processor, prompt=family.default_prompt, max_length=32)(items)
+    return family.make_collator(processor, prompt=family.facts.default_prompt, max_length=32)(items)
 
 
 def add_lora(model, family):
     torch.manual_seed(0)
-    model = wrap_with_lora(model, family.lora_target_modules, rank=4, alpha=8, dropout=0.0)
+    model = wrap_with_lora(model, family.facts.lora_target_modules, rank=4, alpha=8, dropout=0.0)
     for name, p in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.02)
@@ -88,7 +88,7 @@ def test_every_targeted_linear_is_held_in_nf4(family, folder):
     quantized = sum(_held_bytes(m.weight) for m in linears)
     full = sum(4 * m.weight.quant_state.shape.numel() for m in linears)
     assert quantized <= 0.14 * full
-    targets = tuple(family.lora_target_modules)
+    targets = tuple(family.facts.lora_target_modules)
     missed = [
         name for name, m in model.named_modules() if type(m) is torch.nn.Linear and name.endswith(targets)
     ]
@@ -111,7 +111,7 @@ def test_a_part_can_stay_in_full_precision(family, folder, quantize):
         if isinstance(module, torch.nn.Linear)
     }
     for name, is_quantized in kinds.items():
-        in_vision = re.fullmatch(family.parts["vision"], name) is not None
+        in_vision = re.fullmatch(family.facts.parts["vision"], name) is not None
         assert is_quantized == (not in_vision and not name.endswith(HEADS)), name
 
 
@@ -135,7 +135,7 @@ def test_an_evaluation_in_between_changes_no_weight(family, folder, quantize):
     before = step(model.train(), batch)
     with torch.no_grad():
         model.eval()(**batch)
-        prompts = family.encode(processor, [Image.new("RGB", (96, 96))], [family.default_prompt])
+        prompts = family.encode(processor, [Image.new("RGB", (96, 96))], [family.facts.default_prompt])
         family.generate(model, processor, prompts, max_new_tokens=4)
     torch.manual_seed(1)
     after = step(model.train(), batch)

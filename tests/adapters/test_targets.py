@@ -25,8 +25,10 @@ def make_model(family) -> torch.nn.Module:
 
 
 def add_lora(model, family, parts):
-    patterns = [family.parts[part] for part in parts]
-    return wrap_with_lora(model, family.lora_target_modules, rank=4, alpha=8, dropout=0.0, parts=patterns)
+    patterns = [family.facts.parts[part] for part in parts]
+    return wrap_with_lora(
+        model, family.facts.lora_target_modules, rank=4, alpha=8, dropout=0.0, parts=patterns
+    )
 
 
 def trained(model) -> set[str]:
@@ -37,7 +39,7 @@ def trained(model) -> set[str]:
 def test_only_the_named_part_gets_a_lora(family, part):
     model = add_lora(make_model(family), family, [part])
     modules = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in trained(model)}
-    assert modules and all(re.fullmatch(family.parts[part], module) for module in modules)
+    assert modules and all(re.fullmatch(family.facts.parts[part], module) for module in modules)
 
 
 def test_the_parts_together_train_what_the_whole_trains_and_the_projector(family):
@@ -53,9 +55,9 @@ def test_full_training_freezes_the_rest(family, part):
     everything = trained(model)
     freeze_outside(model, [])
     assert trained(model) == everything
-    freeze_outside(model, [family.parts[part]])
+    freeze_outside(model, [family.facts.parts[part]])
     assert set() < trained(model) < everything
-    assert all(re.fullmatch(family.parts[part], name.rpartition(".")[0]) for name in trained(model))
+    assert all(re.fullmatch(family.facts.parts[part], name.rpartition(".")[0]) for name in trained(model))
 
 
 def test_a_part_that_is_not_in_the_model_is_one_line(family):

@@ -35,7 +35,7 @@ def workplace(tiny_base, tmp_path_factory):
     for name in FAMILIES.values():
         family = get_family(name)
         model, _ = family.load(str(tiny_base(name)))
-        model = wrap_with_lora(model, family.lora_target_modules, rank=1, alpha=1, dropout=0)
+        model = wrap_with_lora(model, family.facts.lora_target_modules, rank=1, alpha=1, dropout=0)
         model.save_pretrained(folder / "loras" / name)
     return folder
 

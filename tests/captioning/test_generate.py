@@ -31,7 +31,7 @@ def images(tmp_path_factory):
 
 def texts(loaded, images, *, prompt=None, batch_size=4, num_workers=0, **settings):
     family, model, processor = loaded
-    prompt = family.default_prompt if prompt is None else prompt
+    prompt = family.facts.default_prompt if prompt is None else prompt
     generation = Generation(prompt, {"do_sample": False, "max_new_tokens": 8, **settings})
     results = caption_images(
         family, model, processor, images, generation, batch_size=batch_size, num_workers=num_workers
@@ -53,7 +53,7 @@ def test_workers_change_nothing(loaded, images):
 def test_sampling_gives_an_image_the_same_caption_in_any_batch(loaded, images):
     make = partial(make_sampler, temperature=8.0, top_p=0.9, seed=3)
     settings = {"do_sample": False, "max_new_tokens": 8, "num_beams": 1}
-    generation = Generation(loaded[0].default_prompt, settings, make)
+    generation = Generation(loaded[0].facts.default_prompt, settings, make)
     runs = []
     for size in (1, 4):
         results = caption_images(*loaded, images, generation, batch_size=size)
@@ -69,7 +69,7 @@ def test_a_limit_beyond_the_models_positions_is_the_models(loaded, images):
 
 
 def test_unreadable_images_keep_their_place(loaded, images):
-    generation = Generation(loaded[0].default_prompt, {"max_new_tokens": 2})
+    generation = Generation(loaded[0].facts.default_prompt, {"max_new_tokens": 2})
     results = list(caption_images(*loaded, images, generation, batch_size=2))
     assert [result.image for result in results] == images
     assert [isinstance(result, Unreadable) for result in results] == [False, False, True, False, False]

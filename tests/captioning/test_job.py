@@ -208,8 +208,8 @@ def adapter(tmp_path):
 
 def test_an_adapter_brings_its_base_revision_and_prompt(folder, adapter, monkeypatch, capsys):
     # Importing PEFT takes longer than all other tests here.
-    lora = SimpleNamespace(load_adapter=lambda model, folder, family: model)
-    monkeypatch.setitem(sys.modules, "caption_train.adapters.lora", lora)
+    load = SimpleNamespace(load_adapter=lambda model, folder, family: model)
+    monkeypatch.setitem(sys.modules, "caption_train.adapters.load", load)
     family = FakeFamily()
     run(family, folder / "0.png", peft_model=adapter)
     assert [loaded[:2] for loaded in family.loaded] == [("fake/large", "abc")]
@@ -231,6 +231,8 @@ def test_an_adapter_of_another_family_is_refused_before_loading(folder, adapter)
 
 def test_answers_are_drawn_on_copies_that_keep_names_and_formats(folder):
     class Drawing(FakeFamily):
+        draws_answers = True
+
         def parse_answer(self, text, prompt, size):
             return {"boxes": []} if "white" in text else None
 
@@ -254,7 +256,7 @@ def test_answers_are_drawn_on_copies_that_keep_names_and_formats(folder):
 
 def test_a_list_of_nothing_draws_nothing(folder):
     class Drawing(FakeFamily):
-        draw_answer = None
+        draws_answers = True
 
     (folder / "list.txt").write_text("gone.png\n")
     assert run(Drawing(), folder / "list.txt", visualize=folder / "drawn") == 1

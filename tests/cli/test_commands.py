@@ -56,7 +56,8 @@ def test_the_works_own_code_is_returned():
 
 def test_a_reader_that_goes_away_is_no_error():
     """`script | head -1`: what head leaves unread ends the script quietly."""
-    code = "from caption_train.cli import run; run(lambda: [print('x' * 999) for _ in range(9999)] and 0)"
+    work = "lambda: [print('x' * 999) for _ in range(9999)] and 0"
+    code = f"from caption_train.cli.exit_codes import run; run({work})"
     command = f'"{sys.executable}" -c "{code}" | head -c 1'
     done = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("x", "")

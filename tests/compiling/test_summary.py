@@ -4,6 +4,7 @@ import subprocess
 import pytest
 
 from caption_train.errors import CaptionTrainError
+from caption_train.families import FAMILIES, get_family
 from tests.fixtures.sample_set import compile_folder, counted, make_folder, write_image, write_pair
 
 
@@ -74,12 +75,13 @@ def test_nothing_found_says_why_and_writes_nothing(tmp_path, make, message):
 
 def test_the_next_command_survives_the_shell(dataset, capsys):
     compile_folder(dataset)
-    command = capsys.readouterr().out.splitlines()[-1]
-    assert command.strip().startswith("accelerate launch train_florence_lora.py --dataset_dir '")
-    printed = subprocess.run(
-        ["bash", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True, check=True
-    )
-    assert printed.stdout.splitlines()[4] == str(dataset)
+    commands = capsys.readouterr().out.splitlines()[-len(FAMILIES) :]
+    for command, family in zip(commands, map(get_family, FAMILIES), strict=True):
+        assert command.strip().startswith(f"accelerate launch {family.training_script} --dataset_dir '")
+        printed = subprocess.run(
+            ["bash", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True, check=True
+        )
+        assert printed.stdout.splitlines()[4] == str(dataset)
 
 
 def test_the_next_command_follows_links_where_the_dataset_holds_them(dataset, tmp_path, capsys):

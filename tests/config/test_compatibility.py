@@ -73,7 +73,7 @@ def bases(tmp_path_factory) -> list[tuple]:
         family, folder = get_family(name), save_base(name, tmp_path_factory.mktemp(name))
         _, processor = family.load(str(folder))
         item = {"image": Image.effect_noise((96, 96), 90).convert("RGB"), "caption": "a red circle"}
-        collate_fn = family.make_collator(processor, prompt=family.default_prompt, max_length=32)
+        collate_fn = family.make_collator(processor, prompt=family.facts.default_prompt, max_length=32)
         found.append((family, folder, collate_fn([item])))
     return found
 
@@ -82,11 +82,11 @@ def bases(tmp_path_factory) -> list[tuple]:
 def test_every_supported_combination_trains(bases, index):
     family, folder, batch = bases[index % len(bases)]
     options = make_options(
-        **LAUNCHED[index], model_id=str(folder), target_modules=list(family.lora_target_modules)
+        **LAUNCHED[index], model_id=str(folder), target_modules=list(family.facts.lora_target_modules)
     )
     torch.manual_seed(0)
     accelerator = make_accelerator(options)
-    model, _ = load_trainable(options, family, accelerator, None)
+    model, _ = load_trainable(options, family, family.facts, accelerator)
     if options.init_lora_weights == "eva":
         start_from_inputs(model, [batch])
     optimizer = make_optimizer(options, model)

@@ -150,7 +150,7 @@ def test_a_blip_adapter_is_merged(tmp_path, capsys):
     base = str(REPOSITORY / "examples" / "bases" / "blip-tiny")
     family = get_family("blip")
     torch.manual_seed(0)
-    targets = list(family.lora_target_modules)
+    targets = list(family.facts.lora_target_modules)
     config = LoraConfig(target_modules=targets, init_lora_weights=False, base_model_name_or_path=base)
     get_peft_model(family.load(base)[0], config).save_pretrained(tmp_path / "lora")
     arguments = [str(tmp_path / "lora"), str(tmp_path / "merged"), "--family", "blip", "--base_model", base]

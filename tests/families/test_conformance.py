@@ -46,7 +46,7 @@ def items():
 
 @pytest.fixture(scope="module")
 def collate(family, loaded):
-    return family.make_collator(loaded[1], prompt=family.default_prompt, max_length=64)
+    return family.make_collator(loaded[1], prompt=family.facts.default_prompt, max_length=64)
 
 
 def end_of(processor) -> int:
@@ -77,7 +77,7 @@ def test_labels_are_the_caption_and_its_end_and_no_padding(loaded, collate, item
 
 def test_a_caption_that_is_too_long_is_cut_before_its_end(family, loaded, items):
     _, processor = loaded
-    collate = family.make_collator(processor, prompt=family.default_prompt, max_length=4)
+    collate = family.make_collator(processor, prompt=family.facts.default_prompt, max_length=4)
     labels = collate([items[2]])["labels"][0]
     kept = labels[labels != IGNORE_INDEX]
     assert len(kept) <= 4 and kept[-1] == end_of(processor)
@@ -85,7 +85,7 @@ def test_a_caption_that_is_too_long_is_cut_before_its_end(family, loaded, items)
 
 def test_a_caption_beyond_the_models_positions_is_cut_to_them(family, loaded, items):
     model, processor = loaded
-    collate = family.make_collator(processor, prompt=family.default_prompt, max_length=1000)
+    collate = family.make_collator(processor, prompt=family.facts.default_prompt, max_length=1000)
     batch = collate([items[0] | {"caption": "red and green " * 300}])
     limit = model.config.text_config.max_position_embeddings
     assert max(batch[key].shape[1] for key in ("input_ids", "labels")) == limit
@@ -139,7 +139,7 @@ def test_an_empty_caption_trains_the_end_alone(loaded, collate, items):
 
 def test_training_reads_the_prompt_that_generation_reads(family, loaded, collate, items):
     _, processor = loaded
-    encoded = family.encode(processor, [items[0]["image"]], [family.default_prompt])
+    encoded = family.encode(processor, [items[0]["image"]], [family.facts.default_prompt])
     trained = collate([items[0]])
     assert torch.equal(trained["pixel_values"], encoded["pixel_values"])
     length = encoded["input_ids"].shape[1] - WITHOUT_END[family.name]
@@ -157,7 +157,7 @@ def test_the_collator_survives_pickling(collate, items):
 def test_a_batch_generates_what_each_image_does_alone(family, loaded, items):
     model, processor = loaded
     images, prompts = [item["image"] for item in items], ["", "a", "a b c", ""]
-    prompts = [prompt or family.default_prompt for prompt in prompts]
+    prompts = [prompt or family.facts.default_prompt for prompt in prompts]
     batch = family.encode(processor, images, prompts)
     together = family.generate(model, processor, batch, num_beams=1, max_new_tokens=8)
     for image, prompt, result in zip(images, prompts, together, strict=True):
@@ -170,15 +170,17 @@ def test_parts_are_the_model_and_do_not_overlap(family, loaded):
 
     model, _ = loaded
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    owners = [[part for part, regex in family.parts.items() if re.fullmatch(regex, name)] for name in linear]
+    owners = [
+        [part for part, regex in family.facts.parts.items() if re.fullmatch(regex, name)] for name in linear
+    ]
     assert {part for parts in owners for part in parts} == {"vision", "projector", "language"}
     assert all(len(parts) <= 1 for parts in owners)
 
 
 def test_one_step_moves_every_lora_and_nothing_else(family, tiny_base, items):
     model, processor = family.load(str(tiny_base(family.name)))
-    parts = [family.parts[part] for part in family.train_defaults.get("train_parts", [])]
-    model = wrap_with_lora(model, family.lora_target_modules, rank=2, alpha=4, dropout=0, parts=parts)
+    parts = [family.facts.parts[part] for part in family.train_defaults.get("train_parts", [])]
+    model = wrap_with_lora(model, family.facts.lora_target_modules, rank=2, alpha=4, dropout=0, parts=parts)
     trained = {key for key, p in model.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in key for key in trained)
     assert count_parameters(model)[0] == sum(model.get_parameter(key).numel() for key in trained)
@@ -186,7 +188,7 @@ def test_one_step_moves_every_lora_and_nothing_else(family, tiny_base, items):
     before = {key: p.detach().clone() for key, p in model.named_parameters() if key not in trained}
     lora_b = copy_lora_b(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    collate = family.make_collator(processor, prompt=family.default_prompt, max_length=64)
+    collate = family.make_collator(processor, prompt=family.facts.default_prompt, max_length=64)
     model.train()
     model(**collate(items)).loss.backward()
     optimizer.step()
@@ -234,7 +236,7 @@ def test_the_saved_folder_says_where_it_comes_from(family, overfitted, tiny_base
     record = json.loads((folder / "training.json").read_text("utf-8"))
     assert record["family"] == family.name
     assert record["base_model"] == str(tiny_base(family.name).resolve())
-    assert record["prompt"] == family.default_prompt
+    assert record["prompt"] == family.facts.default_prompt
     assert record["options"]["rank"] == 32
     assert record["dataset"]["pairs"] == len(CAPTIONS)
     assert {"torch", "transformers", "peft", "caption-train"} <= record["versions"].keys()
@@ -258,7 +260,7 @@ def test_an_adapter_of_another_family_is_refused_before_anything_loads(
 def test_a_target_that_matches_nothing_is_named_with_what_is_close(
     family, tiny_base, pairs_folder, tmp_path, capsys
 ):
-    target = family.lora_target_modules[0]
+    target = family.facts.lora_target_modules[0]
     flags = ["--dataset_dir", pairs_folder, "--output_dir", tmp_path, "--model_id", tiny_base(family.name)]
     flags = [*map(str, flags), "--device", "cpu", "--target_modules", target + "x", target]
     assert train_main(family.name, flags) == 2

@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -154,7 +155,7 @@ def test_a_run_that_does_not_start_leaves_no_folder_but_spares_one_that_was_ther
 def test_a_start_refused_for_its_data_leaves_no_folder(tmp_path):
     (tmp_path / "empty").mkdir()
     options = TrainOptions(dataset_dir=tmp_path / "empty", output_dir=tmp_path / "out", device="cpu")
-    options.model_id = "no/model"
+    options = replace(options, model_id="no/model")
     for _ in range(2):
         with pytest.raises(CaptionTrainError, match="empty"):
             prepare_training(options, get_family("blip"))

@@ -46,7 +46,7 @@ def folder(tmp_path):
 )
 def test_one_of_several_ends_without_freeing_anything(work, code, said):
     script = (
-        "import atexit, sys; from caption_train.cli import run; "
+        "import atexit, sys; from caption_train.cli.exit_codes import run; "
         f"atexit.register(lambda: print('freed')); sys.exit(run({work}))"
     )
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "WORLD_SIZE": "2"}

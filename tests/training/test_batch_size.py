@@ -121,7 +121,7 @@ FLORA = {"optimizer_name": "Flora", "optimizer_rank": 2}
 def test_measuring_leaves_the_run_as_it_was(make, tmp_path, monkeypatch, capsys, changes):
     train("blip", make("measured", dropout=0.1, **changes))
     assert "a step of the 2 largest images with the longest captions: peak" in capsys.readouterr().err
-    monkeypatch.setattr(prepare, "fit_batch_size", lambda *arguments: None)
+    monkeypatch.setattr(prepare, "fit_batch_size", lambda options, *arguments: options)
     train("blip", make("not measured", dropout=0.1, **changes))
     assert_same_run(tmp_path / "measured", tmp_path / "not measured")
 

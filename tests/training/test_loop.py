@@ -60,7 +60,9 @@ def train_plainly(options: TrainOptions, family) -> list[float]:
     torch.manual_seed(options.seed)
     model, processor = family.load(options.model_id)
     model = wrap_with_lora(model, options.target_modules, rank=options.rank, alpha=options.alpha, dropout=0.0)
-    collate = family.make_collator(processor, prompt=family.default_prompt, max_length=options.max_length)
+    collate = family.make_collator(
+        processor, prompt=family.facts.default_prompt, max_length=options.max_length
+    )
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         weights, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from caption_train.adapters import model_card
+from caption_train.adapters import record
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import get_family
 from caption_train.system.lock import OutputLock
-from caption_train.training.checkpoints import store
+from caption_train.training.checkpoints import find
 from caption_train.training.loop import Trainer
 from caption_train.training.optim.optimizer import make_lr_scheduler, make_optimizer
 from caption_train.training.prepare import prepare_training
@@ -126,7 +126,7 @@ def test_the_same_data_in_another_place_is_the_same(resume, pairs, tmp_path):
 
 
 def test_other_versions_are_said_not_refused(resume, monkeypatch, capsys):
-    monkeypatch.setattr(model_card, "__version__", "99")
+    monkeypatch.setattr(record, "__version__", "99")
     resume()
     assert "caption-train was" in capsys.readouterr().err
 
@@ -174,7 +174,7 @@ def test_fewer_epochs_than_are_done_are_refused(base, pairs, tmp_path):
 
 
 def damage_latest(folder: Path) -> None:
-    (store.find_latest(folder)[0] / "state" / "optimizer.pt").write_bytes(b"")
+    (find.find_latest(folder)[0] / "state" / "optimizer.pt").write_bytes(b"")
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(resume, capsys):

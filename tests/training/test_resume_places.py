@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -215,7 +216,7 @@ def test_every_schedule_is_stretched_over_more_epochs_at_once(make, falling, cap
 
 def test_the_base_is_known_by_what_is_in_it_not_by_its_place(finished, make, base, tmp_path):
     options = make(resume="auto")
-    options.model_id = str(shutil.copytree(base, tmp_path / "moved"))
+    options = replace(options, model_id=str(shutil.copytree(base, tmp_path / "moved")))
     assert prepare_training(options, get_family("blip")).run.plan.first_step == 3
     weights = bytearray((tmp_path / "moved" / "model.safetensors").read_bytes())
     weights[-100_000] ^= 1

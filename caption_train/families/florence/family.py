@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from caption_train.errors import UsageError
-from caption_train.families.base import Batch, Generated
+from caption_train.families.base import Batch, Family, Generated, ModelFacts
 from caption_train.families.florence.answers import Answer, parse_answer
 from caption_train.families.florence.tasks import (
     TASKS,
@@ -27,29 +27,36 @@ if TYPE_CHECKING:
     from transformers import Florence2ForConditionalGeneration, Florence2Processor
 
 
-class Florence:
+class Florence(Family):
     """Florence-2 through transformers' own class. The encoder reads image tokens, `<s>`, prompt, `</s>`."""
 
     name = "florence"
     title = "Florence-2"
+    training_script = "train_florence_lora.py"
     inference_script = "inference_florence.py"
     model_id = "microsoft/Florence-2-base-ft"
-    revision = None
     base_models = (
         *("microsoft/Florence-2-base-ft", "microsoft/Florence-2-large-ft"),
         *("microsoft/Florence-2-large", "microsoft/Florence-2-base"),
     )
-    lora_target_modules = ("qkv", "proj", "k_proj", "v_proj", "q_proj", "out_proj")
-    train_defaults = {}
-    cache_converted = False
-    """Whether `load` keeps a native copy of a legacy checkpoint, and uses the one it kept."""
-    default_prompt = "<CAPTION>"
+    facts = ModelFacts(
+        lora_target_modules=("qkv", "proj", "k_proj", "v_proj", "q_proj", "out_proj"),
+        parts={
+            "vision": r"model\.vision_tower(\..*)?",
+            "projector": r"model\.multi_modal_projector(\..*)?",
+            "language": r"(model\.language_model|lm_head)(\..*)?",
+        },
+        default_prompt="<CAPTION>",
+    )
     tasks = tuple(TASKS)
-    parts = {
-        "vision": r"model\.vision_tower(\..*)?",
-        "projector": r"model\.multi_modal_projector(\..*)?",
-        "language": r"(model\.language_model|lm_head)(\..*)?",
-    }
+    draws_answers = True
+    converts_checkpoints = True
+    has_legacy_layout = True
+    load_elsewhere = (
+        "Plain transformers and PEFT load it on a base in transformers' layout, which Microsoft's "
+        "repositories are not: `python export_adapter.py {base} florence-native/` writes one, "
+        "`python export_adapter.py . merged/ --merge` base and LoRA as one model."
+    )
 
     def load(
         self,
@@ -178,7 +185,7 @@ class Florence:
 
         save_legacy(model, processor, folder)
 
-    def find_dtype(self, model_id: str, revision: str | None = None) -> torch.dtype:
+    def find_stored_dtype(self, model_id: str, revision: str | None = None) -> torch.dtype:
         """Return the precision that a checkpoint is stored in."""
         from caption_train.families.florence.files import find_checkpoint
 

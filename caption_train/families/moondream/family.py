@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caption_train.families.base import Batch, Generated
+from caption_train.families.base import Batch, Family, Generated, ModelFacts
 
 if TYPE_CHECKING:
     import torch
@@ -17,24 +17,28 @@ if TYPE_CHECKING:
     from caption_train.families.moondream.processor import MoondreamProcessor
 
 
-class Moondream:
+class Moondream(Family):
     """Moondream 2, natively. The decoder reads BOS, the image, the prompt; the answer ends with BOS again."""
 
     name = "moondream"
     title = "Moondream 2"
+    training_script = "train_moondream_lora.py"
     inference_script = "inference_moondream.py"
     model_id = "vikhyatk/moondream2"
     revision = "2025-06-21"
     base_models = (model_id,)
-    lora_target_modules = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
+    facts = ModelFacts(
+        lora_target_modules=("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
+        parts={
+            "vision": r"model\.vision_tower(\..*)?",
+            "projector": r"model\.multi_modal_projector(\..*)?",
+            "language": r"(model\.language_model|lm_head)(\..*)?",
+        },
+        default_prompt="normal",
+    )
     train_defaults = {"train_parts": ["language"]}
-    default_prompt = "normal"
     tasks = ("short", "normal", "long")
-    parts = {
-        "vision": r"model\.vision_tower(\..*)?",
-        "projector": r"model\.multi_modal_projector(\..*)?",
-        "language": r"(model\.language_model|lm_head)(\..*)?",
-    }
+    has_legacy_layout = True
 
     def load(
         self,
@@ -112,7 +116,7 @@ class Moondream:
 
         write_official(folder, model.config, model.state_dict(), processor.tokenizer)
 
-    def find_dtype(self, model_id: str, revision: str | None = None) -> torch.dtype:
+    def find_stored_dtype(self, model_id: str, revision: str | None = None) -> torch.dtype:
         """Return the precision that a checkpoint is stored in."""
         from caption_train.families.moondream.files import find_dtype
 

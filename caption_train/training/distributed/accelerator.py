@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from caption_train.config.compatibility import check
 from caption_train.config.training import TrainOptions
 from caption_train.errors import UsageError
+from caption_train.system.devices import open_device
 from caption_train.system.launcher import asks_for
 from caption_train.system.processes import is_one_of_several
 from caption_train.training.distributed import deepspeed, fsdp
@@ -101,11 +102,7 @@ def _choose_device(device: str | None) -> None:
     """Have accelerate use `--device`; in a launch of several processes each keeps the one it is given."""
     if device is None:
         return
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {device} cannot be used on this machine: {reason}") from None
+    open_device(device)
     if device != "cpu" and "LOCAL_RANK" not in os.environ:
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
     else:

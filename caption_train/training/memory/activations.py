@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from caption_train.training.memory.gradient_checkpointing import find_blocks
 
 RECOMPUTED_GRADIENTS = 0.5
-"""Gradients that are alive in a recomputed block, in units of its activations; measured on Florence-2."""
+"""Gradients alive in a recomputed block, in units of its activations; measured by benchmarks/plan.py."""
 
 
 @dataclass(frozen=True)

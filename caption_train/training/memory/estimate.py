@@ -23,7 +23,7 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 HALF = ("bf16", "fp16")
 KEPT = 0.4
 """What glibc keeps of what was freed, on a CPU, in units of all activations, recomputed ones too;
-measured on BLIP and Florence-2 (benchmarks/plan.py)."""
+measured by benchmarks/plan.py."""
 MAPPED = 2**25
 """Allocations from this size on have pages of their own."""
 MARGIN = 1.2

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 def enable_checkpointing(model: nn.Module) -> None:
     """Keep only the inputs of every repeated block for the backward pass. Call it when adapters are in place.
 
-    transformers does this for layers made for it. Florence-2's vision tower has none and holds most of the
-    activations, so its blocks are wrapped here. `use_reentrant=False` needs no gradient on a block's input:
+    transformers does this for layers made for it. Some vision towers have none and hold most of the
+    activations, so their blocks are wrapped here. `use_reentrant=False` needs no gradient on a block's input:
     a frozen embedding before it is no obstacle. Random numbers are restored, so losses stay the same.
     """
     with warnings.catch_warnings():

@@ -77,8 +77,8 @@ class Health:
     def check_alive(self) -> None:
         """Stop when a LoRA module did not move at the first step: it never would, and nobody would know.
 
-        Stochastic depth leaves a block out of a step, all of it where one image is a batch: Florence-2's
-        vision tower, in training. Its modules have some steps to move in.
+        Stochastic depth leaves a block out of a step, all of it where one image is a batch.
+        Modules of such a model have some steps to move in.
         """
         if not self.untried or self.run.lr_scheduler.get_last_lr()[0] == 0:
             return

@@ -141,8 +141,10 @@ def test_collators_are_picklable_and_run_in_workers(loaded, items):
 )
 def test_every_lora_is_alive_and_in_its_part(items, parts):
     model, processor = make_small_model()
-    patterns = [FAMILY.parts[part] for part in parts]
-    wrapped = wrap_with_lora(model, FAMILY.lora_target_modules, rank=2, alpha=4, dropout=0.0, parts=patterns)
+    patterns = [FAMILY.facts.parts[part] for part in parts]
+    wrapped = wrap_with_lora(
+        model, FAMILY.facts.lora_target_modules, rank=2, alpha=4, dropout=0.0, parts=patterns
+    )
     before = copy_lora_b(wrapped)
     batch = collate(processor, items)
     wrapped(**batch).loss.backward()
@@ -165,7 +167,7 @@ def test_lora_on_vision_attention_changes_the_output_and_merges(items):
         rank=2,
         alpha=4,
         dropout=0.0,
-        parts=[FAMILY.parts["vision"]],
+        parts=[FAMILY.facts.parts["vision"]],
     )
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
@@ -188,7 +190,7 @@ def test_an_adapter_loads_in_plain_peft_and_transformers(items, tmp_path):
 
     model, processor = make_small_model()
     model.save_pretrained(tmp_path / "base")
-    wrapped = wrap_with_lora(model, FAMILY.lora_target_modules, rank=2, alpha=4, dropout=0.0)
+    wrapped = wrap_with_lora(model, FAMILY.facts.lora_target_modules, rank=2, alpha=4, dropout=0.0)
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)

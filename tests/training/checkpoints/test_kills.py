@@ -1,6 +1,7 @@
 """Runs killed with -9 again and again, against one that was left alone."""
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,12 +41,12 @@ def kill_and_resume(options, moments, log: Path) -> None:
     """Train `options` through a kill at each of the moments to the end."""
     for moment in moments:
 
-        def work(moment=moment):
+        def work(moment=moment, options=options):
             die_at(*moment)
             train("blip", options)
 
         assert start(work, log).wait() == -signal.SIGKILL, log.read_text()
-        options.resume = "auto"
+        options = replace(options, resume="auto")
     assert start(lambda: train("blip", options), log).wait() == 0, log.read_text()
 
 

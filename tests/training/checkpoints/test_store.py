@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from caption_train.errors import CaptionTrainError
 from caption_train.system import files
-from caption_train.training.checkpoints import store
+from caption_train.training.checkpoints import find, store
 from caption_train.training.checkpoints.find import STATE, find_damage, find_latest
 from caption_train.training.checkpoints.progress import Progress
 from caption_train.training.checkpoints.store import (
@@ -85,7 +85,7 @@ def test_a_checkpoint_that_is_being_deleted_is_no_damaged_one(tmp_path, monkeypa
     with monkeypatch.context() as patched:
         patched.setattr(store.shutil, "rmtree", be_cut_short)
         prune(tmp_path, "run", 1)
-    assert store.list_checkpoints(tmp_path) == [saved[1]]
+    assert find.list_checkpoints(tmp_path) == [saved[1]]
     clear_partial(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"step-2", "last"}
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from caption_train.adapters import model_card
+from caption_train.adapters import record
 from caption_train.cli import commands
 from caption_train.cli.commands import train_main
 from caption_train.data.images import ImageError
@@ -100,7 +100,7 @@ def test_a_sharded_step_that_does_not_fit_in_one_process_is_told(run_script, pai
 
 def test_a_machine_with_other_versions_is_named(run_script, pairs):
     def change() -> None:
-        model_card.__version__ = "99"
+        record.__version__ = "99"
 
     codes, words = run_script(pairs, on_rank_1=change)
     assert codes == [2, 2] and "caption-train is '99' in process 1" in words
@@ -149,7 +149,7 @@ def test_a_machine_that_lacks_the_checkpoint_is_named(run_script, pairs, tmp_pat
     def lose() -> None:
         from caption_train.training import prepare
 
-        prepare.find_resume_point = lambda options, accelerator: None
+        prepare.find_resume_point = lambda options: (None, [])
 
     codes, words = run_script(pairs, "--resume", "auto", on_rank_1=lose)
     assert codes == [2, 2] and "the checkpoint to go on from is None in process 1, 'epoch-0002" in words

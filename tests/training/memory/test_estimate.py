@@ -29,7 +29,7 @@ def base(request, tmp_path_factory):
     return (
         family,
         folder,
-        family.make_collator(processor, prompt=family.default_prompt, max_length=32)([item]),
+        family.make_collator(processor, prompt=family.facts.default_prompt, max_length=32)([item]),
     )
 
 
@@ -40,11 +40,11 @@ def load(base, **changes):
         output_dir=folder,
         dataset_dir=folder,
         model_id=str(folder),
-        target_modules=list(family.lora_target_modules),
+        target_modules=list(family.facts.lora_target_modules),
         **changes,
     )
     accelerator = make_accelerator(options)
-    return options, accelerator, load_trainable(options, family, accelerator, None)[0]
+    return options, accelerator, load_trainable(options, family, family.facts, accelerator)[0]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def planners(base):
         model = load(base, train_method=method)[2]
         measured = measure_activations(model.train(), batch)
         found[method] = Planner(
-            model, family.parts, {"no": measured, "bf16": measured, "quantized": measured}
+            model, family.facts.parts, {"no": measured, "bf16": measured, "quantized": measured}
         )
     return found
 

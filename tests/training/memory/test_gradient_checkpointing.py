@@ -23,13 +23,13 @@ def trained(request, tmp_path_factory):
     folder = save_base(family.name, tmp_path_factory.mktemp(family.name))
     model, processor = family.load(str(folder))
     torch.manual_seed(0)
-    model = wrap_with_lora(model, family.lora_target_modules, rank=4, alpha=8, dropout=0.1)
+    model = wrap_with_lora(model, family.facts.lora_target_modules, rank=4, alpha=8, dropout=0.1)
     for name, p in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.02)
     images = [Image.effect_noise((96, 96), 90).convert("RGB") for _ in range(2)]
     items = [{"image": image, "caption": "a red circle above a green square"} for image in images]
-    batch = family.make_collator(processor, prompt=family.default_prompt, max_length=32)(items)
+    batch = family.make_collator(processor, prompt=family.facts.default_prompt, max_length=32)(items)
     return model.train(), batch
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.training.checkpoints.progress import Progress
-from caption_train.training.monitor import log
+from caption_train.training.monitor import trackers
 from caption_train.training.monitor.curve import CURVE_FILE, draw_curve
 from caption_train.training.monitor.log import LOG_FILE, RunLog
 from caption_train.training.monitor.trackers import check_trackers, start_trackers
@@ -94,7 +95,7 @@ def test_what_wandb_raises_when_it_starts_is_one_line(tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr(log, "find_spec", lambda name: None)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="pip install tensorboard"):
         check_trackers("tensorboard")
     check_trackers(None)
@@ -112,7 +113,7 @@ def test_trackers_go_on_with_the_run_that_was_killed(tmp_path, monkeypatch):
         train("blip", options)
 
     assert start(work, tmp_path / "log").wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
-    options.resume = "auto"
+    options = replace(options, resume="auto")
     assert start(lambda: train("blip", options), tmp_path / "log").wait() == 0, (tmp_path / "log").read_text()
 
     (folder,) = {path.parent for path in (tmp_path / "out" / "caption-train").glob("events.*")}

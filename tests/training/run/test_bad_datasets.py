@@ -7,6 +7,7 @@ import os
 import shutil
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -213,7 +214,7 @@ def test_any_dataset_is_trained_on_or_refused_in_words(
     for name, (kind, value) in changes:
         change(folder / name, kind, value)
     options = TrainOptions(dataset_dir=folder, output_dir=folder, on_bad_data=policy, follow_symlinks=follow)
-    options.validation_split = split
+    options = replace(options, validation_split=split)
     try:
         data = read_training_data(options, accelerator)
     except CaptionTrainError as error:
