@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from caption_train.adapters.record import Base
 from caption_train.captioning.sampling import make_sampler
 from caption_train.config.captioning import CaptionOptions
-from caption_train.data.images import ImageError, open_image
-from caption_train.errors import CaptionTrainError, is_out_of_memory
+from caption_train.data.images import ImageError, normalize_image, open_image
+from caption_train.errors import CaptionTrainError, is_out_of_memory, naming_model
 from caption_train.families.base import Family, Generated
 from caption_train.system.devices import move_batch
 from caption_train.system.signals import leave_signals_to_parent
@@ -65,17 +67,31 @@ def make_generation(options: CaptionOptions, prompt: str) -> Generation:
     return Generation(prompt, settings | {"num_beams": 1}, sampler)
 
 
+def load_captioner(
+    family: Family, base: Base, options: CaptionOptions, device: torch.device
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load the base, put `--peft_model` on it if there is one, and move both to the device, in `--dtype`."""
+    dtype = getattr(torch, options.dtype)
+    with out_of_memory_explained(device, options.batch_size), naming_model("--base_model"):
+        model, processor = family.load(base.model_id, revision=base.revision, dtype=dtype)
+        if options.peft_model:
+            from caption_train.adapters.load import load_adapter
+
+            model = load_adapter(model, options.peft_model, family)
+        return model.to(device, dtype).eval(), processor
+
+
 def caption_images(
     family: Family,
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    images: Sequence[Path],
+    images: Sequence[Path | Image.Image],
     generation: Generation,
     *,
     batch_size: int = 4,
     num_workers: int = 0,
 ) -> Iterator[CaptionResult | Unreadable]:
-    """Yield what became of every image, in order, as soon as its batch is done.
+    """Yield what became of every image, a file or one in memory, in order, as soon as its batch is done.
 
     `num_workers` processes decode and encode ahead of the model. Raises CaptionTrainError, naming the flags
     that help, when the device's memory does not suffice.
@@ -102,9 +118,12 @@ def caption_images(
 
 
 class ImageFiles(Dataset):
-    """Image files as `{"path", "size", "image"}`, or `{"path", "error"}` for what cannot be read."""
+    """Images as `{"path", "size", "image"}`, or `{"path", "error"}` for what cannot be read.
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    The path of an image in memory is its number.
+    """
+
+    def __init__(self, paths: Sequence[Path | Image.Image]) -> None:
         self.paths = paths
 
     def __len__(self) -> int:
@@ -113,7 +132,10 @@ class ImageFiles(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         path = self.paths[index]
         try:
-            image = open_image(path)
+            if isinstance(path, Image.Image):
+                path, image = Path(str(index)), normalize_image(path.copy())
+            else:
+                image = open_image(path)
         except ImageError as error:
             return {"path": path, "error": str(error)}
         return {"path": path, "size": image.size, "image": image}

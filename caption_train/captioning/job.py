@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from caption_train.captioning.drawings import Drawings
 from caption_train.captioning.outputs import Outputs, wrap_caption
 from caption_train.captioning.plan import make_plan
 from caption_train.captioning.summary import CaptioningSummary
 from caption_train.config.captioning import CaptionOptions
-from caption_train.errors import CaptionTrainError, naming_model
+from caption_train.errors import CaptionTrainError
 from caption_train.families.base import Family
 from caption_train.metrics.output_health import find_remarks
 from caption_train.system.console import escape_unprintable
@@ -106,7 +106,12 @@ class CaptionJob:
     def _caption(self, share: Sequence[Path]) -> None:
         from tqdm import tqdm
 
-        from caption_train.captioning.generate import Unreadable, caption_images, make_generation
+        from caption_train.captioning.generate import (
+            Unreadable,
+            caption_images,
+            load_captioner,
+            make_generation,
+        )
         from caption_train.system.devices import choose_device
 
         main = self.processes.is_main
@@ -115,7 +120,7 @@ class CaptionJob:
         )
         if main:
             print(self._describe(device), file=sys.stderr)
-        model, processor = self._load(device)
+        model, processor = load_captioner(self.family, self.plan.base, self.options, device)
         results = caption_images(
             self.family,
             model,
@@ -158,22 +163,6 @@ class CaptionJob:
             self.drawings.save(result.image, partial(self.family.draw_answer, answer=answer))
         self.tally.count(str(result.image), remarks)
         return f"{escape_unprintable(result.image)}: {escape_unprintable(text)}"
-
-    def _load(self, device: torch.device) -> tuple[Any, Any]:
-        import torch
-
-        from caption_train.captioning.generate import out_of_memory_explained
-
-        dtype = getattr(torch, self.options.dtype)
-        with out_of_memory_explained(device, self.options.batch_size), naming_model("--base_model"):
-            model, processor = self.family.load(
-                self.plan.base.model_id, revision=self.plan.base.revision, dtype=dtype
-            )
-            if self.options.peft_model:
-                from caption_train.adapters.load import load_adapter
-
-                model = load_adapter(model, self.options.peft_model, self.family)
-            return model.to(device, dtype).eval(), processor
 
     def _describe(self, device: torch.device) -> str:
         adapter = f" and {self.options.peft_model}" if self.options.peft_model else ""

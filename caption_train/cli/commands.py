@@ -1,29 +1,32 @@
-"""From a command line to the work: the room that knows all the others, where errors become exit codes.
+"""The commands: what the scripts at the root, `caption-train` and `python -m caption_train` call.
 
 Nothing heavy is imported before the flags are read, so `--help` answers at once.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
+from caption_train import __version__
 from caption_train.cli.arguments import parse_options
 from caption_train.cli.exit_codes import program_name, run
 from caption_train.config.captioning import CaptionOptions
 from caption_train.config.compiling import CompileOptions
 from caption_train.config.training import TrainOptions
+from caption_train.errors import UsageError
 from caption_train.families import FAMILIES, get_family
 from caption_train.families.base import Family
 
 TRAIN = """Train a LoRA for {title} on your own captions.
 
-  accelerate launch {prog} --dataset_dir images/ --output_dir loras/my-style
+  {start} --dataset_dir images/ --output_dir loras/my-style
 
 dataset_dir holds images with captions beside them (a.png, a.txt), or what compile_captions.py made of them.
 output_dir can be given to an inference script as --peft_model; every checkpoint in it can be, too."""
 
 CAPTION = """Caption images with {title}, with a LoRA of yours if you have one.
 
-  python {prog} --images photos/ --peft_model loras/my-style --save_captions
+  {start} --images photos/ --peft_model loras/my-style --save_captions
 
 Without --base_model it is the one that the LoRA was trained on, or {model_id}.
 Any {title} on the hub or in a folder will do; the official ones are
@@ -49,16 +52,52 @@ EXPORT = """Write an adapter or a model in another form, and check that it still
 An image is captioned before and after; nothing is written unless the tokens agree."""
 
 
-def train_main(family_name: str, argv: Sequence[str] | None = None) -> int:
+MAIN = """Teach image captioners your own style.
+
+  caption-train compile images/                                      images with captions become a dataset
+  caption-train train {families} --dataset_dir images/ --output_dir loras/my-style
+  caption-train caption {families} --images photos/ --peft_model loras/my-style
+  caption-train export loras/my-style merged/ --merge
+
+Each takes the flags of the script of its name and explains them with --help."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `caption-train VERB …`, which does what the scripts do; return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verb, *rest = arguments or ["--help"]
+    for_family = {"train": train_main, "caption": caption_main}
+    alone = {"compile": compile_main, "export": export_main}
+    if verb in alone:
+        return alone[verb](rest, prog=f"{program_name()} {verb}")
+    if verb in for_family and rest and rest[0] in FAMILIES:
+        return for_family[verb](rest[0], rest[1:], prog=f"{program_name()} {verb} {rest[0]}")
+    if verb in ("-h", "--help"):
+        print(MAIN.format(families="|".join(FAMILIES)))
+        return 0
+    if verb == "--version":
+        print(f"caption-train {__version__}")
+        return 0
+    return run(lambda: _refuse_command(verb, rest))
+
+
+def _refuse_command(verb: str, rest: Sequence[str]) -> int:
+    if verb in ("train", "caption"):
+        named = f"{rest[0]}: no such family" if rest else "name a family"
+        raise UsageError(f"{verb} {named}; the families are {', '.join(FAMILIES)}")
+    raise UsageError(f"{verb}: no such command; there are compile, train, caption, export (see --help)")
+
+
+def train_main(family_name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run a training script for a family; return the exit code."""
-    family, prog = get_family(family_name), program_name()
+    family, prog = get_family(family_name), prog or program_name()
 
     def work() -> int:
         options = parse_options(
             TrainOptions,
             argv,
             prog=prog,
-            description=TRAIN.format(title=family.title, prog=prog),
+            description=TRAIN.format(title=family.title, start=_start("accelerate launch", prog)),
             positionals=("dataset_dir", "output_dir"),
             defaults={
                 "model_id": family.model_id,
@@ -86,9 +125,9 @@ def train_main(family_name: str, argv: Sequence[str] | None = None) -> int:
     return run(work)
 
 
-def caption_main(family_name: str, argv: Sequence[str] | None = None) -> int:
+def caption_main(family_name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run an inference script for a family; return the exit code."""
-    family, prog = get_family(family_name), program_name()
+    family, prog = get_family(family_name), prog or program_name()
 
     def work() -> int:
         options = parse_options(
@@ -96,7 +135,10 @@ def caption_main(family_name: str, argv: Sequence[str] | None = None) -> int:
             argv,
             prog=prog,
             description=CAPTION.format(
-                title=family.title, prog=prog, model_id=family.model_id, bases="\n  ".join(family.base_models)
+                title=family.title,
+                start=_start("python", prog),
+                model_id=family.model_id,
+                bases="\n  ".join(family.base_models),
             ),
             **_family_flags(family),
         )
@@ -108,14 +150,14 @@ def caption_main(family_name: str, argv: Sequence[str] | None = None) -> int:
     return run(work)
 
 
-def compile_main(argv: Sequence[str] | None = None) -> int:
+def compile_main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run compile_captions.py; return the exit code."""
 
     def work() -> int:
         options = parse_options(
             CompileOptions,
             argv,
-            prog=program_name(),
+            prog=prog or program_name(),
             description=COMPILE,
             positionals=("dataset_dir", "output_dir"),
         )
@@ -126,7 +168,7 @@ def compile_main(argv: Sequence[str] | None = None) -> int:
     return run(work)
 
 
-def export_main(argv: Sequence[str] | None = None) -> int:
+def export_main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run export_adapter.py; return the exit code."""
 
     def work() -> int:
@@ -136,7 +178,7 @@ def export_main(argv: Sequence[str] | None = None) -> int:
         options = parse_options(
             ExportOptions,
             argv,
-            prog=program_name(),
+            prog=prog or program_name(),
             description=EXPORT,
             positionals=("source", "output_dir"),
             choices={"family": tuple(FAMILIES)},
@@ -145,6 +187,11 @@ def export_main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     return run(work)
+
+
+def _start(launcher: str, prog: str) -> str:
+    """Return how a command is started: a script by a launcher, the installed command by itself."""
+    return prog if " " in prog else f"{launcher} {prog}"
 
 
 def _family_flags(family: Family) -> dict[str, Any]:

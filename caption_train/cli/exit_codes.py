@@ -81,4 +81,6 @@ def _fail(message: str, exit_code: int) -> int:
 
 
 def program_name() -> str:
-    return Path(sys.argv[0]).name
+    """Return the name that the user started this program by."""
+    name = Path(sys.argv[0]).name
+    return "caption-train" if name == "__main__.py" else name

@@ -1,7 +1,6 @@
 """The compile command: a folder of images and caption files → metadata.jsonl. No torch, no datasets."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from caption_train.compiling.placement import find_prefix, place_images, plan_placement
@@ -23,8 +22,21 @@ def compile_captions(options: CompileOptions) -> int:
     Raises UsageError for folders that do not go together and, after the summary, CaptionTrainError where
     there is no pair, where what is in `output_dir` would be lost, or where a file could not be read.
     """
-    from caption_train.compiling.summary import describe_nothing, print_summary
+    from caption_train.compiling.summary import print_summary
 
+    compiled, losses = compile_folder(options)
+    print_summary(compiled, options)
+    raise_problems(compiled, losses)
+    return 0
+
+
+def compile_folder(options: CompileOptions) -> tuple[Compiled, list[str]]:
+    """Write metadata.jsonl, printing nothing.
+
+    Returns:
+        What was found and done, and a line for each row of an older metadata.jsonl that would have been lost:
+        where there are any, nothing was written.
+    """
     compiled = find_pairs(options)
     known = {(compiled.file_name(name), pair.caption) for name, pair in compiled.pairs.items()}
     leave_out_unusable(compiled, options)
@@ -38,15 +50,21 @@ def compile_captions(options: CompileOptions) -> int:
         raise CaptionTrainError(
             f"{escape_unprintable(error.filename or target)}: {error.strerror or error}"
         ) from error
-    print_summary(compiled, options)
+    return compiled, losses
+
+
+def raise_problems(compiled: Compiled, losses: list[str]) -> None:
+    """Raise CaptionTrainError where what `compile_folder` returned is not what was asked for."""
+    from caption_train.compiling.summary import describe_nothing
+
     if not compiled.rows:
         raise CaptionTrainError(describe_nothing(compiled))
     if losses:
+        target = compiled.output_dir / METADATA_NAME
         headline = f"{escape_unprintable(target)} is left as it is; --overwrite would replace"
         raise CaptionTrainError(summarize(headline, losses))
     if compiled.damaged:
         raise CaptionTrainError(f"{compiled.damaged} files could not be used (named above), the others were")
-    return 0
 
 
 def find_pairs(options: CompileOptions) -> Compiled:
@@ -135,25 +153,17 @@ def _write(compiled: Compiled, options: CompileOptions) -> list[str]:
 
 def _check_images(pairs: dict[str, Pair]) -> dict[str, str]:
     """Return the images that cannot be decoded, and why."""
-    from tqdm import tqdm
+    from caption_train.data.images import ImageError, check_images, open_image
 
-    from caption_train.data.images import ImageError, open_image
+    def decode(image: Path) -> None:
+        open_image(image)
 
-    def check(name: str) -> str | None:
-        try:
-            open_image(pairs[name].image)
-        except ImageError as error:
-            return str(error).removeprefix(f"{escape_unprintable(pairs[name].image)}: ")
-        return None
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        try:
-            # disable=None: no bar where nobody watches.
-            results = tqdm(pool.map(check, pairs), total=len(pairs), desc="checking images", disable=None)
-            return {name: reason for name, reason in zip(pairs, results, strict=True) if reason}
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
-            raise
+    found = check_images([pair.image for pair in pairs.values()], inspect=decode)
+    return {
+        name: str(error).removeprefix(f"{escape_unprintable(pairs[name].image)}: ")
+        for name, error in zip(pairs, found, strict=True)
+        if isinstance(error, ImageError)
+    }
 
 
 def _refuse_too_many(repeats: dict[str, int]) -> None:

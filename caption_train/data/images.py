@@ -4,14 +4,13 @@ import hashlib
 import os
 import stat
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from accelerate import Accelerator
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
@@ -45,8 +44,13 @@ def open_image(path: Path | str) -> Image.Image:
     """
     with _opening(path) as (_, image):
         image.load()
-        _turn_upright(image)
-        return _to_rgb(image)
+        return normalize_image(image)
+
+
+def normalize_image(image: Image.Image) -> Image.Image:
+    """Return an image as `open_image` does a file's: upright, 8-bit RGB, transparency on white."""
+    _turn_upright(image)
+    return _to_rgb(image)
 
 
 def inspect_image(path: Path | str) -> tuple[str, int]:
@@ -154,23 +158,37 @@ def open_items(pairs: Iterable[Pair]) -> Iterator[dict[str, Any]]:
             continue
 
 
-def check_images(images: Sequence[Path], accelerator: Accelerator) -> list[tuple[str, int] | str]:
-    """Return what `inspect_image` says of each image, or why it refuses it."""
+def check_images(
+    images: Sequence[Path],
+    *,
+    show_progress: bool = True,
+    inspect: Callable[[Path], Any] = inspect_image,
+) -> list[Any]:
+    """Read images in one thread a core, with a progress bar.
 
-    def inspect(image: Path) -> tuple[str, int] | str:
+    Args:
+        images: the files.
+        show_progress: draw the bar, where a terminal shows it.
+        inspect: what is done with each; `inspect_image` decodes it and returns its SHA-256 and pixels.
+
+    Returns:
+        For each image what `inspect` returned or, where it raised ImageError, that error.
+    """
+
+    def try_one(image: Path) -> Any:
         try:
-            return inspect_image(image)
+            return inspect(image)
         except ImageError as error:
-            return str(error)
+            return error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
             results = tqdm(
-                pool.map(inspect, images),
+                pool.map(try_one, images),
                 total=len(images),
                 desc="checking images",
-                # No bar where nobody watches.
-                disable=None if accelerator.is_main_process else True,
+                # None: no bar where there is no terminal.
+                disable=None if show_progress else True,
                 leave=False,
             )
             return list(results)

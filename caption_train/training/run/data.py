@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 
 from caption_train.config.training import TrainOptions
 from caption_train.data.dataset import inspect_dataset
-from caption_train.data.images import check_images
+from caption_train.data.images import ImageError, check_images
 from caption_train.data.pairs import Pair
 from caption_train.data.split import fingerprint, split_by_content
 from caption_train.errors import CaptionTrainError, UsageError
@@ -163,7 +163,11 @@ def _inspect_images(data: TrainingData, accelerator: Accelerator) -> None:
     images = sorted({pair.image for pair in data.train + data.validation})
     share = images[accelerator.process_index :: accelerator.num_processes]
     bad = {}
-    for image, found in gather_object(list(zip(share, check_images(share, accelerator), strict=True))):
+    results = check_images(share, show_progress=accelerator.is_main_process)
+    found_here = [
+        (i, str(r) if isinstance(r, ImageError) else r) for i, r in zip(share, results, strict=True)
+    ]
+    for image, found in gather_object(found_here):
         if isinstance(found, str):
             bad[image] = found
         else:

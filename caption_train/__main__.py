@@ -1,0 +1,8 @@
+"""`python -m caption_train train florence …`: the same as the command `caption-train` and the scripts."""
+
+import sys
+
+from caption_train.cli.commands import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""What `import caption_train` offers, and the command that is installed with it."""
+
+import doctest
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+import caption_train
+from caption_train.cli.commands import main
+from tests.fixtures.paths import REPOSITORY
+
+
+def test_the_examples_of_the_page_run(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    page = REPOSITORY / "docs" / "python.md"
+    failed, tried = doctest.testfile(str(page), module_relative=False, encoding="utf-8")
+    assert tried > 15 and failed == 0
+
+
+def test_every_public_name_is_there():
+    for name in caption_train.__all__:
+        assert getattr(caption_train, name).__doc__
+    assert set(caption_train.__all__) <= set(dir(caption_train))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        caption_train.no_such_name  # noqa: B018
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sys, caption_train; sys.exit(bool({'torch', 'transformers', 'PIL'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("flags", [{"no_such_flag": 1}, {"beams": 0}, {"peft_model": "no/such/folder"}])
+def test_what_the_scripts_refuse_the_functions_refuse(flags):
+    with pytest.raises(caption_train.UsageError):
+        caption_train.caption(Image.new("RGB", (8, 8)), family="blip", **flags)
+
+
+def test_an_unreadable_image_is_an_error_that_names_it(tmp_path, tiny_base):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(caption_train.CaptionTrainError, match=r"broken\.png"):
+        caption_train.caption(
+            tmp_path / "broken.png", family="blip", base_model=tiny_base("blip"), device="cpu"
+        )
+
+
+def test_no_images_give_no_captions():
+    assert caption_train.caption([], family="blip") == []
+
+
+COMMANDS = {
+    ("compile",): "compile_captions.py",
+    ("export",): "export_adapter.py",
+    ("train", "blip"): "train_blip_network.py",
+    ("caption", "florence"): "inference_florence.py",
+}
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_the_command_has_the_flags_of_the_script(words, capsys):
+    script = [sys.executable, COMMANDS[words], "--help"]
+    done = subprocess.run(script, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    with pytest.raises(SystemExit):
+        main([*words, "--help"])
+    shown = capsys.readouterr().out
+    assert shown.partition("options:")[2] == done.stdout.partition("options:")[2]
+    assert shown.startswith("usage: ") and " ".join(words) in shown.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train"], "name a family"),
+        (["train", "clip"], "clip: no such family"),
+        (["tain", "blip"], "tain: no such command"),
+        (["caption", "blip"], "--images is required"),
+    ],
+)
+def test_what_the_command_does_not_know_is_one_line(arguments, said, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error and len(error.splitlines()) == 1
+
+
+def test_the_module_is_the_command():
+    command = [sys.executable, "-m", "caption_train", "--version"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout == f"caption-train {caption_train.__version__}\n"
