@@ -1,4 +1,4 @@
-"""`python -m caption_train train florence …`: the same as the command `caption-train` and the scripts."""
+"""`python -m caption_train VERB …`: the same as the command `caption-train` and the scripts."""
 
 import sys
 
