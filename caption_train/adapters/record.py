@@ -10,9 +10,10 @@ from typing import Any
 
 from caption_train import __version__
 from caption_train.config.training import TrainOptions
-from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.errors import UsageError
 from caption_train.families import name_script
 from caption_train.families.base import Family, ModelFacts
+from caption_train.system.files import read_json_object
 
 TRAINING_FILE = "training.json"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "flora-opt", "pillow")
@@ -139,14 +140,12 @@ def _check_family(what: str, trained: str | None, family: str) -> None:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path, dict.fromkeys(_TEXTS, str))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
-        raise CaptionTrainError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise CaptionTrainError(f"{path}: holds no JSON object")
-    return content
+
+
+_TEXTS = ("base_model", "base_model_name_or_path", "family", "revision", "prompt")
 
 
 @dataclass

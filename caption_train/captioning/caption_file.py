@@ -12,7 +12,7 @@ from typing import IO, Any
 from caption_train.data.formats import TEXT_COLUMNS
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.system.console import escape_unprintable
-from caption_train.system.files import open_atomically
+from caption_train.system.files import open_atomically, parse_json
 from caption_train.system.lock import OutputLock
 
 Row = dict[str, Any]
@@ -144,10 +144,11 @@ class CaptionFile:
         for journal in self._journals():
             for line in journal.read_bytes().split(b"\n"):
                 try:
-                    row = json.loads(line)
+                    row = parse_json(line)
                 except ValueError:
                     continue  # The last line of a killed process, cut within a character perhaps.
-                rows[row["file_name"]] = row
+                if isinstance(row, dict) and isinstance(row.get("file_name"), str):
+                    rows[row["file_name"]] = row
         return rows
 
     def _read_file(self) -> list[Row]:
@@ -170,9 +171,9 @@ def _read_jsonl(text: str) -> Iterable[Any]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number} is no JSON ({error})") from error
+                yield parse_json(line)
+            except ValueError as error:
+                raise ValueError(f"line {number} is no JSON ({error})") from None
 
 
 def _read_csv(text: str) -> Iterable[Row]:

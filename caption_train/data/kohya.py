@@ -4,7 +4,6 @@ The JSON is what finetune/merge_*_to_metadata.py of kohya-ss/sd-scripts writes: 
 "tags": …}`, the image named by path, by path without extension, or by bare name.
 """
 
-import json
 import posixpath
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from caption_train.data.scan import Folder
 from caption_train.data.text import join_lines, refuse_odd_characters
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.system.console import escape_unprintable
+from caption_train.system.files import parse_json, read_regular_file
 
 MAX_REPEATS = 10_000
 Given = dict[str, tuple[str, str]]
@@ -82,11 +82,11 @@ def _join(entry: dict[str, Any]) -> str:
 
 def _load(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return parse_json(read_regular_file(path))
     except OSError as error:
         raise CaptionTrainError(f"{escape_unprintable(path)}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CaptionTrainError(f"{escape_unprintable(path)}: broken JSON: {error}") from error
+    except ValueError as error:
+        raise CaptionTrainError(f"{escape_unprintable(path)}: {error}") from error
 
 
 def _is_metadata(entries: Any) -> bool:

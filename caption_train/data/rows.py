@@ -18,7 +18,7 @@ from caption_train.data.formats import MAX_CAPTION_BYTES, TEXT_COLUMNS, is_insid
 from caption_train.data.text import refuse_odd_characters
 from caption_train.errors import CaptionTrainError
 from caption_train.system.console import escape_unprintable
-from caption_train.system.files import open_atomically
+from caption_train.system.files import open_atomically, parse_json
 
 SPLITS = {None: "train", "train": "train", "validation": "validation", "val": "validation", "test": "test"}
 
@@ -41,11 +41,9 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict | ValueError]]:
 
 def _parse(line: bytes) -> dict | ValueError:
     try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        return ValueError("not UTF-8 text")
-    except (ValueError, RecursionError) as error:
-        return ValueError(f"broken JSON: {error}")
+        row = parse_json(line)
+    except ValueError as error:
+        return error
     return row if isinstance(row, dict) else ValueError("not a JSON object")
 
 

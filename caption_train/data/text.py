@@ -1,13 +1,12 @@
 """Reads the text of a caption file."""
 
-import os
 import re
-import stat
 from pathlib import Path
 
 from caption_train.data.formats import MAX_CAPTION_BYTES
 from caption_train.errors import CaptionTrainError
 from caption_train.system.console import escape_unprintable
+from caption_train.system.files import TooLarge, read_regular_file
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -19,7 +18,11 @@ def read_caption(path: Path | str, encoding: str = "utf-8") -> str:
     for what is no regular file, is not text in `encoding`, holds NUL characters or is longer than 1 MB.
     """
     try:
-        return _decode(_read_bytes(path), encoding)
+        return _decode(read_regular_file(path, MAX_CAPTION_BYTES), encoding)
+    except TooLarge as error:
+        size = str(error).partition(",")[0]
+        reason = f"{size}, longer than any caption (limit 1 MB)"
+        raise CaptionTrainError(f"{escape_unprintable(path)}: {reason}") from error
     except OSError as error:
         raise CaptionTrainError(f"{escape_unprintable(path)}: {error.strerror or error}") from error
     except ValueError as error:
@@ -37,18 +40,6 @@ def refuse_odd_characters(text: str) -> None:
 def join_lines(text: str) -> str:
     """Return text as one line, as `read_caption` joins it."""
     return " ".join(line for line in (line.strip() for line in text.splitlines()) if line)
-
-
-def _read_bytes(path: Path | str) -> bytes:
-    # Opened without blocking, since a named pipe would wait for a writer for ever.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with os.fdopen(descriptor, "rb", buffering=0) as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("not a regular file")
-        if status.st_size > MAX_CAPTION_BYTES:
-            raise ValueError(f"{status.st_size / 1e6:.1f} MB, longer than any caption (limit 1 MB)")
-        return file.read()
 
 
 def _decode(data: bytes, encoding: str) -> str:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 from caption_train.errors import CaptionTrainError
+from caption_train.system.files import read_json_object
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; CaptionTrainError if it holds anything else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise CaptionTrainError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CaptionTrainError(f"{path} holds no JSON object")
-    return content
+        return read_json_object(path)
+    except OSError as error:
+        raise CaptionTrainError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def read_shard_names(index: Path) -> list[str]:

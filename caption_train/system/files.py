@@ -1,14 +1,22 @@
-"""Writing files so that a reader never sees half of one. Standard library only."""
+"""Writes files so that a reader never sees half of one; reads files that anybody may have written.
+
+Standard library only.
+"""
 
 import hashlib
 import itertools
+import json
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from types import UnionType
+from typing import IO, Any
+
+from caption_train.errors import CaptionTrainError
 
 TEMPORARY = ".tmp"
 
@@ -61,6 +69,99 @@ def find_free_name(path: Path) -> Path:
     """Return `path`, with a number behind it where something is there."""
     names = itertools.chain([path], (path.with_name(f"{path.name}-{count}") for count in itertools.count(2)))
     return next(name for name in names if not os.path.lexists(name))
+
+
+MAX_BYTES = 256 << 20
+"""The largest file that is read whole: an index or a tokenizer has some tens of megabytes at most."""
+
+
+class TooLarge(ValueError):
+    """A file is larger than what is read of it."""
+
+
+def read_regular_file(path: Path | str, limit: int = MAX_BYTES) -> bytes:
+    """Return what a file holds.
+
+    Raises:
+        ValueError: it is a folder, a pipe or a device, which might never end, or has more than `limit` bytes.
+        OSError: it cannot be read.
+    """
+    # Opened without blocking, since a named pipe would wait for a writer for ever.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a regular file")
+        if status.st_size > limit:
+            raise TooLarge(
+                f"{status.st_size / 1e6:,.1f} MB, more than the {limit / 1e6:,.0f} MB that are read"
+            )
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read(limit)
+    finally:
+        os.close(descriptor)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value that JSON text says; ValueError, of one line, for whatever is wrong with it."""
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8-sig")
+        return json.loads(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text (position {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"broken JSON: {error}") from None
+    except RecursionError:
+        raise ValueError("broken JSON: nested too deeply") from None
+    except ValueError as error:  # a whole number of thousands of digits
+        raise ValueError(f"broken JSON: {str(error).partition(';')[0]}") from None
+
+
+def read_json_object(
+    path: Path | str,
+    types: Mapping[str, type | UnionType] | None = None,
+    *,
+    name: str = "",
+    limit: int = MAX_BYTES,
+) -> dict[str, Any]:
+    """Return the JSON object in a file: the one way in which this toolkit reads one.
+
+    Args:
+        path: a regular file; a missing one is an error.
+        types: what a member must be, if it is there and not null.
+        name: what messages begin with, the path if not given.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is no such file.
+        CaptionTrainError: anything else that is wrong, in one line.
+    """
+    name = name or str(path)
+    try:
+        content = parse_json(read_regular_file(path))
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise CaptionTrainError(f"{name}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CaptionTrainError(f"{name}: cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CaptionTrainError(f"{name}: holds no JSON object")
+    for member, wanted in (types or {}).items():
+        value = content.get(member)
+        # True and False are whole numbers to Python.
+        is_bool_for_number = isinstance(value, bool) and wanted is not bool
+        if value is not None and (not isinstance(value, wanted) or is_bool_for_number):
+            shown = json.dumps(value, default=str)[:40]
+            raise CaptionTrainError(f"{name}: {member} is {shown}, not {_TYPE_NAMES[wanted]}")
+    return content
+
+
+_TYPE_NAMES = {
+    **{str: "text", dict: "an object", bool: "true or false"},
+    **{int: "a whole number", int | float: "a number"},
+}
 
 
 def hash_file(path: Path | str) -> str:

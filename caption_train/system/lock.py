@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import Event, Thread
 
 from caption_train.errors import CaptionTrainError
+from caption_train.system.files import parse_json
 
 try:
     import fcntl
@@ -151,7 +152,7 @@ def _read_soon(file) -> dict:
 def _read(file) -> dict:
     file.seek(0)
     try:
-        found = json.loads(file.read())
-    except (ValueError, RecursionError):
+        found = parse_json(file.read())
+    except ValueError:
         return {}
     return found if isinstance(found, dict) and isinstance(found.get("pid"), int) else {}

@@ -1,6 +1,5 @@
 """Which checkpoint a run goes on from, whether it is still the same run, and putting it where it stood."""
 
-import json
 import math
 import shutil
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from caption_train.adapters.record import TRAINING_FILE, TrainingRecord
 from caption_train.config.training import TrainOptions
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.system.console import print_once
-from caption_train.system.files import copy_atomically
+from caption_train.system.files import copy_atomically, read_json_object
 from caption_train.training.checkpoints.find import (
     BEST,
     LAST,
@@ -176,10 +175,15 @@ def _bring(checkpoint: Path, output_dir: Path, *, is_newest: bool = False) -> Pa
 
 def read_record(checkpoint: Path) -> dict[str, Any]:
     """Return what a checkpoint says of the run that saved it."""
+    name = f"--resume {checkpoint}: {TRAINING_FILE}"
+    types = {"options": dict, "versions": dict, "trainable_parameters": int, "dataset": dict}
     try:
-        return json.loads((checkpoint / TRAINING_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CaptionTrainError(f"--resume {checkpoint}: {TRAINING_FILE} cannot be read: {error}") from error
+        record = read_json_object(checkpoint / TRAINING_FILE, types, name=name)
+    except OSError as error:
+        raise CaptionTrainError(f"{name} cannot be read: {error.strerror}") from error
+    if missing := [member for member in types if record.get(member) is None]:
+        raise CaptionTrainError(f"{name} has no {missing[0]}")
+    return record
 
 
 def adopt_batch_size(options: TrainOptions, checkpoint: Path) -> TrainOptions:

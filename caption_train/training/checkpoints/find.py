@@ -1,13 +1,13 @@
 """`last` and `best`: names in an output folder that stand for one of its checkpoints."""
 
 import errno
-import json
 import math
 import os
 from pathlib import Path
 from typing import Any
 
-from caption_train.system.files import find_free_name, hash_file, write_atomically
+from caption_train.errors import CaptionTrainError
+from caption_train.system.files import find_free_name, hash_file, read_json_object, write_atomically
 from caption_train.training.checkpoints.progress import PROGRESS_FILE
 
 MANIFEST = "manifest.json"
@@ -66,12 +66,12 @@ def is_checkpoint(folder: Path) -> bool:
 def find_damage(checkpoint: Path) -> str | None:
     """Return what is wrong with a checkpoint, by file, or None when every file is as it was written."""
     try:
-        sums = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        sums = read_json_object(checkpoint / MANIFEST)
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError, RecursionError):
+    except (OSError, CaptionTrainError):
         return f"{MANIFEST} cannot be read"
-    if not isinstance(sums, dict) or f"{STATE}/{PROGRESS_FILE}" not in sums:
+    if f"{STATE}/{PROGRESS_FILE}" not in sums:
         return f"{MANIFEST} is not as it was written"
     for name, wanted in sums.items():
         try:
@@ -131,7 +131,6 @@ def _place(checkpoint: Path) -> float:
 
 def _read_progress(checkpoint: Path) -> dict[str, Any]:
     try:
-        progress = json.loads((checkpoint / STATE / PROGRESS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json_object(checkpoint / STATE / PROGRESS_FILE)
+    except (OSError, CaptionTrainError):
         return {}
-    return progress if isinstance(progress, dict) else {}

@@ -8,9 +8,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from caption_train.errors import CaptionTrainError
-from caption_train.system.files import write_atomically
+from caption_train.system.files import read_json_object, write_atomically
 
 PROGRESS_FILE = "progress.json"
+_TYPES = {
+    **dict.fromkeys(("saves", "total_steps", "global_step", "bad_steps", "skipped_steps", "images"), int),
+    **dict.fromkeys(("peak_memory_bytes", "best_step", "evaluations_since_best"), int),
+    **dict.fromkeys(
+        ("seconds", "wall_seconds", "last_loss", "loss_mean", "loss_variance", "best_value"), int | float
+    ),
+    **{"run_id": str, "skipped_files": dict, "evaluation": dict, "stopped_early": bool},
+}
 
 
 def make_run_id() -> str:
@@ -69,7 +77,7 @@ class Progress:
         """Read what `write` wrote; what an older version did not know keeps its default."""
         path = folder / PROGRESS_FILE
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CaptionTrainError(f"--resume: {path} cannot be read: {error}") from error
+            values = read_json_object(path, _TYPES, name=f"--resume: {path}")
+        except OSError as error:
+            raise CaptionTrainError(f"--resume: {path} cannot be read: {error.strerror}") from error
         return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})

@@ -18,6 +18,7 @@ from caption_train.system.files import (
     copy_atomically,
     find_free_name,
     hash_file,
+    read_json_object,
     write_atomically,
 )
 from caption_train.training.checkpoints.find import (
@@ -88,8 +89,8 @@ def _delete_other_method(training_file: Path, output_dir: Path) -> None:
 
 def _read_train_method(training_file: Path) -> str | None:
     try:
-        return json.loads(training_file.read_text(encoding="utf-8"))["options"]["train_method"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json_object(training_file)["options"]["train_method"]
+    except (OSError, CaptionTrainError, KeyError, TypeError):
         return None
 
 

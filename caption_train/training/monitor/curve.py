@@ -1,11 +1,10 @@
 """A run's losses as a picture."""
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from caption_train.system.files import open_atomically
+from caption_train.system.files import open_atomically, parse_json
 from caption_train.training.monitor.log import LOG_FILE
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ def draw_curve(output_dir: Path) -> None:
     except ImportError:
         print(f"{CURVE_FILE} is not drawn: matplotlib is not installed", file=sys.stderr)
         return
-    lines = [json.loads(line) for line in (output_dir / LOG_FILE).read_text("utf-8").splitlines()]
+    lines = [parse_json(line) for line in (output_dir / LOG_FILE).read_text("utf-8").splitlines()]
     taken = [line for line in lines if line.get("loss") is not None]
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     losses, rates = figure.subplots(2, height_ratios=[4, 1], sharex=True)

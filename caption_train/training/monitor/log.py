@@ -13,7 +13,7 @@ import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 
-from caption_train.system.files import write_atomically
+from caption_train.system.files import parse_json, write_atomically
 from caption_train.training.checkpoints.store import explain_failure
 
 LOG_FILE = "log.jsonl"
@@ -74,7 +74,7 @@ def _lines_before(path: Path, first_step: int) -> list[str]:
 def _step_of(line: str) -> int:
     """Return a line's step; 0 for what is none of ours, as a power cut leaves it."""
     try:
-        return int(json.loads(line)["step"])
+        return int(parse_json(line)["step"])
     except (ValueError, KeyError, TypeError):
         return 0
 

@@ -269,4 +269,4 @@ def test_an_exported_model_says_its_precision(tmp_path):
     model, processor = make_small_model()
     FAMILY.save_legacy(model.to(torch.bfloat16), processor, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    assert FAMILY.find_dtype(str(tmp_path)) == torch.bfloat16
+    assert FAMILY.find_stored_dtype(str(tmp_path)) == torch.bfloat16
