@@ -1,0 +1,22 @@
+"""Runs the examples in docstrings."""
+
+import doctest
+import tempfile
+from importlib import import_module
+
+import pytest
+
+MODULES = (
+    "caption_train.data.formats",
+    "caption_train.data.kohya",
+    "caption_train.data.pairs",
+    "caption_train.data.scan",
+    "caption_train.data.text",
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_of_a_docstring_give_what_they_say(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    results = doctest.testmod(import_module(name))
+    assert results.attempted and not results.failed
