@@ -12,6 +12,9 @@ MODULES = (
     "caption_train.data.pairs",
     "caption_train.data.scan",
     "caption_train.data.text",
+    "caption_train.metrics.coco",
+    "caption_train.metrics.output_health",
+    "caption_train.metrics.ptb_tokenizer",
 )
 
 
