@@ -20,6 +20,7 @@ MODULES = (
     "caption_train.metrics.coco",
     "caption_train.metrics.output_health",
     "caption_train.metrics.ptb_tokenizer",
+    "caption_train.training.run.batch_plan",
 )
 
 
