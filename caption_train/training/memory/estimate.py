@@ -62,7 +62,7 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> int:
-        """The most bytes held at once: activations are freed as gradients come, unless these exist already."""
+        """The most bytes held at once. Activations are freed as gradients come, unless these exist before."""
         passing = self.activations + self.kept + self.first_gradient
         passing = passing + self.gradients if self.accumulates else max(passing, self.gradients)
         held = self.weights + self.state + max(passing, self.gradients + self.stepping)
