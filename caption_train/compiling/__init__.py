@@ -1,0 +1,1 @@
+"""The compile command: turns a folder of images and caption files into a metadata.jsonl."""

@@ -1,4 +1,4 @@
-"""The compile command: a folder of images and caption files → metadata.jsonl. No torch, no datasets."""
+"""Runs the compile command: finds pairs in a folder and writes metadata.jsonl. No torch, no datasets."""
 
 import os
 from pathlib import Path
@@ -17,10 +17,15 @@ from caption_train.system.console import escape_unprintable, summarize
 
 
 def compile_captions(options: CompileOptions) -> int:
-    """Write metadata.jsonl, print what was found, return 0.
+    """Write metadata.jsonl and print what was found.
 
-    Raises UsageError for folders that do not go together and, after the summary, CaptionTrainError where
-    there is no pair, where what is in `output_dir` would be lost, or where a file could not be read.
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        UsageError: the folders do not go together.
+        CaptionTrainError: after the summary is printed, if there is no pair, if captions in `output_dir`
+            would be lost, or if a file could not be read.
     """
     from caption_train.compiling.summary import print_summary
 
@@ -38,6 +43,7 @@ def compile_folder(options: CompileOptions) -> tuple[Compiled, list[str]]:
         where there are any, nothing was written.
     """
     compiled = find_pairs(options)
+    # Collected before unusable pairs are dropped: the caption of a damaged image is still in its own file.
     known = {(compiled.file_name(name), pair.caption) for name, pair in compiled.pairs.items()}
     leave_out_unusable(compiled, options)
     make_rows(compiled, options)
@@ -68,7 +74,7 @@ def raise_problems(compiled: Compiled, losses: list[str]) -> None:
 
 
 def find_pairs(options: CompileOptions) -> Compiled:
-    """Walk the dataset folder and match captions with images, Kohya's metadata before caption files."""
+    """Scan the dataset folder and match captions with images; Kohya's metadata wins over caption files."""
     output_dir, extensions = options.output_dir or options.dataset_dir, options.caption_extension
     folder = scan_folder(options.dataset_dir, extensions, follow_symlinks=options.follow_symlinks)
     prefix = find_prefix(options.dataset_dir, output_dir)
@@ -79,7 +85,7 @@ def find_pairs(options: CompileOptions) -> Compiled:
 
 
 def leave_out_unusable(compiled: Compiled, options: CompileOptions) -> None:
-    """Drop pairs whose image cannot be named or, with --check_images, cannot be decoded."""
+    """Drop pairs whose image name cannot be written or, with --check_images, one that cannot be decoded."""
     pairs = compiled.pairs
     compiled.unnamable = [name for name in pairs if not _is_portable(name)]
     if options.check_images:
@@ -89,7 +95,7 @@ def leave_out_unusable(compiled: Compiled, options: CompileOptions) -> None:
 
 
 def make_rows(compiled: Compiled, options: CompileOptions) -> None:
-    """Split the pairs, repeat those for training as their folders say, and make a row of each."""
+    """Split the pairs, and make one row of each; training pairs get as many rows as their folder asks for."""
     pairs = compiled.pairs
     folders = sorted({name.rpartition("/")[0] for name in pairs})
     compiled.repeats = {f: n for f in folders if (n := kohya.count_repeats(f"{f}/")) != 1}
@@ -111,9 +117,14 @@ def make_rows(compiled: Compiled, options: CompileOptions) -> None:
 
 
 def find_losses(path: Path, known: set[tuple[str, str]]) -> list[str]:
-    """Return what only the metadata.jsonl at `path` holds, a line each: its captions of images still there.
+    """Return what overwriting a metadata.jsonl would lose: extra columns, and captions of images still there.
 
-    known: (file_name, caption) of all that was found this time.
+    Args:
+        path: the existing metadata.jsonl, if there is one.
+        known: (file_name, caption) of every pair that was found this time.
+
+    Returns:
+        One line per row that holds something not found this time.
     """
     if not os.path.lexists(path):
         return []
@@ -134,7 +145,7 @@ def find_losses(path: Path, known: set[tuple[str, str]]) -> list[str]:
 
 
 def _write(compiled: Compiled, options: CompileOptions) -> list[str]:
-    """Place the images if need be and write metadata.jsonl; return the names of images in the way, if any."""
+    """Place the images if needed and write metadata.jsonl; return the images in the way, if there are any."""
     placement, by_copy = [], options.place_images == "copy"
     if compiled.prefix is None:
         placement, conflicts = plan_placement(
@@ -176,7 +187,7 @@ def _refuse_too_many(repeats: dict[str, int]) -> None:
 
 
 def _is_portable(name: str) -> bool:
-    """Tell whether imagefolder finds a file by this name: it takes `\\` for `/`, and JSON is UTF-8."""
+    r"""Tell whether imagefolder finds a file by this name: it reads `\` as `/`, and JSON is UTF-8."""
     try:
         name.encode()
     except UnicodeEncodeError:

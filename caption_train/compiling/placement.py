@@ -1,4 +1,4 @@
-"""Where a dataset is written, and how images come into a folder elsewhere. Standard library only."""
+"""Decides where a dataset is written, and links or copies images into another folder."""
 
 import filecmp
 import os
@@ -12,15 +12,21 @@ from caption_train.system.console import escape_unprintable
 from caption_train.system.files import open_atomically
 
 Placement = list[tuple[Path, Path]]
-"""(image as it is, file that is to be the same) of every image that is not there yet"""
+"""(image, file to make of it) for every image that is not there yet"""
 
 
 def find_prefix(dataset_dir: Path, output_dir: Path) -> str | None:
-    """Return what goes before a name in `dataset_dir` to reach it from `output_dir`, None where nothing does.
+    """Return what goes before an image's name in `dataset_dir` to reach it from `output_dir`.
 
-    A row's file_name must lie in the folder of its metadata.jsonl, so an output_dir that does not hold the
-    dataset needs the images placed in it. Raises UsageError for one inside the dataset, whose images the next
-    run would find twice.
+    A row's file_name must lie in or below the folder of its metadata.jsonl. If `output_dir` does not contain
+    the dataset, the images must be placed in it.
+
+    Returns:
+        "" or a folder with a slash, e.g. "images/"; None if the images must be placed.
+
+    Raises:
+        UsageError: `output_dir` is a file, or lies inside the dataset, where the next run would find the
+            placed images too.
     """
     dataset, output = os.path.realpath(dataset_dir), os.path.realpath(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
@@ -38,7 +44,17 @@ def find_prefix(dataset_dir: Path, output_dir: Path) -> str | None:
 def plan_placement(
     dataset_dir: Path, names: Iterable[str], output_dir: Path, *, by_copy: bool = False
 ) -> tuple[Placement, list[str]]:
-    """Return what is to be placed, and the names that stand for something else in `output_dir` already."""
+    """Find out which images must be placed in `output_dir`.
+
+    Args:
+        dataset_dir: the folder that holds the images.
+        names: image paths relative to it.
+        output_dir: the folder that is to hold them.
+        by_copy: whether an image that is a hard link there must become a copy.
+
+    Returns:
+        The images to place, and the names under which a different file is in `output_dir` already.
+    """
     todo, conflicts = [], []
     for name in names:
         source, target = dataset_dir / name, output_dir / name
@@ -53,9 +69,16 @@ def plan_placement(
 
 
 def place_images(placement: Placement, *, by_copy: bool = False) -> int:
-    """Hard-link or copy each image, replacing what is there; return how many are copies.
+    """Hard-link or copy each image, replacing what is there. No image is ever half-written.
 
-    A file system that cannot link, or another one, gets copies. No image is ever half-written.
+    Images are copied if the file system has no hard links, or if the two folders are on different ones.
+
+    Args:
+        placement: (image, file to make) for each image.
+        by_copy: always copy.
+
+    Returns:
+        How many images were copied.
     """
     copies = 0
     for source, target in placement:
@@ -70,7 +93,7 @@ def place_images(placement: Placement, *, by_copy: bool = False) -> int:
 
 def _link(source: Path, target: Path) -> bool:
     try:
-        # A hard link to a symbolic link would be one too, and point nowhere from its new folder.
+        # Resolved first: a hard link to a symbolic link is a symbolic link, perhaps broken in the new folder.
         target.hardlink_to(os.path.realpath(source))
     except OSError:
         return False

@@ -1,4 +1,4 @@
-"""What compiling a folder found."""
+"""Holds what the compile command found and did."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,12 +9,25 @@ from caption_train.data.scan import Folder
 
 @dataclass
 class Compiled:
-    """What one run found and did; names are relative to the dataset folder.
+    """What one run found and did. Names are relative to the dataset folder.
 
-    prefix: the way from output_dir to the dataset folder, None where images have to be placed. pairs: what is
-    written, by image. held_out: images of the validation split. repeats: folder `N_name` → N. unrepeated:
-    images in folders that ask for none. unnamable: images whose names a metadata.jsonl cannot carry.
-    bad_images: name → reason. kohya_problems: a line each. placed, copied: images put into output_dir.
+    Attributes:
+        folder: the scanned dataset folder.
+        matches: captions matched with images.
+        output_dir: where metadata.jsonl is written.
+        prefix: the path from output_dir to the dataset folder; None if images have to be placed.
+        pairs: image → pair, for the pairs that are written.
+        kohya_metadata: the Kohya JSON that was read, if any.
+        kohya_problems: one line per entry of it that was not used.
+        repeats: folder `N_name` → N.
+        unrepeated: images in folders that ask for 0 repeats.
+        unnamable: images whose names a metadata.jsonl cannot hold.
+        bad_images: image → why it cannot be decoded.
+        held_out: images of the validation split.
+        rows: the rows of metadata.jsonl.
+        placed: how many images were put into output_dir.
+        copied: how many of these are copies, not hard links.
+        written: whether metadata.jsonl was written.
     """
 
     folder: Folder
@@ -35,14 +48,14 @@ class Compiled:
     written: bool = False
 
     def file_name(self, name: str) -> str:
-        """Return an image's path as the metadata.jsonl in output_dir has it."""
+        """Return an image's `file_name` in the metadata.jsonl of output_dir."""
         return (self.prefix or "") + name
 
     def repeats_of(self, name: str) -> int:
-        """Return how often the folder of an image asks for it."""
+        """Return how many repeats the folder of an image asks for."""
         return self.repeats.get(name.rpartition("/")[0], 1)
 
     @property
     def damaged(self) -> int:
-        """How many files should have become a pair and could not be used."""
+        """How many files should have become a pair but could not be used."""
         return len(self.matches.unreadable) + len(self.unnamable) + len(self.bad_images)

@@ -1,4 +1,4 @@
-"""What the compile command prints: a table of what was found, the files left over, the next command."""
+"""Prints what the compile command found: counts, the files left over and the next command."""
 
 import shlex
 import sys
@@ -20,7 +20,7 @@ _RULE = "─" * WIDTH
 
 
 def print_summary(compiled: "Compiled", options: CompileOptions) -> None:
-    """Print the table, and the command to run next when a dataset was written."""
+    """Print the counts, the files left over and, if a dataset was written, the commands that train on it."""
     lines = [escape_unprintable(options.dataset_dir), _RULE, *_count_lines(compiled, options), _RULE]
     left_over = list(_left_over_lines(compiled, options))
     lines += [*left_over, _RULE] if left_over else []
@@ -34,7 +34,7 @@ def print_summary(compiled: "Compiled", options: CompileOptions) -> None:
 
 
 def describe_nothing(compiled: "Compiled") -> str:
-    """Return one line on why there is no pair, with what to do where that can be told."""
+    """Return one line that says why there is no pair and, if that is known, what to do."""
     folder, matches = compiled.folder, compiled.matches
     found = f"{len(folder.images)} images, {sum(map(len, folder.captions.values()))} caption files"
     line = f"{escape_unprintable(folder.root)}: no pair of image and caption ({found})"

@@ -1,0 +1,1 @@
+"""Reads datasets: finds images and captions, matches them, opens the images, splits the pairs."""

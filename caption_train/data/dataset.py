@@ -1,4 +1,4 @@
-"""Datasets: metadata.jsonl or bare pairs, every mistake named; written, split, told apart. No torch."""
+"""Reads a dataset folder, or reports everything that is wrong with it. No torch."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,9 @@ from caption_train.system.console import escape_unprintable, summarize
 def read_dataset(dataset_dir: Path | str, **settings: Any) -> list[Pair]:
     """Return a dataset's pairs, or raise one CaptionTrainError that lists everything wrong with it.
 
-    settings: as `inspect_dataset` takes them.
+    Args:
+        dataset_dir: the dataset folder.
+        settings: keyword arguments of `inspect_dataset`.
     """
     pairs, problems = inspect_dataset(dataset_dir, **settings)
     if problems:
@@ -33,11 +35,24 @@ def inspect_dataset(
     follow_symlinks: bool = False,
     split: str | None = "train",
 ) -> tuple[list[Pair], list[str]]:
-    """Return a dataset's good pairs and what is wrong with the others, a line each naming file or row.
+    """Return a dataset's good pairs, and what is wrong with the rest.
 
-    metadata.jsonl is read where there is one, else the caption files beside the images. split: the rows to
-    return, all of them for None; a row that names no split is for training. Images without a caption are no
-    problem: they are what the trained model is for. Raises UsageError when no pair is left.
+    A metadata.jsonl is read if there is one, otherwise the caption files beside the images. An image without
+    a caption is not reported: captioning such images is what the model is trained for.
+
+    Args:
+        dataset_dir: the dataset folder.
+        caption_extensions: endings of caption files, the preferred one first.
+        encoding: the encoding of the caption files; a metadata.jsonl is always UTF-8.
+        follow_symlinks: whether to follow links that lead out of the folder.
+        split: which rows to return: "train", "validation" or "test"; None returns all. A row that names no
+            split belongs to "train".
+
+    Returns:
+        The good pairs, and one line per problem that names the file or row.
+
+    Raises:
+        UsageError: there is no pair at all in this split.
     """
     root = Path(dataset_dir)
     if (root / METADATA_NAME).exists():
@@ -53,7 +68,15 @@ def inspect_dataset(
 
 
 def read_metadata(path: Path | str, *, follow_symlinks: bool = False) -> tuple[list[Pair], list[str]]:
-    """Return the good rows of a metadata.jsonl in order, and a line for each bad one (`name:12: …`)."""
+    """Read a metadata.jsonl.
+
+    Args:
+        path: the file; the images of its rows must lie in or below its folder.
+        follow_symlinks: whether an image may be a link that leads out of that folder.
+
+    Returns:
+        The pairs of the good rows in the file's order, and one line per bad row (`metadata.jsonl:12: …`).
+    """
     path = Path(path)
     locate = make_locator(path.parent, follow_symlinks)
     pairs, problems = [], []
@@ -78,6 +101,7 @@ def _read_pairs(
         f"no {METADATA_NAME}, {len(folder.images)} images, {len(folder.captions)} "
         f"{'/'.join(caption_extensions)} files beside them"
     )
+    # Zero-byte images are left out here. Other damage is found later, when images are decoded.
     void = {name for name, pair in matches.pairs.items() if not _size(pair.image)}
     problems = [
         *matches.unreadable,
@@ -90,7 +114,7 @@ def _read_pairs(
 
 
 def _find_bad_links(folder: Folder, endings: Sequence[str]) -> Iterator[str]:
-    """Yield a line for each link that was left alone and could have led to data."""
+    """Yield one line per link that was not followed although data could be behind it."""
     root, endings = os.path.realpath(folder.root), tuple(map(str.lower, endings))
     for name in folder.links:
         path = folder.root / name

@@ -1,4 +1,4 @@
-"""File suffixes, metadata.jsonl's name and columns, and small rules about paths. Standard library only."""
+"""Names the file suffixes and metadata columns that are read, with small rules about paths. No torch."""
 
 import os
 import re
@@ -15,8 +15,12 @@ METADATA_NAME = "metadata.jsonl"
 
 
 def natural_key(name: str) -> list[tuple[int, int | str]]:
-    """Sort key in which folders are compared part by part and numbers by their value."""
-    # Without the extension, or z2.png would come before z.png.
+    """Return a sort key that compares paths folder by folder, and numbers in them by value.
+
+    >>> sorted(["b/10.png", "b/9.png", "a.png"], key=natural_key)
+    ['a.png', 'b/9.png', 'b/10.png']
+    """
+    # The extension is left out, or z2.png would come before z.png. The NUL makes `/` sort before all letters.
     parts = _DIGITS.split(_without_suffix(name).replace("/", "\0"))
     return [(1, int(part)) if i % 2 else (0, part) for i, part in enumerate(parts)] + [(0, name)]
 
@@ -32,5 +36,5 @@ def _without_suffix(name: str) -> str:
 
 
 def is_inside(path: str, folder: str) -> bool:
-    """Tell whether a real path lies in or below a real folder."""
+    """Tell whether `path` is `folder` or lies below it. Both must be real paths, without symbolic links."""
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)

@@ -1,4 +1,4 @@
-"""Opening one image safely, in training and in captioning alike: RGB, upright, on white, or an ImageError."""
+"""Opens one image safely, for training and captioning alike: upright RGB on white, or an ImageError."""
 
 import hashlib
 import os
@@ -23,11 +23,12 @@ BACKGROUND = (255, 255, 255)
 _PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
-# Pillow warns above 89 megapixels, which cameras have reached, and raises above twice that, which none has.
+# Pillow warns above 89 megapixels and raises above 179. Some cameras reach the first limit, none the second.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-# It also warns of damaged tags, by its own file and line; pictures that such damage spoils raise.
+# Pillow also warns of damaged tags, but names its own source file instead of the image. Damage that matters
+# raises an error.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
@@ -36,11 +37,14 @@ class ImageError(CaptionTrainError):
 
 
 def open_image(path: Path | str) -> Image.Image:
-    """Return an image file's first frame as 8-bit RGB, decoded, its file closed.
+    """Return an image file's first frame as 8-bit RGB, fully decoded, with the file closed again.
 
-    The EXIF orientation is applied and transparency composited on white. 16-bit grey is scaled by its full
-    range, float grey from 0-1. Raises ImageError for what is missing, empty, truncated, no image, larger
-    than 179 megapixels, or has pixels of no agreed 8-bit meaning (32-bit integers, floats beyond 0-1, LAB).
+    The EXIF orientation is applied, and transparent pixels are put on white. 16-bit grey is scaled from its
+    full range to 8 bits, float grey from 0-1.
+
+    Raises:
+        ImageError: the file is missing, empty, truncated, not an image or larger than 179 megapixels, or its
+            pixels have no agreed 8-bit meaning (32-bit integers, floats outside 0-1, LAB).
     """
     with _opening(path) as (_, image):
         image.load()
@@ -54,9 +58,15 @@ def normalize_image(image: Image.Image) -> Image.Image:
 
 
 def inspect_image(path: Path | str) -> tuple[str, int]:
-    """Return the SHA-256 of an image file's bytes and how many pixels it has; raise as `open_image` would.
+    """Decode an image file to find out whether it is sound, without keeping the pixels.
 
-    JPEG are decoded at an eighth of their size: that reads every byte, in a third of the time.
+    JPEG files are decoded at an eighth of their size: this reads every byte, but takes a third of the time.
+
+    Returns:
+        The SHA-256 of the file's bytes (hexadecimal), and how many pixels the image has.
+
+    Raises:
+        ImageError: as `open_image`.
     """
     with _opening(path) as (file, image):
         pixels = image.width * image.height
@@ -71,9 +81,9 @@ def inspect_image(path: Path | str) -> tuple[str, int]:
 
 @contextmanager
 def _opening(path: Path | str) -> Iterator[tuple[IO[bytes], Image.Image]]:
-    """Open an image file; all that goes wrong is an ImageError."""
+    """Open an image file and close it again; turn every error into an ImageError."""
     try:
-        # Opened without blocking, since a named pipe would wait for a writer for ever.
+        # Non-blocking, because opening a named pipe would otherwise wait for a writer for ever.
         with open(path, "rb", opener=_open_without_blocking) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
@@ -82,7 +92,7 @@ def _opening(path: Path | str) -> Iterator[tuple[IO[bytes], Image.Image]]:
                 raise ValueError("empty (0 bytes)")
             with Image.open(file, formats=FORMATS) as image:
                 yield file, image
-    # Pillow's decoders raise whatever a damaged file makes them trip over, not only OSError.
+    # Pillow's decoders raise errors of any type for damaged files, not only OSError.
     except Exception as error:
         raise ImageError(f"{escape_unprintable(path)}: {_reason(error)}") from error
 
@@ -92,7 +102,7 @@ def _open_without_blocking(path: str, flags: int) -> int:
 
 
 def _turn_upright(image: Image.Image) -> None:
-    # Damaged EXIF says nothing about orientation, and the pixels are good.
+    # If the EXIF data is damaged, the orientation is unknown but the pixels are still good.
     with suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)
 
@@ -124,7 +134,7 @@ def _scale_16_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values * 255 + top // 2) // top).clip(0, 255).astype(np.uint8))
 
 
-_BITS_PER_SAMPLE = 258
+_BITS_PER_SAMPLE = 258  # the number of the TIFF tag
 
 
 def _scale_float(image: Image.Image) -> Image.Image:
@@ -150,7 +160,7 @@ def _reason(error: Exception) -> str:
 
 
 def open_items(pairs: Iterable[Pair]) -> Iterator[dict[str, Any]]:
-    """Yield what a collator reads of each pair, whose caption stays as it is; leave out unreadable images."""
+    """Yield one item for a collator per pair, with its prompt and whole caption; skip unreadable images."""
     for pair in pairs:
         try:
             yield pair.texts | {"image": open_image(pair.image)}

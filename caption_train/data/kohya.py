@@ -1,7 +1,7 @@
-"""Kohya-ss datasets: `N_name` repeat folders and the metadata JSON. Standard library only.
+"""Reads datasets made for kohya-ss: `N_name` repeat folders and the metadata JSON. Standard library only.
 
 The JSON is what finetune/merge_*_to_metadata.py of kohya-ss/sd-scripts writes: image → `{"caption": …,
-"tags": …}`, the image named by path, by path without extension, or by bare name.
+"tags": …}`. An image is named by its path, its path without the extension, or its bare file name.
 """
 
 import posixpath
@@ -21,17 +21,21 @@ Given = dict[str, tuple[str, str]]
 
 
 def count_repeats(name: str) -> int:
-    """Return N for an image in a folder `N_name`, the innermost one counting, and 1 outside of any."""
+    """Return how often Kohya repeats an image: N if it lies in a folder `N_name` (the innermost one), else 1.
+
+    >>> count_repeats("set/10_cats/a.png"), count_repeats("cats/a.png")
+    (10, 1)
+    """
     folders = reversed(name.split("/")[:-1])
     counts = (folder.partition("_")[0] for folder in folders if "_" in folder)
     return next((int(count) for count in counts if count.isascii() and count.isdigit()), 1)
 
 
 def find_metadata(folder: Folder) -> Path | None:
-    """Return the Kohya metadata JSON in the dataset folder itself, if there is one.
+    """Return the Kohya metadata JSON that lies directly in the dataset folder, or None.
 
-    Raises UsageError when there are several: Kohya's steps leave one behind each, and only the user knows
-    which is the last.
+    Raises:
+        UsageError: there are several. Each of Kohya's steps leaves one, and only the user knows the last.
     """
     stems = {name[: name.rindex(".")] for name in folder.images} | set(folder.images)
     candidates = sorted(p for p in folder.root.glob("*.json") if p.stem not in stems and p.is_file())
@@ -43,10 +47,19 @@ def find_metadata(folder: Folder) -> Path | None:
 
 
 def read_metadata(path: Path, folder: Folder) -> tuple[Given, list[str]]:
-    """Return the captions for images of `folder`, joined as Kohya trains on them, and what could not be used.
+    """Read Kohya metadata as captions for the images of `folder`.
 
-    Caption and tags are joined by a comma; one alone stands for both (train_util.py, FineTuningDataset).
-    Raises CaptionTrainError for a file that is no such JSON.
+    Caption and tags are joined by a comma, as Kohya does before it trains (train_util.py, FineTuningDataset).
+
+    Args:
+        path: the metadata JSON.
+        folder: the dataset folder, already scanned.
+
+    Returns:
+        Image → (caption, where it was read), and one line per entry that could not be used.
+
+    Raises:
+        CaptionTrainError: the file is not such a JSON.
     """
     entries = _load(path)
     if not _is_metadata(entries):
@@ -105,7 +118,7 @@ def _looks_like_metadata(path: Path) -> bool:
 
 
 def _index(folder: Folder) -> dict[str, list[str]]:
-    """Return images by every tail of their path, with and without extension; a full path goes first."""
+    """Map each tail of an image's path, with and without extension, to the images; full paths come first."""
     index: dict[str, list[str]] = {}
     whole: dict[str, list[str]] = {}
     for name in folder.images:
@@ -118,7 +131,7 @@ def _index(folder: Folder) -> dict[str, list[str]]:
 
 
 def _tails(path: str) -> Iterator[str]:
-    """Yield `a/b/c`, `b/c`, `c`: metadata made on another machine names folders that are not here."""
+    """Yield `a/b/c`, `b/c`, `c`. Metadata made on another machine names folders that do not exist here."""
     parts = posixpath.normpath(path.replace("\\", "/")).strip("/").split("/")
     for start in range(len(parts)):
         yield "/".join(parts[start:])

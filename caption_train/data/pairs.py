@@ -1,4 +1,4 @@
-"""Which caption belongs to which image, and what is left over. Standard library only."""
+"""Matches captions with images, and lists the files that are left over. Standard library only."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +16,12 @@ from caption_train.system.console import escape_unprintable
 class Pair:
     """One image and its caption.
 
-    source: where the caption was read, `a/b.txt` or `metadata.jsonl:12`. split: train, validation or test.
-    prompt: what the model is asked for this caption, None for what the run asks.
+    Attributes:
+        image: the image file.
+        caption: the caption, on one line.
+        source: where the caption was read: `a/b.txt` or `metadata.jsonl:12`.
+        split: "train", "validation" or "test".
+        prompt: what the model is asked for this caption; None means the prompt of the run.
     """
 
     image: Path
@@ -28,17 +32,22 @@ class Pair:
 
     @property
     def texts(self) -> dict[str, str]:
-        """Caption and, where there is one, prompt, by their names in a collator's items."""
+        """The caption and, if there is one, the prompt, under their names in a collator's item."""
         return {"caption": self.caption} | ({"prompt": self.prompt} if self.prompt else {})
 
 
 @dataclass
 class Matches:
-    """Images with their captions, and every file that did not make a pair.
+    """Images with their captions, and every file that did not become part of a pair.
 
-    pairs: by the image's path relative to the dataset folder. empty: files, or entries, with a blank caption.
-    shared: caption files of several images, `a.txt: a.png, a.jpg`. second: caption files another one goes
-    before. unreadable: file and reason.
+    Attributes:
+        pairs: the image's path relative to the dataset folder → pair.
+        without_caption: images without a caption.
+        without_image: caption files without an image.
+        empty: files or entries whose caption is blank.
+        shared: caption files that several images use, as `a.txt: a.png, a.jpg`.
+        second: caption files not used because the image has another one that takes precedence.
+        unreadable: caption files that cannot be read, each with the reason.
     """
 
     pairs: dict[str, Pair] = field(default_factory=dict)
@@ -57,9 +66,28 @@ def match_captions(
     encoding: str = "utf-8",
     given: Mapping[str, tuple[str, str]] | None = None,
 ) -> Matches:
-    """Pair each image with its caption: `a.png.txt` before `a.txt`, earlier extensions before later ones.
+    """Match each image with its caption file; of several, `a.png.txt` wins over `a.txt`.
 
-    given: image → (caption, source) read elsewhere; these go before caption files.
+    >>> import tempfile
+    >>> from caption_train.data.scan import scan_folder
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> for name in ("cat.png", "dog.png", "owl.png"):
+    ...     (folder / name).touch()
+    >>> _ = (folder / "cat.txt").write_text("a cat")
+    >>> _ = (folder / "dog.txt").write_text("a dog")
+    >>> _ = (folder / "dog.png.txt").write_text("a dog in the rain")
+    >>> _ = (folder / "fox.txt").write_text("a fox")
+    >>> matches = match_captions(scan_folder(folder))
+    >>> {name: pair.caption for name, pair in matches.pairs.items()}
+    {'cat.png': 'a cat', 'dog.png': 'a dog in the rain'}
+    >>> matches.without_caption, matches.without_image, matches.second
+    (['owl.png'], ['fox.txt'], ['dog.txt'])
+
+    Args:
+        folder: the dataset folder, already scanned with the same `caption_extensions`.
+        caption_extensions: endings of caption files; an earlier one wins over a later one.
+        encoding: the encoding of the caption files.
+        given: image → (caption, where it was read) for captions from elsewhere; they win over caption files.
     """
     matches, given = Matches(), given or {}
     extensions = [with_dot(extension) for extension in caption_extensions]
@@ -84,6 +112,7 @@ def match_captions(
             matches.without_caption.append(name)
     matches.shared = [f"{caption}: {', '.join(names)}" for caption, names in used.items() if len(names) > 1]
     files = set(chain.from_iterable(folder.captions.values()))
+    # A candidate lies beside an image. Those that no image uses lost to another candidate.
     matches.second = sorted(candidates - used.keys(), key=natural_key)
     matches.without_image = sorted(files - candidates, key=natural_key)
     return matches

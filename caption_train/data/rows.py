@@ -1,7 +1,7 @@
-"""One line of a metadata.jsonl, or what is wrong with it. Standard library only.
+"""Reads and writes the rows of a metadata.jsonl, or says what is wrong with one. Standard library only.
 
-A row is `{"file_name": "a/b.png", "text": "a caption"}`, the format of datasets' imagefolder; `caption` may
-stand for `text`, `split` may put a row aside as `validation` or `test`, and `prompt` may ask for it.
+A row is `{"file_name": "a/b.png", "text": "a caption"}`, the format of datasets' imagefolder. `caption` is
+accepted instead of `text`. `split` may be `validation` or `test`, and `prompt` is what the model is asked.
 """
 
 import json
@@ -24,12 +24,17 @@ SPLITS = {None: "train", "train": "train", "validation": "validation", "val": "v
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict | ValueError]]:
-    """Yield (line number from 1, row) for each line that is not blank, a ValueError for a broken one."""
+    """Yield (line number from 1, row) for each line that is not blank; a ValueError stands for a broken row.
+
+    Raises:
+        CaptionTrainError: the file cannot be read, or is UTF-16.
+    """
     if not path.is_file():
         raise CaptionTrainError(f"{escape_unprintable(path)}: not a regular file")
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
+                # Windows editors put a byte order mark before the first line.
                 line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
                     raise CaptionTrainError(f"{escape_unprintable(path)}: is UTF-16, save it as UTF-8")
@@ -48,8 +53,18 @@ def _parse(line: bytes) -> dict | ValueError:
 
 
 def make_locator(root: Path, follow_symlinks: bool) -> Callable[[Any], Path]:
-    """Return a function from a row's file_name to the image; it raises ValueError with the reason."""
+    """Return a function that finds the image of a row.
+
+    Args:
+        root: the folder that holds the metadata.jsonl.
+        follow_symlinks: whether an image may be a link that leads out of `root`.
+
+    Returns:
+        A function from a row's `file_name` to the image's path. It raises ValueError, with the reason, for a
+        name that is not a regular, non-empty file in or below `root`.
+    """
     real_root = os.path.realpath(root)
+    # Cached, since thousands of images lie in the same few folders.
     real_folder = cache(os.path.realpath)
 
     def locate(name: Any) -> Path:
@@ -78,11 +93,12 @@ def make_locator(root: Path, follow_symlinks: bool) -> Callable[[Any], Path]:
     return locate
 
 
+# An absolute path on Windows, C:/…
 _DRIVE = re.compile("[A-Za-z]:/")
 
 
 def caption_of(row: Mapping[str, Any]) -> str:
-    """Return a row's caption without the space around it. Raises ValueError with the reason for none."""
+    """Return a row's caption without surrounding space; raise ValueError, with the reason, if it has none."""
     column = next((name for name in TEXT_COLUMNS if row.get(name) is not None), None)
     if column is None:
         raise ValueError(f"no {' or '.join(TEXT_COLUMNS)} column")
@@ -99,7 +115,7 @@ def caption_of(row: Mapping[str, Any]) -> str:
 
 
 def prompt_of(row: Mapping[str, Any]) -> str | None:
-    """Return what the model is asked for a row's caption, None for what the run asks."""
+    """Return the prompt of a row; None means the prompt of the run."""
     prompt = row.get("prompt")
     if not isinstance(prompt, str | None):
         raise ValueError("prompt is not a string")
@@ -108,7 +124,7 @@ def prompt_of(row: Mapping[str, Any]) -> str | None:
 
 
 def split_of(row: Mapping[str, Any]) -> str:
-    """Return train, validation or test; train where the row names none. Raises ValueError for other names."""
+    """Return "train" (also for a row without a split), "validation" or "test"; ValueError for other names."""
     name = row.get("split")
     if not isinstance(name, str | None) or name not in SPLITS:
         raise ValueError(f"split is {escape_unprintable(name)[:40]!r}, not one of train, validation, test")
@@ -116,7 +132,7 @@ def split_of(row: Mapping[str, Any]) -> str:
 
 
 def write_metadata(path: Path | str, rows: Iterable[Mapping[str, str]]) -> None:
-    """Write rows to a metadata.jsonl, all of it or nothing."""
+    """Write rows to a metadata.jsonl, completely or not at all."""
     with open_atomically(path) as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""Finding images and the caption files beside them. Standard library only."""
+"""Finds the images and caption files of a dataset folder. Standard library only."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -12,11 +12,16 @@ from caption_train.system.console import escape_unprintable
 
 @dataclass
 class Folder:
-    """The files of one dataset folder, relative to `root` with `/` between parts, in natural order.
+    """The files of one dataset folder: paths relative to `root`, `/` between their parts, in natural order.
 
-    captions: (path without its extension, extension as the user wrote it) → files. The rest was left alone:
-    hidden files and folders, symbolic links not followed, what is no regular file or cannot be listed.
-    metadata: files that datasets' imagefolder would read as metadata.
+    Attributes:
+        root: the dataset folder.
+        images: files with an image suffix.
+        captions: (path without extension, extension as the user wrote it) → caption files.
+        metadata: files that datasets' imagefolder would read as metadata.
+        hidden: files and folders whose name starts with a dot; they are not read.
+        links: symbolic links that were not followed.
+        unusable: what is not a regular file and folders that cannot be listed, each with the reason.
     """
 
     root: Path
@@ -35,15 +40,31 @@ def scan_folder(
     recursive: bool = True,
     follow_symlinks: bool = False,
 ) -> Folder:
-    """Walk a folder once and sort its files into images and captions; extensions match in any case.
+    """Walk a folder once, and sort its files into images, captions and what is left alone.
 
-    Symbolic links that lead out of the folder are followed only on request, and never round a loop.
+    >>> import tempfile
+    >>> root = Path(tempfile.mkdtemp())
+    >>> for name in ("2.PNG", "10.png", "2.txt", ".hidden.png", "notes.md"):
+    ...     (root / name).touch()
+    >>> folder = scan_folder(root)
+    >>> folder.images, folder.captions, folder.hidden
+    (['2.PNG', '10.png'], {('2', '.txt'): ['2.txt']}, ['.hidden.png'])
+
+    Args:
+        root: the dataset folder.
+        caption_extensions: endings of caption files, with or without the dot. Upper and lower case are equal.
+        recursive: whether to look into subfolders.
+        follow_symlinks: whether to follow links that lead out of the folder; loops are walked once.
+
+    Raises:
+        UsageError: `root` is not a folder.
     """
     folder = Folder(Path(root))
     if not folder.root.is_dir():
         raise UsageError(
             f"{escape_unprintable(root)}: {'not a folder' if folder.root.exists() else 'no such folder'}"
         )
+    # The longest extension is tried first: `a.wd14.txt` ends with `.txt` too.
     extensions = sorted(map(with_dot, caption_extensions), key=len, reverse=True)
     captions: list[tuple[str, str]] = []
     for name in _walk(folder, recursive, follow_symlinks):
@@ -54,7 +75,7 @@ def scan_folder(
         elif name.rpartition("/")[2] in ("metadata.jsonl", "metadata.csv", "metadata.parquet"):
             folder.metadata.append(name)
     folder.images.sort(key=natural_key)
-    # `a.txt` goes before `a.TXT` where both are there.
+    # If both `a.txt` and `a.TXT` exist, the spelling that the user gave comes first.
     for name, extension in sorted(captions, key=lambda c: (not c[0].endswith(c[1]), c[0])):
         folder.captions.setdefault((name[: -len(extension)], extension), []).append(name)
     for names in (folder.hidden, folder.links, folder.unusable):
@@ -67,15 +88,16 @@ def _is_image(name: str) -> bool:
 
 
 def _walk(folder: Folder, recursive: bool, follow_symlinks: bool) -> Iterator[str]:
-    """Yield the regular files under `folder.root`, noting in it what was left alone."""
+    """Yield the regular files below `folder.root`; record in `folder` what was left alone."""
     real_root = os.path.realpath(folder.root)
     seen: set[tuple[int, int]] = set()
-    # Real folders are emptied before links, so that a link to a folder already walked adds nothing.
+    # Links are followed last, so that a link to a folder inside the dataset does not list its files twice.
     pending, linked = [""], []
     while pending or linked:
         inner = pending.pop() if pending else linked.pop()
         try:
             status = (folder.root / inner).stat()
+            # Device and inode identify a folder, whatever path leads to it; this ends loops of links.
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
@@ -99,7 +121,7 @@ def _walk(folder: Folder, recursive: bool, follow_symlinks: bool) -> Iterator[st
 
 
 def _kind(entry: os.DirEntry, real_root: str, follow_symlinks: bool) -> str:
-    """Return file, folder, link (one that is not followed) or other."""
+    """Return "file", "folder", "link" (a link that is not followed) or "other"."""
     try:
         if entry.is_symlink() and not follow_symlinks:
             inside = is_inside(os.path.realpath(entry.path), real_root)

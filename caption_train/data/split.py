@@ -1,4 +1,4 @@
-"""Splits a dataset by the content of its images, and fingerprints it."""
+"""Splits a dataset by the content of its images, and computes its fingerprint."""
 
 import hashlib
 import json
@@ -14,11 +14,19 @@ from caption_train.system.files import hash_file
 def split_by_content(
     pairs: Sequence[Pair], fraction: float, seed: int, digests: Mapping[Path, str] | None = None
 ) -> tuple[list[Pair], list[Pair]]:
-    """Return (training, validation) pairs, each in the given order, about `fraction` of them in validation.
+    """Split pairs into training and validation by the content of their images.
 
     Pairs of byte-identical images stay together. Images are ranked by a hash of the seed and their bytes, so
-    the split depends on nothing but the images and the seed: not on names, order or captions.
-    digests: the images' SHA-256, where they are known already.
+    the split depends on the images and the seed alone, not on names, order or captions.
+
+    Args:
+        pairs: the pairs to split.
+        fraction: about how many of the pairs go to validation, 0-1.
+        seed: another seed makes another split.
+        digests: image → SHA-256, if they are known already; otherwise the files are read.
+
+    Returns:
+        (training pairs, validation pairs), each in the given order.
     """
     digests = digests or {image: _digest(image) for image in {pair.image for pair in pairs}}
     groups = Counter(digests[pair.image] for pair in pairs)
@@ -28,6 +36,7 @@ def split_by_content(
         if taken + groups[digest] <= target:
             chosen.add(digest)
             taken += groups[digest]
+    # Every group is larger than the target: take the smallest, so that validation is not empty.
     if not chosen and fraction > 0 and len(ranked) > 1:
         chosen = {min(ranked, key=lambda digest: groups[digest])}
     return (
@@ -37,12 +46,23 @@ def split_by_content(
 
 
 def fingerprint(pairs: Sequence[Pair], digests: Mapping[Path, str]) -> str:
-    """Return a hash of names, digests, captions, prompts: the same wherever the data lies, in any order."""
+    """Return a hash of the dataset's file names, image bytes, captions, splits and prompts.
+
+    The order of the pairs and the folder that holds them do not matter.
+
+    Args:
+        pairs: the pairs of the dataset.
+        digests: image → SHA-256 of its bytes.
+
+    Returns:
+        A SHA-256 in hexadecimal.
+    """
     if not pairs:
         return hashlib.sha256().hexdigest()
     root = os.path.commonpath([pair.image.parent.absolute() for pair in pairs])
     rows = sorted(
         (os.path.relpath(pair.image, root), digests[pair.image], pair.caption, pair.split)
+        # Only if there is one, so that datasets without prompts keep the fingerprint they always had.
         + ((pair.prompt,) if pair.prompt else ())
         for pair in pairs
     )
@@ -53,5 +73,5 @@ def _digest(image: Path) -> str:
     try:
         return hash_file(image)
     except OSError:
-        # Alone in its group; whoever opens the image reports it.
+        # A digest of its own, so that no other image joins it. Opening the image reports the error.
         return f"unreadable {image}"

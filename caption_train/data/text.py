@@ -12,10 +12,17 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_caption(path: Path | str, encoding: str = "utf-8") -> str:
-    """Return the caption in a file as one line: its lines stripped, empty ones dropped, joined by a space.
+    """Return the caption in a file as one line: lines stripped, empty ones dropped, others joined by spaces.
 
-    A byte order mark is dropped and any kind of line end is one. Raises CaptionTrainError, naming the file,
-    for what is no regular file, is not text in `encoding`, holds NUL characters or is longer than 1 MB.
+    A byte order mark is dropped, and all kinds of line end are read.
+
+    Args:
+        path: the caption file.
+        encoding: a codec name of Python.
+
+    Raises:
+        CaptionTrainError: names the file if it is not a regular file, is not text in `encoding`, contains NUL
+            characters or is longer than 1 MB.
     """
     try:
         return _decode(read_regular_file(path, MAX_CAPTION_BYTES), encoding)
@@ -30,7 +37,7 @@ def read_caption(path: Path | str, encoding: str = "utf-8") -> str:
 
 
 def refuse_odd_characters(text: str) -> None:
-    """Raise ValueError for what no caption holds and no tokenizer takes."""
+    """Raise ValueError for characters that no caption has and no tokenizer accepts."""
     if "\0" in text:
         raise ValueError("NUL characters, so this is no text")
     if _SURROGATE.search(text):
@@ -38,12 +45,17 @@ def refuse_odd_characters(text: str) -> None:
 
 
 def join_lines(text: str) -> str:
-    """Return text as one line, as `read_caption` joins it."""
+    r"""Return text as one line: lines stripped, empty ones dropped, the rest joined by spaces.
+
+    >>> join_lines("a cat \n\n  on a mat ")
+    'a cat on a mat'
+    """
     return " ".join(line for line in (line.strip() for line in text.splitlines()) if line)
 
 
 def _decode(data: bytes, encoding: str) -> str:
     plain = encoding.lower().replace("_", "-") in ("utf-8", "utf8")
+    # UTF-16, which Windows editors write, begins with one of these two byte order marks.
     if plain and data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise ValueError(
             "not UTF-8 but UTF-16, by its first bytes; compile_captions.py --encoding utf-16 reads it"

@@ -1,4 +1,4 @@
-"""The model families by name. A new one is a file here, a line in this dict and two scripts."""
+"""Lists the model families by name. A new family is a file here, a line in this dict and two scripts."""
 
 from importlib import import_module
 
@@ -16,11 +16,11 @@ CONVERTIBLE = "florence"
 
 
 def get_family(name: str) -> Family:
-    """Return the family object for `name`; its module is imported only now, torch only by its verbs."""
+    """Return the family object for `name`, importing its module only now."""
     module, _, class_name = FAMILIES[name].partition(":")
     return getattr(import_module(module), class_name)()
 
 
 def name_script(family: str) -> str:
-    """Return the inference script of a family, by its name alone."""
+    """Return the file name of a family's inference script, or a description if the family is not known."""
     return get_family(family).inference_script if family in FAMILIES else f"the {family} script"

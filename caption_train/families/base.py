@@ -1,4 +1,4 @@
-"""What a model family is. No torch is imported here: `--help` reads these facts too."""
+"""Defines the base class of model families. No torch is imported, because `--help` reads these facts too."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ if TYPE_CHECKING:
     from transformers.utils.quantization_config import BitsAndBytesConfig
 
 Batch = dict[str, Any]
-"""Keyword arguments of a model's forward: `pixel_values` [B, C, H, W], `input_ids` [B, T], `labels` [B, T]"""
+"""Arguments of a model's forward: `pixel_values` [B, C, H, W], `input_ids` [B, T], `labels` [B, T]."""
 
 
 @dataclass(frozen=True)
 class Generated:
     """One generated caption.
 
-    text: decoded, special tokens and surrounding space removed (location tokens of Florence-2 are kept).
-    token_ids: as generated, without start and padding tokens, with the end token when there is one.
-    finished: an end token was generated; False means the caption was cut at the token limit.
+    Attributes:
+        text: the decoded text, without special tokens and surrounding space; location tokens are kept.
+        token_ids: the generated ids, without start and padding tokens, with the end token if there is one.
+        finished: whether an end token was generated; False means the caption was cut at the token limit.
     """
 
     text: str
@@ -38,11 +39,13 @@ class Generated:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What depends on the checkpoint, and is known from its config.json alone.
+    """What depends on the checkpoint and is known from its config.json alone.
 
-    lora_target_modules: names, or ends of names, of the modules that a LoRA trains if the user names none.
-    parts: `vision`, `projector`, `language`: a regular expression that fully matches the part's module names.
-    default_prompt: what `encode` is given when the user names no prompt: a task token, a sentence, or "".
+    Attributes:
+        lora_target_modules: names, or ends of names, of the modules that a LoRA trains by default.
+        parts: `vision`, `projector` and `language`, each with a regular expression that matches the whole
+            name of every module in that part, and no other.
+        default_prompt: the prompt if the user gives none: a task token, a sentence, or "".
     """
 
     lora_target_modules: tuple[str, ...]
@@ -51,9 +54,10 @@ class ModelFacts:
 
 
 class Family(ABC):
-    """A model family: facts, and four methods that it must have. Training and captioning only ever see this.
+    """A model family: some facts, and four methods that each family must have.
 
-    What else a family may do has a default here, so that nobody has to ask whether it can.
+    Training and captioning see models only through this class. Everything else that a family may offer has a
+    default here, so no code has to check whether a method exists.
     """
 
     name: str
@@ -61,30 +65,30 @@ class Family(ABC):
     training_script: str
     inference_script: str
     model_id: str
-    """The model that is trained and captioned with unless the user names one."""
+    """The base model if the user names none."""
     revision: str | None = None
-    """The release of `model_id` that is used unless the user names one."""
+    """The revision of `model_id` if the user names none."""
     base_models: Sequence[str] = ()
-    """The official models, by their ids on the hub."""
+    """Ids of the official models on the hub."""
     facts: ModelFacts
-    """What `describe` returns unless the family looks at the checkpoint."""
+    """What `describe` returns, unless the family overrides it to read the checkpoint's config.json."""
     train_defaults: Mapping[str, Any] = {}
     """Defaults of training flags that differ from `TrainOptions`, by field name."""
     tasks: Sequence[str] = ()
-    """Task tokens that `--task` offers; empty where the family has none."""
+    """Task tokens that `--task` offers; empty if the family has none."""
     draws_answers = False
-    """Whether `draw_answer` has something to draw: `--visualize`."""
+    """Whether `draw_answer` has something to draw, so that `--visualize` is allowed."""
     converts_checkpoints = False
-    """Whether some checkpoints are converted when they load: `--cache_converted`."""
+    """Whether some checkpoints are converted when they are loaded, so that `--cache_converted` is allowed."""
     cache_converted = False
-    """Whether `load` keeps what it converted, and uses what it kept."""
+    """Whether `load` keeps converted checkpoints on disk and uses them the next time."""
     has_legacy_layout = False
-    """Whether `save_legacy` writes a second layout."""
+    """Whether the family has a legacy layout besides the native one, which `save_legacy` writes."""
     load_elsewhere = ""
-    """What the model card says beside `PeftModel.from_pretrained`; {base} becomes the base."""
+    """What the model card adds to `PeftModel.from_pretrained`; {base} is replaced by the base model."""
 
     def describe(self, model_id: str, revision: str | None = None) -> ModelFacts:
-        """Return what depends on the checkpoint. Reads config.json at most, never weights."""
+        """Return what depends on the checkpoint. Reads config.json at most, never the weights."""
         return self.facts
 
     @abstractmethod
@@ -96,43 +100,73 @@ class Family(ABC):
         dtype: torch.dtype | None = None,
         quantization_config: BitsAndBytesConfig | None = None,
     ) -> tuple[PreTrainedModel, ProcessorMixin]:
-        """Load the model (eval mode, on the CPU unless quantized on a device) and its processor.
+        """Load a model in eval mode, and its processor.
 
-        `dtype` None means float32. Nothing is left random and no remote code runs.
+        No weight is left random, and no code from the checkpoint's repository is run.
+
+        Args:
+            model_id: a folder, or a model on the hub.
+            revision: branch, tag or commit on the hub.
+            dtype: precision of the weights; None means float32.
+            quantization_config: how to quantize the weights, if at all.
+
+        Returns:
+            The model, on the CPU unless it is quantized on a device, and its processor.
         """
 
     @abstractmethod
     def encode(
         self, processor: ProcessorMixin, images: Sequence[Image.Image], prompts: Sequence[str]
     ) -> Batch:
-        """Turn B RGB images and B prompts into what the model reads, in training and in generation alike."""
+        """Turn B RGB images and B prompts into model inputs, in the same way for training and generation."""
 
     @abstractmethod
     def make_collator(
         self, processor: ProcessorMixin, *, prompt: str, max_length: int
     ) -> Callable[[Sequence[dict]], Batch]:
-        """Return a picklable function from `{"image": PIL.Image, "caption": str}` items to a training batch.
+        """Return the function that turns items into a training batch; it can be pickled.
 
-        `model(**batch).loss` is the training loss: mean cross-entropy over caption tokens and the end token;
-        `labels` [B, T] hold IGNORE_INDEX wherever none is due. `max_length` limits the caption in tokens, end
-        token included; a longer caption is cut before it. An item may carry its own `"prompt"`.
+        An item is `{"image": PIL.Image, "caption": str}`, and may carry its own `"prompt"`.
+        `model(**batch).loss` is the mean cross-entropy over the tokens of the caption and its end token.
+        `labels` [B, T] are IGNORE_INDEX at all positions without a loss.
+
+        Args:
+            processor: the model's processor.
+            prompt: the prompt of items without one of their own.
+            max_length: limit of the caption in tokens, end token included; a longer caption is cut to fit.
         """
 
     @abstractmethod
     def generate(
         self, model: PreTrainedModel, processor: ProcessorMixin, batch: Batch, **settings: Any
     ) -> list[Generated]:
-        """Caption a batch made by `encode` (already on the model's device), B results in order.
+        """Generate captions for a batch.
 
-        `settings` are transformers' generation arguments (num_beams, max_new_tokens, …); what is not given is
-        what the checkpoint's authors chose.
+        Args:
+            model: the model, with or without an adapter.
+            processor: the model's processor.
+            batch: B rows made by `encode`, already on the model's device.
+            settings: generation arguments of transformers (num_beams, max_new_tokens, …). Settings that are
+                not given are what the authors of the checkpoint chose.
+
+        Returns:
+            B captions, in the order of the rows.
         """
 
     def check_prompt(self, prompt: str) -> None:  # noqa: B027  (most families read any prompt)
-        """Raise UsageError for a prompt that no model of this family can read, before one is loaded."""
+        """Raise UsageError for a prompt that no model of this family can read, before a model is loaded."""
 
     def parse_answer(self, text: str, prompt: str, image_size: tuple[int, int]) -> Any:
-        """Return the boxes of a generated text, in pixels of an image (width, height) large; None if none."""
+        """Return the boxes in a generated text.
+
+        Args:
+            text: the generated text.
+            prompt: the prompt that it answers.
+            image_size: (width, height) of the image in pixels.
+
+        Returns:
+            Shapes and labels in pixels of the image; None if the answer is plain text.
+        """
         return None
 
     def draw_answer(self, image: Image.Image, answer: Any) -> Image.Image:
@@ -142,18 +176,36 @@ class Family(ABC):
     def convert_adapter(
         self, folder: Path | str, model: PreTrainedModel
     ) -> tuple[LoraConfig, dict[str, torch.Tensor]] | None:
-        """Return another tool's adapter as PEFT's config and weights for `model`; None if it is PEFT's."""
+        """Convert an adapter that another tool saved.
+
+        Args:
+            folder: the adapter's folder.
+            model: the base model that it is for.
+
+        Returns:
+            PEFT's config and weights; None if the adapter is in PEFT's layout for this model already.
+        """
         return None
 
     def prepare_merge(self, model: PeftModel) -> None:  # noqa: B027  (most adapters can be merged as they are)
-        """Change what must be changed before the adapter of `model` can be merged."""
+        """Change what must be changed before the adapter of `model` can be merged into it."""
 
     def save_adapter(self, model: PreTrainedModel, source: Path | str, folder: Path, *, legacy: bool) -> None:
-        """Write the adapter in `source`, which fits `model`, into `folder` with the names of a layout."""
+        """Write an adapter in the family's other layout.
+
+        Args:
+            model: the base model that the adapter fits.
+            source: the adapter's folder.
+            folder: the folder to write to.
+            legacy: whether to write the names of the legacy layout or of the native one.
+
+        Raises:
+            UsageError: the adapter is in this layout already, or the family has only one.
+        """
         raise UsageError(f"{source} is {self.title}'s only layout already; --merge writes the model")
 
     def save_legacy(self, model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
-        """Write the model in the family's second layout, that of its authors' own code."""
+        """Write the model in the family's legacy layout, which its authors' own code loads."""
         raise UsageError(f"--layout legacy: {self.title} has one layout only")
 
     def save_processor(self, processor: ProcessorMixin, folder: Path) -> None:
@@ -161,7 +213,7 @@ class Family(ABC):
         processor.save_pretrained(folder)
 
     def find_stored_dtype(self, model_id: str, revision: str | None = None) -> torch.dtype:
-        """Return the precision that a checkpoint is stored in: that of what is merged and exported."""
+        """Return the precision of the checkpoint's weights: merged and exported models are written in it."""
         import torch
 
         return torch.float32

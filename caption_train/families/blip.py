@@ -1,4 +1,7 @@
-"""BLIP: a ViT and a BERT decoder that reads the image through cross-attention. No torch until a verb runs."""
+"""The BLIP family: a ViT, and a BERT decoder that reads the image through cross-attention.
+
+torch is imported only inside methods, so that `--help` starts fast.
+"""
 
 from __future__ import annotations
 
@@ -68,11 +71,11 @@ class Blip(Family):
     def encode(
         self, processor: BlipProcessor, images: Sequence[Image.Image], prompts: Sequence[str]
     ) -> Batch:
-        """Return `pixel_values` [B, 3, H, W], and `[DEC] prompt [SEP]` as `input_ids`, with a mask [B, T]."""
+        """Return `pixel_values` [B, 3, H, W], and `[DEC] prompt [SEP]` as `input_ids` with mask [B, T]."""
         from caption_train.families.prompt_length import check_prompt_length
 
         rows = [_text_ids(processor, prompt, "") for prompt in prompts]
-        check_prompt_length(max(map(len, rows)) + 1, processor)  # there must be room for a word
+        check_prompt_length(max(map(len, rows)) + 1, processor)  # + 1 leaves room for one word
         pixel_values = processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
         return {"pixel_values": pixel_values, **_pad_text(processor, rows)}
 
@@ -85,14 +88,18 @@ class Blip(Family):
     def generate(
         self, model: BlipForConditionalGeneration, processor: BlipProcessor, batch: Batch, **settings: Any
     ) -> list[Generated]:
-        """Caption a batch; see `Family.generate`. Rows with prompts of one length go through together."""
+        """Generate captions for a batch; see `Family.generate`.
+
+        Rows are grouped by the length of their prompts, because BLIP's `generate` drops the last column of
+        its ids, which must be the `[SEP]` of every row.
+        """
         from caption_train.families.prompt_length import limit_new_tokens
 
         lengths = batch["attention_mask"].sum(dim=1)
         results: list[Generated | None] = [None] * len(lengths)
         for length in lengths.unique().tolist():
             rows = (lengths == length).nonzero()[:, 0]
-            # generate() writes into the ids it is given and drops their last column, the [SEP].
+            # Cloned: generate() writes into the ids it is given. It drops their last column, the [SEP].
             sequences = model.generate(
                 pixel_values=batch["pixel_values"][rows],
                 input_ids=batch["input_ids"][rows, :length].clone(),
@@ -106,10 +113,21 @@ class Blip(Family):
 
 @dataclass
 class BlipCollator:
-    """Items → `pixel_values` [B, 3, H, W], `input_ids`, `attention_mask`, `labels` [B, T].
+    """Turns items into `pixel_values` [B, 3, H, W] and `input_ids`, `attention_mask`, `labels` [B, T].
 
-    The model shifts the labels itself, so `labels` are `input_ids` with the prompt and the padding ignored.
-    The first token is `[DEC]`, which `generate` starts from, not the `[CLS]` that the tokenizer would put.
+    With the prompt "a photo of", the captions "a cat" and "a red dog" become
+
+        input_ids                                          labels (. is IGNORE_INDEX)
+        [DEC] a photo of a cat [SEP] [PAD]                 . . . . a cat [SEP] .
+        [DEC] a photo of a red dog [SEP]                   . . . . a red dog [SEP]
+
+    The model shifts the labels itself. The first token is `[DEC]`, from which `generate` starts, not the
+    `[CLS]` that the tokenizer would put there.
+
+    Attributes:
+        processor: the model's processor.
+        prompt: the prompt of items without one of their own.
+        max_length: limit of caption and `[SEP]` in tokens.
     """
 
     processor: BlipProcessor
@@ -136,7 +154,7 @@ class BlipCollator:
 def _text_ids(
     processor: BlipProcessor, prompt: str, caption: str, max_length: int | None = None
 ) -> list[int]:
-    """Return `[DEC] prompt caption [SEP]`, which fits the model's positions if the prompt does.
+    """Return `[DEC] prompt caption [SEP]`; with `max_length`, it fits into the model's positions.
 
     Caption and `[SEP]` take at most `max_length` tokens.
     """
@@ -150,9 +168,10 @@ def _text_ids(
 
 
 def _name_start_token(model: BlipForConditionalGeneration, processor: BlipProcessor) -> None:
-    """Make `[DEC]`, which the decoder starts from, the tokenizer's `bos_token`.
+    """Make `[DEC]`, from which the decoder starts, the tokenizer's `bos_token`.
 
-    The hub's tokenizers are plain BERT's, and the id just after their vocabulary stands in the config only.
+    The tokenizers on the hub are BERT's and do not know it. Its id, the first after their vocabulary, is only
+    in the config.
     """
     tokenizer, start = processor.tokenizer, model.config.text_config.bos_token_id
     name = "[DEC]" if start == len(tokenizer) else tokenizer.convert_ids_to_tokens(start)

@@ -1,4 +1,4 @@
-"""Loading a checkpoint with transformers so that what goes wrong is one line, and nothing is left random."""
+"""Loads checkpoints with transformers, with one-line errors and with no weight left random."""
 
 from __future__ import annotations
 
@@ -14,21 +14,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 MINIMUM_TRANSFORMERS = (5, 13)
-"""Older native Florence-2 classes shift the labels twice, so their loss is wrong."""
+"""In older versions, the native Florence-2 class shifts the labels twice, so its loss is wrong."""
 
 SIDE_FILES = ["*.json", "*.txt"]
-"""Configs, tokenizer and image settings, next to the weights on the hub."""
+"""Patterns of the config, tokenizer and image settings files, which lie beside the weights."""
 
 
 def load_model(model_class: type, model_id: str, *, strict: bool = False, **keywords: Any) -> PreTrainedModel:
-    """Load weights into `model_class`, in eval mode. A tensor the checkpoint lacks is an error, by name.
+    """Load weights into `model_class`, in eval mode.
 
-    strict: so is one that the checkpoint has too many.
+    Args:
+        model_class: a model class of transformers.
+        model_id: a folder, or a model on the hub.
+        strict: whether a tensor that the model has no place for is an error too.
+        keywords: arguments of `from_pretrained`.
+
+    Raises:
+        CaptionTrainError: the model cannot be loaded; tensors that the checkpoint lacks are named.
     """
     from transformers.utils import logging
 
     check_transformers()
-    # Its bar for reading a file counts tensors; hub downloads keep theirs.
+    # This hides the bar that counts tensors while a file is read. Downloads still show theirs.
     logging.disable_progress_bar()
     with explained(model_id):
         _check_kind(model_class, model_id, keywords.get("revision"))
@@ -47,15 +54,16 @@ def load_model(model_class: type, model_id: str, *, strict: bool = False, **keyw
 
 
 def load_processor(load: Callable[..., ProcessorMixin], model_id: str, **keywords: Any) -> ProcessorMixin:
-    """Load a processor whose images are resized by PIL; torchvision's resampling gives other pixels."""
+    """Load a processor that resizes images with PIL, because torchvision's resampling gives other pixels."""
     with explained(model_id):
         return load(model_id, backend="pil", **keywords)
 
 
 def find_side_files(model_id: str, revision: str | None = None) -> Path:
-    """Return the folder with a model's SIDE_FILES; what is missing of a hub id is downloaded.
+    """Return the folder with a model's SIDE_FILES, after downloading them if the model is on the hub.
 
-    It asks the hub once and then looks into the cache, where transformers would ask for half a minute.
+    This asks the hub once and then uses the cache. Without a connection, transformers would wait half a
+    minute.
     """
     if Path(model_id).is_dir():
         return Path(model_id)
@@ -66,7 +74,7 @@ def find_side_files(model_id: str, revision: str | None = None) -> Path:
 
 @contextmanager
 def explained(model_id: str) -> Iterator[None]:
-    """Say in one line why `model_id` could not be read: no such folder, offline, no access, other family."""
+    """Turn errors inside the `with` block into one line that says why `model_id` could not be read."""
     if _looks_like_path(model_id) and not Path(model_id).is_dir():
         raise UsageError(f"--model_id {model_id}: there is no such folder")
     try:
@@ -78,7 +86,7 @@ def explained(model_id: str) -> Iterator[None]:
 
 
 def check_transformers() -> None:
-    """Refuse a transformers whose loss or loading is known to be wrong."""
+    """Raise CaptionTrainError for a version of transformers whose loss or loading is known to be wrong."""
     import transformers
 
     version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
@@ -91,13 +99,17 @@ def check_transformers() -> None:
 
 
 def shorten(names: list[str], most: int = 6) -> str:
-    """Return the first few names, comma-separated, and how many more there are."""
+    """Return the first few names, comma-separated, and how many more there are.
+
+    >>> shorten(["a", "b", "c"], most=2)
+    'a, b and 1 more'
+    """
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
 
 
 def _check_kind(model_class: type, model_id: str, revision: str | None) -> None:
-    """Refuse another family's checkpoint by its config, before its weights are downloaded."""
+    """Refuse a checkpoint of another family by its config, before its weights are downloaded."""
     config, _ = model_class.config_class.get_config_dict(find_side_files(model_id, revision))
     wanted, found = model_class.config_class.model_type, config.get("model_type")
     if found not in (None, wanted):
@@ -109,6 +121,7 @@ def _looks_like_path(model_id: str) -> bool:
 
 
 def _reason(model_id: str, error: Exception) -> str:
+    # transformers wraps the hub's errors, so the true reason may be several causes deep.
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)

@@ -1,4 +1,4 @@
-"""The lasting import path of the Moondream model: every saved Moondream LoRA names it as `parent_library`."""
+"""The permanent import path of the Moondream model: every saved Moondream LoRA has it as `parent_library`."""
 
 from caption_train.families.moondream.model import MoondreamForConditionalGeneration, MoondreamPreTrainedModel
 

@@ -1,4 +1,4 @@
-"""How much text fits a model: its prompt, its caption and what it generates share the decoder's positions."""
+"""Checks that prompt, caption and generated text fit into the decoder's positions, which they share."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ if TYPE_CHECKING:
 
 
 def note_positions(model: PreTrainedModel, processor: ProcessorMixin) -> None:
-    """Make the tokenizer's `model_max_length` the text model's positions; many hub tokenizers name none."""
+    """Set the tokenizer's `model_max_length`, which many on the hub lack, to the model's positions."""
     processor.tokenizer.model_max_length = model.config.text_config.max_position_embeddings
 
 
 def check_prompt_length(length: int, processor: ProcessorMixin) -> None:
-    """Refuse a prompt if `length`, all that must be read with it, is beyond the model's positions."""
+    """Raise UsageError if a prompt does not fit into the model.
+
+    Args:
+        length: tokens of the prompt and of everything else that must fit with it.
+        processor: a processor that `note_positions` has seen.
+    """
     limit = processor.tokenizer.model_max_length
     if length > limit:
         raise UsageError(
@@ -27,7 +32,13 @@ def check_prompt_length(length: int, processor: ProcessorMixin) -> None:
 
 
 def limit_new_tokens(settings: Mapping[str, Any], config: PretrainedConfig, *, used: int) -> dict[str, Any]:
-    """Return generation settings that stay within the decoder's positions, of which `used` are taken."""
+    """Return generation settings that stay within the decoder's positions.
+
+    Args:
+        settings: generation settings; only `max_new_tokens` is changed.
+        config: the text model's config.
+        used: how many positions are taken already.
+    """
     settings, room = dict(settings), config.max_position_embeddings - used + 1
     if "max_new_tokens" in settings:
         settings["max_new_tokens"] = min(settings["max_new_tokens"], room)

@@ -1,4 +1,4 @@
-"""Reading a checkpoint's files by hand, where a layout is not one that transformers knows."""
+"""Reads a checkpoint's files directly, for layouts that transformers does not know."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from caption_train.system.files import read_json_object
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; CaptionTrainError if it holds anything else."""
+    """Return the JSON object in a file; raise CaptionTrainError if the file holds anything else."""
     try:
         return read_json_object(path)
     except OSError as error:
@@ -20,7 +20,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_shard_names(index: Path) -> list[str]:
-    """Return the names of the weight files that an index.json names, each once."""
+    """Return the names of the weight files that an index.json lists, each once."""
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CaptionTrainError(f"{index} has no weight_map: copy it anew")
@@ -28,9 +28,16 @@ def read_shard_names(index: Path) -> list[str]:
 
 
 def open_weights(path: Path) -> dict[str, Any]:
-    """Return name → slice of a safetensors file, or name → what another file holds, read as weights only.
+    """Open a weight file without running any code in it.
 
-    Raises CaptionTrainError for a damaged file, and for one that holds code or no names.
+    Args:
+        path: a .safetensors file, or a file that `torch.load` reads with `weights_only=True`.
+
+    Returns:
+        Name → tensor slice that is read when indexed (safetensors), or name → whatever the file holds.
+
+    Raises:
+        CaptionTrainError: the file is damaged, or holds code, or holds no names.
     """
     import torch
     from safetensors import SafetensorError, safe_open

@@ -1,0 +1,1 @@
+"""Scores captions against references, and finds captions that are cut, empty or repetitive."""

@@ -1,8 +1,8 @@
-"""How close captions come to their references: CIDEr, BLEU-4, ROUGE-L as in COCO's evaluation; exact match.
+"""Scores captions as COCO's evaluation does: CIDEr, BLEU-4, ROUGE-L; also exact match.
 
-The formulas are pycocoevalcap 1.2's, to the last digit, on the tokens of `treebank.tokenize`. CIDEr: Vedantam
-et al., arXiv 1411.5726, with CIDEr-D's clipping and length penalty; BLEU: Papineni et al., ACL 2002; ROUGE-L:
-Lin, ACL 2004, beta 1.2.
+The formulas are those of pycocoevalcap 1.2, with equal results to the last digit, on the tokens of
+`ptb_tokenizer.tokenize`. CIDEr: Vedantam et al., arXiv 1411.5726, with CIDEr-D's clipping and length penalty.
+BLEU: Papineni et al., ACL 2002. ROUGE-L: Lin, ACL 2004, with beta 1.2.
 """
 
 import math
@@ -20,10 +20,21 @@ SMALL, TINY = 1e-9, 1e-15
 def score_captions(
     generated: Sequence[str], references: Sequence[Sequence[str]], metrics: Sequence[str]
 ) -> dict[str, float]:
-    """Return the named `METRICS` of N captions against N lists of references, each 0-1 but CIDEr 0-10.
+    """Score N captions against their references.
 
-    Exact match compares text with its white space evened out, the others tokens. CIDEr weighs words by how
-    few images have them, so of a single image it is 0.
+    Exact match compares texts after evening out white space; the other metrics compare tokens. CIDEr weighs
+    each word by how few images have it, so for a single image it is 0.
+
+    >>> score_captions(["a cat"], [["a dog", "a  cat"]], ["exact_match", "bleu"])["exact_match"]
+    1.0
+
+    Args:
+        generated: N captions.
+        references: N lists of one or more reference captions.
+        metrics: names from `METRICS`.
+
+    Returns:
+        Name → score, in the order of `metrics`. Scores go from 0 to 1, CIDEr from 0 to 10.
     """
     scores = {}
     if "exact_match" in metrics:
@@ -38,9 +49,10 @@ def score_captions(
 
 
 def cider(generated: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> float:
-    """Return the mean CIDEr-D of N token lists against N lists of references."""
+    """Return the mean CIDEr-D, 0-10, of N token lists against N lists of reference token lists."""
     counts = [_count_ngrams(tokens) for tokens in generated]
     reference_counts = [[_count_ngrams(tokens) for tokens in refs] for refs in references]
+    # In how many images' references each n-gram occurs.
     frequency = Counter(ngram for refs in reference_counts for ngram in set().union(*refs))
     images = math.log(len(references))
 
@@ -49,7 +61,7 @@ def cider(generated: Sequence[Sequence[str]], references: Sequence[Sequence[Sequ
         for ngram, count in counts.items():
             vectors[len(ngram) - 1][ngram] = count * (images - math.log(max(1, frequency[ngram])))
         norms = [math.sqrt(sum(weight**2 for weight in vector.values())) for vector in vectors]
-        # The length is counted in pairs of words there.
+        # pycocoevalcap takes the number of bigrams for the length of the caption.
         return vectors, norms, sum(count for ngram, count in counts.items() if len(ngram) == 2)
 
     def compare(one: tuple, other: tuple) -> float:
@@ -69,7 +81,14 @@ def cider(generated: Sequence[Sequence[str]], references: Sequence[Sequence[Sequ
 
 
 def bleu(generated: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> float:
-    """Return BLEU-4 over all captions together, each against the length of its closest reference."""
+    """Return BLEU-4, 0-1, over all N captions together.
+
+    Each caption's length is compared with the length of its closest reference.
+
+    Args:
+        generated: N token lists.
+        references: N lists of reference token lists.
+    """
     length = reference_length = 0
     guesses, correct = [0] * ORDER, [0] * ORDER
     for tokens, refs in zip(generated, references, strict=True):
@@ -88,10 +107,13 @@ def bleu(generated: Sequence[Sequence[str]], references: Sequence[Sequence[Seque
 
 
 def rouge_l(generated: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> float:
-    """Return the mean ROUGE-L: the longest common subsequence's F measure, recall weighed 1.2² times."""
+    """Return the mean ROUGE-L, 0-1, of N token lists against N lists of reference token lists.
+
+    ROUGE-L is the F measure of the longest common subsequence; recall weighs beta² = 1.44 times as much.
+    """
     scores = []
     for tokens, refs in zip(generated, references, strict=True):
-        # There, a caption without words counts as one empty word.
+        # In pycocoevalcap, a caption without words counts as one empty word.
         tokens, refs = tokens or [""], [ref or [""] for ref in refs]
         common = [_common_length(tokens, ref) for ref in refs]
         precision = max(common) / len(tokens)

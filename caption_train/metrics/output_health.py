@@ -1,4 +1,4 @@
-"""Finds captions that are cut, empty or repeat themselves."""
+"""Finds captions that were cut, are empty or repeat themselves."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,16 @@ def find_remarks(generated: Generated) -> list[str]:
 
 
 def repeats_itself(tokens: Sequence[object], *, times: int = 3, least: int = 6) -> bool:
-    """Tell whether one stretch of tokens stands `times` times in a row, `least` tokens or more in all."""
+    """Tell whether a stretch of tokens is repeated directly after itself.
+
+    >>> repeats_itself("a red red red red red red car".split())
+    True
+
+    Args:
+        tokens: token ids or words.
+        times: how often the stretch must occur in a row.
+        least: how many tokens all the repetitions must have together.
+    """
     for width in range(1, len(tokens) // times + 1):
         run = 0
         for i in range(width, len(tokens)):

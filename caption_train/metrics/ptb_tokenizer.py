@@ -1,8 +1,8 @@
-"""Captions as the tokens that COCO's metrics count, without Java. Standard library only.
+"""Splits captions into the tokens that COCO's metrics count, without Java. Standard library only.
 
-`tokenize` does what pycocoevalcap 1.2 has Stanford's PTBTokenizer 3.4.1 do (-preserveLines -lowerCase), and
-drops the punctuation that it drops. The rules were found by asking that program; docs/validation.md says how
-often the two agree.
+`tokenize` does what Stanford's PTBTokenizer 3.4.1 does as pycocoevalcap 1.2 calls it (-preserveLines
+-lowerCase), and drops the same punctuation. The rules were found by comparing with that program;
+docs/validation.md says how often the two agree.
 """
 
 import re
@@ -17,7 +17,7 @@ _JOINED = re.compile(
     r"\b(?:(can)(not)|(gon)(na)|(got)(ta)|(wan)(na)|(lem)(me)|(gim)(me))\b(?!')|(?<!\w)('t)(is|was)\b", re.I
 )
 _NEGATED = re.compile(r"(?<=\w)(n't)\b", re.I)
-# Letters, digits, the marks that other scripts put on letters, and the hyphen that does not break.
+# Letters, digits, the combining marks of other scripts, and the non-breaking hyphen.
 _W = (
     r"[\w\u0300-\u036f\u0483-\u0487\u0591-\u05c7\u064b-\u065e\u0670\u0900-\u0903\u093a-\u094f\u0e31"
     r"\u0e34-\u0e3a\u0e47-\u0e4e\u2011]"
@@ -55,10 +55,13 @@ _DROPPED = {"?", "!"}
 
 
 def tokenize(caption: str) -> list[str]:
-    """Return a caption's tokens in lower case, punctuation dropped.
+    """Return a caption's tokens in lower case, without punctuation.
 
-    Round brackets and their like stay, as -lrb- and so on, and so does "!!": slips there, kept so that scores
-    compare.
+    Brackets stay, as -lrb- and so on, and so does "!!". pycocoevalcap keeps them by mistake; they are kept
+    here so that scores can be compared.
+
+    >>> tokenize("A dog (brown) isn't running.")
+    ['a', 'dog', '-lrb-', 'brown', '-rrb-', 'is', "n't", 'running']
     """
     text = _ENTITY.sub(lambda match: _ENTITIES[match[0]], caption).translate(_SPELLED)
     text = _JOINED.sub(lambda match: " ".join(filter(None, match.groups())), text)

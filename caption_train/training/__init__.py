@@ -1,0 +1,1 @@
+"""The training command: prepares a run, trains, validates, saves and resumes."""

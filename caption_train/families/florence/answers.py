@@ -1,7 +1,7 @@
-"""What Florence-2's answers say: boxes, quadrilaterals and polygons in pixels, with their labels.
+"""Parses Florence-2's answers: boxes, quadrilaterals and polygons in pixels, with their labels.
 
-The grammar is that of the post-processing in Microsoft's processor: a text, then the location tokens it
-belongs to. Coordinates are the middles of the thousand bins of a side, in float32 as there.
+The grammar is that of the post-processing in Microsoft's processor: a text, then the location tokens that
+belong to it. Each side of the image has 1000 bins; a coordinate is the middle of a bin, in float32 as there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PARSERS = {
     "<OPEN_VOCABULARY_DETECTION>": "boxes or polygons",
     "<OCR_WITH_REGION>": "quadrilaterals",
 }
-"""Task → how its answer is read; the answer to any other task is text."""
+"""Task → how its answer is parsed; the answers to all other tasks are text."""
 
 BANNED_PHRASES = frozenset(
     """it I me mine you your yours he him his she her hers they them their theirs one oneself we us our ours
@@ -33,7 +33,7 @@ BANNED_PHRASES = frozenset(
     whose which what all another any anybody anyone anything each everybody everyone everything few many
     nobody none several some somebody someone something image images the a an lots""".split()  # noqa: SIM905
 ) | {"each other", "one another", "the image", "a group", "other objects", "a set"}
-"""Phrases that grounding finds everywhere and nowhere; the original leaves them out."""
+"""Phrases without a place in the image; the original leaves their boxes out too."""
 
 _LOC = r"<loc_\d+>"
 _GROUP = re.compile(r"<loc_(\d+)>" * 4)
@@ -44,9 +44,18 @@ _POLYGON_PART = rf"(?:{_LOC}|<sep>|<poly>|</poly>)"
 
 
 def parse_answer(text: str, task: str, image_size: tuple[int, int]) -> Answer | None:
-    """Return what a generated text says in pixels of an image of `image_size` (width, height); None for text.
+    """Parse a generated text. Incomplete groups of location tokens are left out, as in the original.
 
-    task: the task token. Incomplete groups of location tokens are left out, as in the original.
+    >>> parse_answer("cat<loc_0><loc_0><loc_499><loc_999>", "<OD>", (1000, 100))
+    {'bboxes': [[0.5, 0.05000000074505806, 499.5, 99.95000457763672]], 'labels': ['cat']}
+
+    Args:
+        text: the generated text.
+        task: the task token that it answers.
+        image_size: (width, height) of the image in pixels.
+
+    Returns:
+        Shapes in pixels with their labels; None for a task that is answered in text.
     """
     kind = PARSERS.get(task)
     if kind is None:
@@ -68,12 +77,12 @@ def parse_answer(text: str, task: str, image_size: tuple[int, int]) -> Answer | 
 
 
 def clean_text(text: str) -> str:
-    """Return a text answer as the original does: without `<s>` and `</s>`, spaces and `<pad>` kept."""
+    """Return a text answer as the original does: `<s>` and `</s>` removed, spaces and `<pad>` kept."""
     return text.replace("<s>", "").replace("</s>", "")
 
 
 def dequantize(bins: Sequence[int], image_size: tuple[int, int]) -> list[float]:
-    """Return [x, y, x, y, …] in pixels: (bin + 0.5) · side / 1000, each step in float32 as the original's."""
+    """Turn bins [x, y, x, y, …] into pixels: (bin + 0.5) · side / 1000, in float32 as in the original."""
     import numpy as np
 
     scale = np.resize(np.array([side / BINS for side in image_size], dtype=np.float32), len(bins))
@@ -81,7 +90,11 @@ def dequantize(bins: Sequence[int], image_size: tuple[int, int]) -> list[float]:
 
 
 def quantize(points: Sequence[float], image_size: tuple[int, int]) -> str:
-    """Return [x, y, x, y, …] in pixels as location tokens, for prompts and captions about regions."""
+    """Turn points [x, y, x, y, …] in pixels into location tokens, for prompts and captions about regions.
+
+    >>> quantize([0, 50, 640, 480], (640, 480))
+    '<loc_0><loc_104><loc_999><loc_999>'
+    """
     sides = [image_size[index % 2] for index in range(len(points))]
     bins = [
         min(max(int(point * BINS // side), 0), BINS - 1) for point, side in zip(points, sides, strict=True)
@@ -92,10 +105,11 @@ def quantize(points: Sequence[float], image_size: tuple[int, int]) -> str:
 def _find_boxes(
     text: str, image_size: tuple[int, int], *, bare: bool, banned: bool = False
 ) -> Iterator[tuple[list[float], str]]:
-    """Yield (box, label); `bare` boxes need no text before them."""
+    """Yield (box, label); `bare` boxes need no text before them, boxes of `banned` phrases are skipped."""
     for phrase in re.findall(rf"(?:{_LOC}){{4,}}" if bare else rf"[^<]+(?:{_LOC}){{4,}}", text):
         label = _LABEL.search(phrase)
-        # A line break within a label hides it from the original, and its boxes with it.
+        # The pattern does not match across lines. So the original loses a label with a line break, and its
+        # boxes, and so does this.
         if label is None or (banned and label.group().strip() in BANNED_PHRASES):
             continue
         for group in _GROUP.findall(phrase):
@@ -105,7 +119,7 @@ def _find_boxes(
 def _find_polygons(
     text: str, image_size: tuple[int, int], *, bare: bool
 ) -> Iterator[tuple[list[list[float]], str]]:
-    """Yield (polygons of one instance, label); `<poly>` encloses instances, `<sep>` parts their polygons."""
+    """Yield (polygons of one instance, label); `<poly>` encloses an instance, `<sep>` ends a polygon."""
     pattern = rf"{_POLYGON_PART}{{4,}}" if bare else rf"[^<]+{_POLYGON_PART}{{4,}}"
     for phrase in re.findall(pattern, text):
         label = _POLYGON_LABEL.search(phrase)

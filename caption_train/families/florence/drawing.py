@@ -1,4 +1,4 @@
-"""Answers of Florence-2 drawn on a copy of their image: boxes, quadrilaterals, polygons and labels."""
+"""Draws Florence-2's answers on a copy of the image: boxes, quadrilaterals, polygons and labels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from caption_train.families.florence.answers import Answer
 
 COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#800000")
-"""One a label, in turn; all dark enough for white text."""
+"""Each label gets the next colour; all are dark enough for white text."""
 
 
 def draw_answer(image: Image.Image, answer: Answer) -> Image.Image:
@@ -30,6 +30,7 @@ def draw_answer(image: Image.Image, answer: Answer) -> Image.Image:
     for outline, label in outlines:
         color = colors.setdefault(label, COLORS[len(colors) % len(COLORS)])
         draw.line([*outline, *outline[:2]], fill=color, width=width)
+    # A second loop, so that no outline is drawn over a label.
     for (left, top, *_), label in outlines:
         if label:
             _write_label(draw, (left, top), label, colors[label], font)
@@ -37,7 +38,7 @@ def draw_answer(image: Image.Image, answer: Answer) -> Image.Image:
 
 
 def _load_font(size: int) -> ImageFont.FreeTypeFont:
-    """Return the font that comes with matplotlib: Pillow's own has few letters beyond English."""
+    """Return the font that comes with matplotlib, because Pillow's own has few letters beyond English."""
     import matplotlib
     from PIL import ImageFont
 
@@ -60,7 +61,7 @@ def _find_outlines(answer: Answer) -> Iterator[tuple[list[float], str]]:
 def _write_label(
     draw: ImageDraw.ImageDraw, corner: tuple[float, float], label: str, color: str, font: object
 ) -> None:
-    """Write white text on a patch of `color` above the corner, moved so that it lies within the image."""
+    """Write white text on a patch of `color` above the corner, moved if needed to lie inside the image."""
     box = draw.textbbox((0, 0), label, font=font)
     size = box[2] + 4, box[3] + 4
     left = max(0, min(corner[0], draw.im.size[0] - size[0]))

@@ -1,4 +1,7 @@
-"""Florence-2: a DaViT, and a BART that reads its features before the prompt. No torch until a verb runs."""
+"""The Florence-2 family: a DaViT, and a BART that reads the image features before the prompt.
+
+torch is imported only inside methods, so that `--help` starts fast.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Florence(Family):
-    """Florence-2 through transformers' own class. The encoder reads image tokens, `<s>`, prompt, `</s>`."""
+    """Florence-2 in transformers' own class. The encoder reads image tokens, `<s>`, the prompt and `</s>`."""
 
     name = "florence"
     title = "Florence-2"
@@ -89,7 +92,7 @@ class Florence(Family):
     def encode(
         self, processor: Florence2Processor, images: Sequence[Image.Image], prompts: Sequence[str]
     ) -> Batch:
-        """Return `pixel_values` [B, 3, H, W]; `input_ids`, `attention_mask` [B, T] of image and prompt."""
+        """Return `pixel_values` [B, 3, H, W], and `input_ids`, `attention_mask` [B, T] of image and text."""
         from caption_train.families.prompt_length import check_prompt_length
 
         texts = [expand_prompt(prompt) for prompt in prompts]
@@ -121,10 +124,10 @@ class Florence(Family):
         batch: Batch,
         **settings: Any,
     ) -> list[Generated]:
-        """Caption a batch; see `Family.generate`.
+        """Generate captions for a batch; see `Family.generate`.
 
-        The checkpoint's `forced_eos_token_id` ends a caption at the token limit too, so there the end token
-        says nothing: such a caption counts as cut.
+        The checkpoint's `forced_eos_token_id` puts an end token at the token limit as well. A caption that
+        ends exactly there counts as cut, because its end token says nothing.
         """
         from caption_train.families.prompt_length import limit_new_tokens
 
@@ -138,19 +141,19 @@ class Florence(Family):
         return [_to_generated(processor, sequence[1:], limit) for sequence in sequences.tolist()]
 
     def check_prompt(self, prompt: str) -> None:
-        """Refuse a prompt that no Florence-2 can read, before one is loaded."""
+        """Raise UsageError for a prompt that no Florence-2 can read, before a model is loaded."""
         check_prompt(prompt)
 
     def parse_answer(self, text: str, prompt: str, image_size: tuple[int, int]) -> Answer | None:
-        """Return the boxes or polygons of a generated text, in pixels of an image (width, height) large.
+        """Parse a generated text; see `Family.parse_answer`.
 
-        None for tasks that are answered in text, and for prompts that are no task.
+        Returns None for tasks that are answered in text, and for prompts without a task token.
         """
         task = find_task(prompt)
         return task and parse_answer(text, task, image_size)
 
     def draw_answer(self, image: Image.Image, answer: Answer) -> Image.Image:
-        """Return a copy of `image` with the shapes and labels of what `parse_answer` found."""
+        """Return a copy of `image` with the shapes and labels that `parse_answer` found."""
         from caption_train.families.florence.drawing import draw_answer
 
         return draw_answer(image, answer)
@@ -158,13 +161,13 @@ class Florence(Family):
     def convert_adapter(
         self, folder: Path | str, model: Florence2ForConditionalGeneration
     ) -> tuple[LoraConfig, dict[str, torch.Tensor]] | None:
-        """Return an adapter of Microsoft's remote code as PEFT's config and weights; None if it is native."""
+        """Convert an adapter of Microsoft's remote code; None if native. See `Family.convert_adapter`."""
         from caption_train.families.florence.legacy.adapter import convert_adapter
 
         return convert_adapter(folder, model)
 
     def prepare_merge(self, model: PeftModel) -> None:
-        """Make an adapter mergeable: a tied head that it changes gets weights of its own."""
+        """Make an adapter mergeable: a tied head that the adapter changes gets its own weights."""
         from caption_train.families.florence.legacy.export import prepare_merge
 
         prepare_merge(model)
@@ -172,7 +175,7 @@ class Florence(Family):
     def save_adapter(
         self, model: Florence2ForConditionalGeneration, source: Path | str, folder: Path, *, legacy: bool
     ) -> None:
-        """Write the adapter in `source`, which fits `model`, with the names of the other layout."""
+        """Write an adapter with the names of the other layout; see `Family.save_adapter`."""
         from caption_train.families.florence.legacy.export import save_adapter
 
         save_adapter(model, source, folder, legacy=legacy)
@@ -180,13 +183,13 @@ class Florence(Family):
     def save_legacy(
         self, model: Florence2ForConditionalGeneration, processor: Florence2Processor, folder: Path
     ) -> None:
-        """Write the model as Microsoft's remote code, and tools on transformers 4, load it."""
+        """Write the model in the layout that Microsoft's remote code, and tools on transformers 4, load."""
         from caption_train.families.florence.legacy.export import save_legacy
 
         save_legacy(model, processor, folder)
 
     def find_stored_dtype(self, model_id: str, revision: str | None = None) -> torch.dtype:
-        """Return the precision that a checkpoint is stored in."""
+        """Return the precision of the checkpoint's weights."""
         from caption_train.families.florence.files import find_checkpoint
 
         return find_checkpoint(model_id, revision).dtype
@@ -194,10 +197,22 @@ class Florence(Family):
 
 @dataclass
 class FlorenceCollator:
-    """Items → what `encode` returns, and `labels` [B, T]: `<s> caption </s>`, the official recipe.
+    """Turns items into what `encode` returns, and `labels` [B, T]: `<s> caption </s>`, the official recipe.
 
-    The model shifts the labels right itself, from `</s>`, which `generate` starts from too. `max_length`
-    counts `<s>` and `</s>`; the model's positions limit it too.
+    With the prompt `<CAPTION>`, the captions "a cat" and "a red dog" become
+
+        input_ids (encoder)                                     labels (. is IGNORE_INDEX)
+        <image> … <image> <s> What does the … ? </s>            <s> a cat </s> .
+        <image> … <image> <s> What does the … ? </s>            <s> a red dog </s>
+
+    The model makes the decoder's input itself: the labels shifted right, starting with `</s>`, from which
+    `generate` starts too.
+
+    Attributes:
+        processor: the model's processor.
+        prompt: the prompt of items without one of their own.
+        max_length: limit of a row of labels in tokens, `<s>` and `</s>` included; the model's positions limit
+            it as well.
     """
 
     processor: Florence2Processor
@@ -219,7 +234,7 @@ class FlorenceCollator:
 
 
 def _to_generated(processor: Florence2Processor, ids: list[int], limit: int | None) -> Generated:
-    """Make a result from ids after the start token; `limit`: the length at which the end token is forced."""
+    """Make a result of the ids after the start token; at length `limit` the end token is forced."""
     tokenizer = processor.tokenizer
     end = tokenizer.eos_token_id
     finished = end in ids

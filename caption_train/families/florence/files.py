@@ -1,4 +1,4 @@
-"""The files of a Florence-2: found in a folder or on the hub, opened without reading the weights yet."""
+"""Finds the files of a Florence-2 checkpoint in a folder or on the hub, and opens its weights lazily."""
 
 from __future__ import annotations
 
@@ -25,7 +25,13 @@ WEIGHTS = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The files of a model: `folder` with its config and tokenizer, and its weight files, shards in order."""
+    """The files of a model.
+
+    Attributes:
+        model_id: the folder or hub id as the user gave it.
+        folder: the folder with config.json and the tokenizer.
+        weights: the weight files, shards in order.
+    """
 
     model_id: str
     folder: Path
@@ -33,25 +39,25 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """config.json as it is."""
+        """The content of config.json."""
         return read_object(self.folder / "config.json")
 
     @cached_property
     def tensors(self) -> dict[str, Any]:
-        """Name → tensor, or a slice of a safetensors file that is read when indexed with `[...]`."""
+        """Name → tensor, or slice of a safetensors file that is read when indexed with `[...]`."""
         return {name: tensor for path in self.weights for name, tensor in open_tensors(path).items()}
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision the weights are stored in, the widest if there are several."""
+        """The precision of the stored weights; the widest, if there are several."""
         kinds = {_dtype_of(tensor) for tensor in self.tensors.values()}
         return max((kind for kind in kinds if kind.is_floating_point), key=lambda kind: kind.itemsize)
 
     @property
     def is_legacy(self) -> bool:
-        """Whether this is Microsoft's layout, by its config or else by its tensors' names.
+        """Whether this is Microsoft's layout, judged by its config, or else by the names of its tensors.
 
-        The legacy code is found by `auto_map`, so a `model_type` may be missing.
+        Microsoft's code is found through `auto_map`, so `model_type` may be missing.
         """
         if self.config.get("model_type") not in (None, "", "florence2"):
             return False
@@ -60,7 +66,15 @@ class Checkpoint:
 
 
 def find_checkpoint(model_id: str, revision: str | None = None) -> Checkpoint:
-    """Find the files of a folder or hub id, downloading what is missing."""
+    """Find the files of a model, and download what is missing.
+
+    Args:
+        model_id: a folder, or a model on the hub.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        CaptionTrainError: the config or a weight file is missing.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -111,7 +125,7 @@ def _dtype_of(tensor: Any) -> torch.dtype:
 
 
 def open_tensors(path: Path) -> dict[str, Any]:
-    """Return what `open_weights` does; CaptionTrainError for a file that holds anything but tensors."""
+    """Open a weight file as `open_weights` does; raise CaptionTrainError if it holds more than tensors."""
     import torch
 
     contents = open_weights(path)

@@ -1,4 +1,4 @@
-"""Florence-2's tasks: the sentence that stands for each task token. No torch."""
+"""Lists Florence-2's tasks, with the sentence that each task token stands for. No torch."""
 
 from caption_train.errors import UsageError
 
@@ -19,18 +19,26 @@ TASKS = {
     "<REGION_TO_DESCRIPTION>": "What does the region {input} describe?",
     "<REGION_TO_OCR>": "What text is in the region {input}?",
 }
-"""Task token → the sentence Florence-2 was trained on; `{input}` is the rest of the prompt."""
+"""Task token → the sentence that Florence-2 was trained on; `{input}` is the rest of the prompt."""
 
 
 def find_task(prompt: str) -> str | None:
-    """Return the task token in a prompt; None where there is none."""
+    """Return the task token in a prompt, or None."""
     return next((token for token in TASKS if token in prompt), None)
 
 
 def expand_prompt(prompt: str) -> str:
-    """Return the sentence for a task token, with the rest of the prompt put in; other text as it is.
+    """Return the sentence for a task token, with the rest of the prompt inserted; other text as it is.
 
-    Spaces around the rest are kept, as in Microsoft's processor and unlike in transformers'.
+    Spaces around the rest are kept, as in Microsoft's processor but unlike transformers'.
+
+    >>> expand_prompt("<CAPTION>"), expand_prompt("<REGION_TO_OCR><loc_1>")
+    ('What does the image describe?', 'What text is in the region <loc_1>?')
+    >>> expand_prompt("Who is this?")
+    'Who is this?'
+
+    Raises:
+        UsageError: the task needs a text and has none, or has one and takes none.
     """
     token = find_task(prompt)
     if token is None:
@@ -44,11 +52,11 @@ def expand_prompt(prompt: str) -> str:
 
 
 def check_prompt(prompt: str) -> None:
-    """Refuse a prompt with the image's token, or whose task lacks its text or can take none."""
+    """Raise UsageError for a prompt with the image token, or whose task lacks its text or takes none."""
     refuse_token("<image>", expand_prompt(prompt))
 
 
 def refuse_token(token: str, text: str) -> None:
-    """Refuse a text with the token that stands for the image."""
+    """Raise UsageError if a text contains the token that stands for the image."""
     if token in text:
         raise UsageError(f"--prompt: {token} stands for the image and cannot be in a text")

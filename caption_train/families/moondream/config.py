@@ -1,4 +1,4 @@
-"""The dimensions and token ids of a Moondream 2, read from the official `config.json` or from ours."""
+"""Holds the dimensions and token ids of a Moondream 2, read from a native or an official `config.json`."""
 
 from __future__ import annotations
 
@@ -39,21 +39,27 @@ _CODE_OF_2024 = {
     },
     "text_config": {"model_type": "phi"},
 }
-"""What config.json says of the remote code that reads it."""
+"""Entries of config.json that name the official code."""
 
 
 @strict
 class MoondreamConfig(PreTrainedConfig):
-    """Moondream 2. The defaults are the 2B model's at revision 2025-06-21.
+    """The config of Moondream 2. The defaults are those of the 2B model at revision 2025-06-21.
 
-    bos_token_id: begins and ends sequences. answer_token_id: generated at no step but the first, where given.
-    unused_token_ids: the official names and ids of tokens that captions do not need. templates: token ids
-    around a caption task or a question; `question_space`: a space precedes the question. prefix_attention:
-    BOS and image see each other in both directions. crops: "overlap" or "fixed" (before 2025). max_crops,
-    overlap_margin (patches): see `moondream_images`. region: dimensions of the heads for detection.
+    Attributes:
+        bos_token_id: begins and ends sequences.
+        answer_token_id: if given, a token that may be generated at the first step only.
+        unused_token_ids: official names and ids of tokens that captions do not need.
+        templates: token ids around a caption task or a question.
+        question_space: whether a space precedes the question.
+        prefix_attention: whether BOS and image tokens attend to each other in both directions.
+        crops: "overlap", or "fixed" as before 2025.
+        max_crops: the largest number of windows of an image; see `image_processor`.
+        overlap_margin: overlap of windows in patches; see `image_processor`.
+        region: dimensions of the detection heads; None if the model has none.
     """
 
-    # The hub's own name, so that AutoConfig reads the official config.json with this class.
+    # The `model_type` of the official config.json, so that AutoConfig reads it with this class.
     model_type = "moondream1"
     sub_configs = {"text_config": PhiConfig, "vision_config": SiglipVisionConfig}
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
@@ -88,25 +94,26 @@ class MoondreamConfig(PreTrainedConfig):
             self.templates = REVISIONS[DEFAULT_REVISION]["templates"]
         if self.image_token_id is None:
             self.image_token_id = self.text_config.vocab_size - 1
+        # Sequences begin and end with the same token.
         self.text_config.bos_token_id = self.text_config.eos_token_id = self.bos_token_id
         # bitsandbytes and PEFT read hidden_size and vocab_size here.
         self.hidden_size, self.vocab_size = self.text_config.hidden_size, self.text_config.vocab_size
 
     @property
     def image_seq_length(self) -> int:
-        """Image tokens in every prompt: one a patch of a crop."""
+        """Number of image tokens in every prompt: one per patch of a crop."""
         return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> MoondreamConfig:
-        """Read a saved config, or the official layout (`"config": {…}`, which may be empty)."""
+        """Read a native config, or an official one (`"config": {…}`, which may be empty)."""
         if "config" in config_dict or "Moondream" in (config_dict.get("architectures") or ()):
             config_dict = native_dict(config_dict)
         return super().from_dict(config_dict, **kwargs)
 
 
 def make_text_config(text: dict[str, Any]) -> PhiConfig:
-    """Return the Phi config of the official nested `text` dict; what it leaves out is the 2B model's."""
+    """Make the Phi config from the official `text` dict; what it leaves out is as in the 2B model."""
     heads = text.get("n_heads", text.get("dim", 2048) // 64)
     return PhiConfig(
         hidden_size=text.get("dim", 2048),
@@ -115,7 +122,7 @@ def make_text_config(text: dict[str, Any]) -> PhiConfig:
         vocab_size=text.get("vocab_size", 51200),
         max_position_embeddings=text.get("max_context", 2048),
         num_attention_heads=heads,
-        # The official code fills a missing count with the 2B model's 32, which is wrong for the 0.5B one.
+        # The official code uses the 2B model's 32 if the count is missing, which is wrong for the 0.5B model.
         num_key_value_heads=text.get("n_kv_heads") or heads,
         hidden_act="gelu_pytorch_tanh",
         layer_norm_eps=1e-5,
@@ -125,7 +132,7 @@ def make_text_config(text: dict[str, Any]) -> PhiConfig:
 
 
 def make_vision_config(vision: dict[str, Any]) -> SiglipVisionConfig:
-    """Return the SigLIP config of the official nested `vision` dict; what it leaves out is the 2B model's."""
+    """Make the SigLIP config from the official `vision` dict; what it leaves out is as in the 2B model."""
     return SiglipVisionConfig(
         hidden_size=vision.get("enc_dim", 1152),
         intermediate_size=vision.get("enc_ff_dim", 4304),
@@ -141,15 +148,17 @@ def make_vision_config(vision: dict[str, Any]) -> SiglipVisionConfig:
 
 
 def find_release(official: dict[str, Any], revision: str | None = None) -> str:
-    """Return the release that knows what the official `config.json` leaves out: `revision` if it is one."""
+    """Return which release supplies what the official `config.json` leaves out; `revision` if it is one."""
     of_2024 = "Moondream" in (official.get("architectures") or ())
     return revision if revision in REVISIONS else "2024-08-26" if of_2024 else DEFAULT_REVISION
 
 
 def native_dict(official: dict[str, Any], release: str | None = None) -> dict[str, Any]:
-    """Translate the official `config.json` to `MoondreamConfig` keywords.
+    """Translate an official `config.json` to `MoondreamConfig` keywords.
 
-    release: a key of `REVISIONS`, for what the nested dict does not say.
+    Args:
+        official: the content of config.json.
+        release: a key of `REVISIONS`, which supplies what config.json leaves out.
     """
     facts = REVISIONS[release or find_release(official)]
     nested = official.get("config") or {}
@@ -185,7 +194,7 @@ def native_dict(official: dict[str, Any], release: str | None = None) -> dict[st
 
 
 def official_dict(config: MoondreamConfig, dtype: Any = "float32") -> dict[str, Any]:
-    """Translate a config back to the official `config.json`, with the nested dict filled."""
+    """Translate a config back to an official `config.json`, with its nested dict filled in."""
     text, vision = config.text_config, config.vision_config
     tokenizer = {"bos_id": config.bos_token_id, "eos_id": config.bos_token_id}
     if config.answer_token_id is not None:

@@ -1,4 +1,7 @@
-"""Moondream 2: a SigLIP tower, and a Phi that reads BOS, image, prompt. No torch until a verb runs."""
+"""The Moondream 2 family: a SigLIP tower, and a Phi decoder that reads BOS, image and prompt.
+
+torch is imported only inside methods, so that `--help` starts fast.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Moondream(Family):
-    """Moondream 2, natively. The decoder reads BOS, the image, the prompt; the answer ends with BOS again."""
+    """Moondream 2. The decoder reads BOS, image and prompt; the answer ends with EOS, which is BOS again."""
 
     name = "moondream"
     title = "Moondream 2"
@@ -48,9 +51,10 @@ class Moondream(Family):
         dtype: torch.dtype | None = None,
         quantization_config: Any = None,
     ) -> tuple[MoondreamForConditionalGeneration, MoondreamProcessor]:
-        """Load a Moondream 2 in an official layout or in ours; see `Family.load`.
+        """Load a Moondream 2 in an official layout or in the native one; see `Family.load`.
 
-        revision: of the hub; for a folder, the release of its weights, where its config.json does not say.
+        revision: on the hub, a branch, tag or commit. For a folder, the release that its weights are from, if
+        its config.json does not say.
         """
         import torch
 
@@ -80,11 +84,11 @@ class Moondream(Family):
     def encode(
         self, processor: MoondreamProcessor, images: Sequence[Image.Image], prompts: Sequence[str]
     ) -> Batch:
-        """Return the batch of `MoondreamProcessor`: one flat list of crops, and how each image is tiled."""
+        """Return the batch of `MoondreamProcessor`: all images' crops in one list, and how each is tiled."""
         from caption_train.families.prompt_length import check_prompt_length
 
         batch = dict(processor(list(images), list(prompts)))
-        check_prompt_length(batch["input_ids"].shape[1] + 2, processor)  # there must be room for a word
+        check_prompt_length(batch["input_ids"].shape[1] + 2, processor)  # + 2: room for one word and EOS
         return batch
 
     def make_collator(
@@ -100,7 +104,7 @@ class Moondream(Family):
         batch: Batch,
         **settings: Any,
     ) -> list[Generated]:
-        """Caption a batch; see `Family.generate`."""
+        """Generate captions for a batch; see `Family.generate`."""
         from caption_train.families.prompt_length import limit_new_tokens
 
         settings = limit_new_tokens(settings, model.config.text_config, used=batch["input_ids"].shape[1])
@@ -111,13 +115,13 @@ class Moondream(Family):
     def save_legacy(
         self, model: MoondreamForConditionalGeneration, processor: MoondreamProcessor, folder: Path
     ) -> None:
-        """Write the model as the official code loads it."""
+        """Write the model in the layout that the official code loads."""
         from caption_train.families.moondream.legacy.checkpoint import write_official
 
         write_official(folder, model.config, model.state_dict(), processor.tokenizer)
 
     def find_stored_dtype(self, model_id: str, revision: str | None = None) -> torch.dtype:
-        """Return the precision that a checkpoint is stored in."""
+        """Return the precision of the checkpoint's weights."""
         from caption_train.families.moondream.files import find_dtype
 
         return find_dtype(model_id, self._release(model_id, revision))
@@ -128,9 +132,21 @@ class Moondream(Family):
 
 @dataclass
 class MoondreamCollator:
-    """Items → what `encode` returns, caption and EOS after the prompt, and `labels` [B, T] on those alone.
+    """Turns items into what `encode` returns, with caption and EOS after the prompt, and `labels` [B, T].
 
-    `logits_to_keep` spares the model the vocabulary's width on the image tokens, where no loss is due.
+    With N image tokens per row, the captions "a cat" and "a red dog" become
+
+        input_ids                                            labels (. is IGNORE_INDEX)
+        BOS <image> × N [prompt] a cat EOS PAD               . . × N . a cat EOS .
+        BOS <image> × N [prompt] a red dog EOS               . . × N . a red dog EOS
+
+    `logits_to_keep` names the positions after the image. There is no loss before them, so the model need not
+    compute [T, vocabulary] logits there.
+
+    Attributes:
+        processor: the model's processor.
+        prompt: the prompt of items without one of their own.
+        max_length: limit of caption and EOS in tokens.
     """
 
     processor: MoondreamProcessor

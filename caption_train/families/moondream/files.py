@@ -1,4 +1,4 @@
-"""The files of a Moondream 2, in a folder or on the hub: weights of every kind, and the tokenizer."""
+"""Finds the files of a Moondream 2 in a folder or on the hub, and reads its weights and tokenizer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def find_folder(model_id: str | Path, revision: str | None, **kwargs: Any) -> Path:
-    """Return the folder of a checkpoint, downloaded if it is on the hub: `.bin` for want of safetensors."""
+    """Return the folder of a checkpoint; from the hub, its safetensors are downloaded, else its `.bin` files.
+
+    Args:
+        model_id: a folder, or a model on the hub.
+        revision: branch, tag or commit on the hub.
+        kwargs: `cache_dir`, `token` and `local_files_only` are passed to the download.
+    """
     if Path(model_id).is_dir():
         return Path(model_id)
     from huggingface_hub import snapshot_download
@@ -33,9 +39,10 @@ def find_folder(model_id: str | Path, revision: str | None, **kwargs: Any) -> Pa
 
 
 def find_weight_files(folder: Path) -> list[Path]:
-    """Return the weight files of a folder: those an index names, or one of the usual names, or the only one.
+    """Return the weight files of a folder: those an index lists, else one of a usual name, else the only one.
 
-    The official training script calls its file as the user likes, so one that lies alone is taken too.
+    With the official training script, users choose the file's name. So a single weight file of any name is
+    taken.
     """
     for name in _WEIGHTS:
         if (index := folder / f"{name}.index.json").is_file():
@@ -50,12 +57,12 @@ def find_weight_files(folder: Path) -> list[Path]:
 
 
 def read_weights(files: list[Path]) -> dict[str, torch.Tensor]:
-    """Return every tensor of the files, on the CPU, mapped from the disk where that can be."""
+    """Return all tensors of the files, on the CPU, mapped from the disk where possible."""
     return {name: tensor for file in files for name, tensor in _read_file(file).items()}
 
 
 def find_dtype(model_id: str, revision: str | None = None) -> torch.dtype:
-    """Return the precision that a checkpoint's weights are stored in, the widest if there are several."""
+    """Return the precision of a checkpoint's weights; the widest, if there are several."""
     tensors = read_weights(find_weight_files(find_folder(model_id, revision)))
     kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     if not kinds:
@@ -64,9 +71,15 @@ def find_dtype(model_id: str, revision: str | None = None) -> torch.dtype:
 
 
 def read_tokenizer(model_id: str | Path, revision: str | None, bos_token_id: int) -> Any:
-    """Return the tokenizer of an official checkpoint whose sequences begin with `bos_token_id`.
+    """Return the tokenizer of an official checkpoint.
 
-    Raises UsageError naming both tokenizers when the folder holds the other one: the text would be garbage.
+    Args:
+        model_id: a folder, or a model on the hub.
+        revision: branch, tag or commit on the hub.
+        bos_token_id: what the model's sequences begin with; it differs between the two tokenizers.
+
+    Raises:
+        UsageError: the folder holds the other tokenizer, with which the text would be garbage; names both.
     """
     from transformers import PreTrainedTokenizerFast
 

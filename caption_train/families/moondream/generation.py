@@ -1,4 +1,4 @@
-"""Generating with Moondream 2: an image is encoded once, and its key-value cache shared by all its rows."""
+"""Generates with Moondream 2. Each image is encoded once, and all its rows share the key-value cache."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from caption_train.families.moondream.config import MoondreamConfig
 from caption_train.families.moondream.layers import find_image_tokens
 
 MAX_NEW_TOKENS = 768
-"""Longest answer of the official code."""
+"""The longest answer of the official code, in tokens."""
 CACHE = "cache" if "cache" in inspect.signature(PhiModel.forward).parameters else "past_key_values"
-"""What transformers calls the key-value cache; renamed in 5.24."""
+"""transformers' name for the key-value cache; it was renamed in 5.24."""
 
 
 class SuppressAfterFirst(LogitsProcessor):
-    """Forbid a token at every step but the first, as the official code does with its answer token."""
+    """Forbids a token at every step but the first, as the official code does with its answer token."""
 
     def __init__(self, token_id: int, prompt_length: int) -> None:
         self.token_id = token_id
@@ -54,17 +54,28 @@ class MoondreamGenerationMixin(GenerationMixin):
         logits_processor: LogitsProcessorList | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return prompts and answers [B × returned, T + new], right-padded; see transformers' `generate`.
+        """Generate as transformers' `generate` does, encoding each image only once.
 
-        All crops are encoded in one pass. BOS and image of every image go through the decoder once, however
-        many rows, beams or returned sequences read them.
+        All crops go through the vision tower in one pass. BOS and image tokens of each image go through the
+        decoder once, however many rows, beams or returned sequences use them.
+
+        Args:
+            inputs: another name for `input_ids`.
+            generation_config: settings; by default the model's.
+            input_ids: [B, T] prompts.
+            pixel_values: [C, 3, S, S], with `tilings` [I, 2]; or `image_embeds` [I, N, D] instead.
+            image_index: [B], the image of each row; by default row i has image i.
+
+        Returns:
+            Prompts and answers [B × returned sequences, T + new tokens], right-padded.
         """
         input_ids = inputs if input_ids is None else input_ids
         if pixel_values is not None:
             image_embeds = self.get_image_features(pixel_values, tilings)
         processors = LogitsProcessorList(logits_processor or [])
         if self.config.answer_token_id is not None:
-            # First, as in the official code: a top-p filter must not be left with this token alone.
+            # Inserted first, as in the official code: after a top-p filter, this token might be the only one
+            # left.
             processors.insert(0, SuppressAfterFirst(self.config.answer_token_id, input_ids.shape[1]))
         if image_embeds is not None:
             if image_index is None:
@@ -88,9 +99,16 @@ class MoondreamGenerationMixin(GenerationMixin):
         image_index: torch.Tensor,
         rows: torch.Tensor,
     ) -> DynamicCache:
-        """Return the cache of BOS and image for `rows` of image numbers, each image decoded once.
+        """Run the decoder on BOS and image tokens, once per image.
 
-        input_ids [B, T]: their first tokens are BOS and image. image_index [B]: the image of each row.
+        Args:
+            input_ids: [B, T], beginning with BOS and image tokens.
+            image_embeds: [I, N, D].
+            image_index: [B], the image of each row.
+            rows: the image of each row of the result, beams included.
+
+        Returns:
+            The key-value cache with one row per entry of `rows`.
         """
         length = self.config.image_seq_length + 1
         first_row = [int((image_index == image).nonzero()[0, 0]) for image in range(len(image_embeds))]
@@ -106,7 +124,7 @@ class MoondreamGenerationMixin(GenerationMixin):
         return cache
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
-        """Give the image to the first step only, with the plain mask: the model adds the prefix to it."""
+        """Pass the image to the first step only, with the plain mask: the model adds the prefix to it."""
         model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         if model_inputs.get("image_embeds") is not None:
             if model_inputs["input_ids"].shape[1] > self.config.image_seq_length:
@@ -118,7 +136,7 @@ class MoondreamGenerationMixin(GenerationMixin):
     def _can_share_prefix(
         self, input_ids: torch.Tensor, chosen: GenerationConfig, kwargs: dict[str, Any]
     ) -> bool:
-        """Whether every row is BOS, image and more, and the cache is of the default kind."""
+        """Tell whether every row is BOS, image and more, and the cache is of the default kind."""
         given = ("past_key_values", "cache", "assistant_model")
         if any(kwargs.get(name) is not None for name in given):
             return False
@@ -134,7 +152,7 @@ class MoondreamGenerationMixin(GenerationMixin):
 
 
 def make_generation_config(config: MoondreamConfig) -> GenerationConfig:
-    """Return the settings of the official code, but for sampling: the likeliest token is taken every time."""
+    """Return the settings of the official code, but without sampling: each time, the likeliest token."""
     return GenerationConfig(
         do_sample=False,
         max_new_tokens=MAX_NEW_TOKENS,

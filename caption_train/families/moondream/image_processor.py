@@ -1,8 +1,8 @@
-"""Cutting an image into Moondream 2's crops: the whole image, and overlapping windows of a larger copy.
+"""Cuts an image into Moondream 2's crops: the whole image, and overlapping windows of a larger copy.
 
 Legend: C crops, H/W pixels, S = 378 the side of a crop. Source: vikhyat/moondream,
-`moondream/torch/image_crops.py` and, for the crops before 2025, `moondream/hf/vision_encoder.py`. The resizer
-is PIL's, as in the official code without libvips; libvips gives other pixels when it enlarges.
+`moondream/torch/image_crops.py` and, for the crops before 2025, `moondream/hf/vision_encoder.py`. Images are
+resized by PIL, as in the official code without libvips; libvips gives other pixels when it enlarges.
 """
 
 from __future__ import annotations
@@ -16,15 +16,23 @@ from PIL import Image
 from transformers import BaseImageProcessor, BatchFeature
 
 Images = Image.Image | np.ndarray | Sequence[Image.Image | np.ndarray]
-"""What a processor is given: one image, or several."""
+"""One image, or several."""
 
 _FIXED_SIZES = ((378, 378), (378, 756), (756, 378), (756, 756))
 
 
 def select_tiling(height: int, width: int, *, window: int, margin: int, max_crops: int) -> tuple[int, int]:
-    """Return how many rows and columns of windows cover an image of this size (pixels).
+    """Return how many rows and columns of windows cover an image.
 
-    window: new pixels that a crop adds, without the `margin` it shares with each neighbour.
+    Args:
+        height: of the image in pixels.
+        width: of the image in pixels.
+        window: pixels that a further window adds, without the margins that it shares with its neighbours.
+        margin: border of a window in pixels.
+        max_crops: the largest number of windows.
+
+    Returns:
+        (rows, columns).
     """
     height, width = height - 2 * margin, width - 2 * margin
     if height <= window or width <= window:
@@ -46,11 +54,20 @@ def select_tiling(height: int, width: int, *, window: int, margin: int, max_crop
 def cut_crops(
     image: Image.Image, *, size: int = 378, patch: int = 14, margin: int = 4, max_crops: int = 12
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """Return the crops of an RGB image, uint8 [1 + rows × columns, size, size, 3], and (rows, columns).
+    """Cut an RGB image into the whole image and overlapping windows.
 
-    Crop 0 is the whole image. The others, row by row, are windows of a copy that is resized, whatever its
-    aspect, to a whole number of windows; neighbours overlap by two margins (`margin` is in patches of `patch`
-    pixels).
+    The windows, row by row, are cut from a copy that is resized, whatever its aspect, to a whole number of
+    windows. Neighbours overlap by two margins.
+
+    Args:
+        image: an RGB image.
+        size: side of a crop in pixels.
+        patch: side of a patch in pixels.
+        margin: border of a window in patches.
+        max_crops: the largest number of windows.
+
+    Returns:
+        Crops, uint8 [1 + rows × columns, size, size, 3], the whole image first; and (rows, columns).
     """
     border = margin * patch
     window = size - 2 * border
@@ -68,9 +85,13 @@ def cut_crops(
 
 
 def cut_fixed_crops(image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
-    """Return the crops of 2024's revisions, float32 0…255 [1 + rows × columns, 378, 378, 3], and the tiling.
+    """Cut an RGB image as the releases of 2024 do.
 
-    The image becomes one of four sizes, cut without overlap; the whole is a bilinear reduction of that copy.
+    The image is resized to one of four sizes and cut without overlap; the whole image is a bilinear reduction
+    of that copy.
+
+    Returns:
+        Crops, float32 0-255 [1 + rows × columns, 378, 378, 3], the whole image first; and (rows, columns).
     """
     width, height = image.size
     size = _FIXED_SIZES[0]
@@ -82,28 +103,28 @@ def cut_fixed_crops(image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
     rows, columns = size[0] // 378, size[1] // 378
     canvas = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC), dtype=np.float32)
     tiles = canvas.reshape(rows, 378, columns, 378, 3).swapaxes(1, 2).reshape(-1, 378, 378, 3)
-    # Halving with bilinear weights and no antialiasing is the mean of each pair.
+    # Halving an image with bilinear weights and without antialiasing takes the mean of each pair of pixels.
     whole = canvas.reshape(378, rows, 378, columns, 3).mean(axis=(1, 3))
     return np.concatenate([whole[None], tiles]), (rows, columns)
 
 
 def normalise(crops: np.ndarray) -> np.ndarray:
-    """Return crops [C, H, W, 3] of 0…255 as float32 [C, 3, H, W] of -1…1."""
+    """Scale crops [C, H, W, 3] of 0-255 to float32 [C, 3, H, W] of -1 to 1."""
     pixels = crops.transpose(0, 3, 1, 2).astype(np.float32)
     return (pixels / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
 
 
 def list_images(images: Images) -> list[Image.Image]:
-    """Return one image or several as a list of Pillow's; an array is [H, W, 3], or [H, W] of grey, uint8."""
+    """Return one image or several as a list of PIL images; arrays are uint8 [H, W, 3], or [H, W] for grey."""
     one = isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4)
     return [i if isinstance(i, Image.Image) else Image.fromarray(i) for i in ([images] if one else images)]
 
 
 class MoondreamImageProcessor(BaseImageProcessor):
-    """Images → the crops of all of them in one flat batch.
+    """Turns images into the crops of all of them, in one flat batch.
 
-    `pixel_values` [C, 3, S, S] and `tilings` [images, 2] (rows, columns). An image has 1 + rows × columns
-    crops; an image of one window has a single crop, since the window equals the whole and is encoded once.
+    `pixel_values` [C, 3, S, S] and `tilings` [I, 2] (rows, columns). An image has 1 + rows × columns crops.
+    With one window only, the window equals the whole image, so there is a single crop.
     """
 
     model_input_names = ["pixel_values", "tilings"]
@@ -125,7 +146,7 @@ class MoondreamImageProcessor(BaseImageProcessor):
     def cut(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
         """Return all crops of one image [1 + rows × columns, S, S, 3], and (rows, columns).
 
-        Alpha is dropped and EXIF rotation is not applied, as in the official code.
+        Transparency is dropped and EXIF rotation is not applied, as in the official code.
         """
         image = image.convert("RGB")
         if self.crops == "fixed":

@@ -1,6 +1,6 @@
-"""The parts of Moondream 2 that transformers has no module for.
+"""Defines the layers of Moondream 2 that transformers does not have.
 
-Legend: I images, C crops of all images, P = 27 patches a side, N = P² image tokens, V width of the vision
+Legend: I images, C crops of all images, P = 27 patches per side, N = P² image tokens, V width of the vision
 tower, D width of the decoder. Source: vikhyat/moondream, `moondream/torch/`.
 """
 
@@ -14,7 +14,7 @@ from caption_train.families.moondream.config import MoondreamConfig
 
 
 class MoondreamProjector(nn.Module):
-    """Whole-image and local features [I, N, 2V] → image embeddings [I, N, D]."""
+    """Turns whole-image and local features [I, N, 2V] into image embeddings [I, N, D]."""
 
     def __init__(self, config: MoondreamConfig) -> None:
         super().__init__()
@@ -26,10 +26,10 @@ class MoondreamProjector(nn.Module):
 
 
 class MoondreamRegion(nn.Module):
-    """The weights of the detection heads, carried for the next save: captions never run them.
+    """The weights of the detection heads. Captions never use them; they are kept for saving the model.
 
-    They are parameters of one module, not layers: neither quantization nor an adapter whose targets end in
-    `fc1` or mean every Linear takes them.
+    They are parameters of one module, not layers. So quantization leaves them alone, and so do adapters whose
+    targets end in `fc1` or are all Linear layers.
     """
 
     def __init__(self, region: dict[str, int], width: int) -> None:
@@ -40,7 +40,12 @@ class MoondreamRegion(nn.Module):
 
 
 def region_shapes(region: dict[str, int], width: int) -> dict[str, tuple[int, ...]]:
-    """Return the official names, without `region.`, and the shapes of the detection heads' 14 tensors."""
+    """Return the shapes of the detection heads' 14 tensors, by official name without `region.`.
+
+    Args:
+        region: dimensions of the heads, as in the official config.
+        width: D.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for head, axes in (("coord", 1), ("size", 2)):
         features, out, inner = region[f"{head}_feat_dim"], region[f"{head}_out_dim"], region["inner_dim"]
@@ -52,10 +57,17 @@ def region_shapes(region: dict[str, int], width: int) -> dict[str, tuple[int, ..
 
 
 def stitch_windows(windows: torch.Tensor, tiling: tuple[int, int], margin: int) -> torch.Tensor:
-    """Lay the features of overlapping windows [rows × columns, P, P, V] side by side, the overlap cut away.
+    """Join the features of overlapping windows into one grid, without the overlap.
 
-    A window loses `margin` patches on every side that faces another window and keeps the image's own borders.
-    Returns [rows × (P - 2 margin) + 2 margin, columns × (P - 2 margin) + 2 margin, V].
+    A window loses `margin` patches on every side where it has a neighbour; the image's own borders are kept.
+
+    Args:
+        windows: [rows × columns, P, P, V], row by row.
+        tiling: (rows, columns).
+        margin: overlap to remove on each side, in patches.
+
+    Returns:
+        [rows × (P - 2 margin) + 2 margin, columns × (P - 2 margin) + 2 margin, V].
     """
     rows, columns = tiling
     height, width = windows.shape[1:3]
@@ -78,6 +90,12 @@ def stitch_windows(windows: torch.Tensor, tiling: tuple[int, int], margin: int) 
 
 
 def find_image_tokens(input_ids: torch.Tensor, image_token_id: int, count: int) -> torch.Tensor:
-    """Return which of `input_ids` [B, T] stand for the image: the first `count` of that id in each row."""
+    """Return a mask [B, T] of the tokens that stand for the image.
+
+    Args:
+        input_ids: [B, T].
+        image_token_id: the id that stands for the image; the same id may occur in the text after it.
+        count: how many there are in each row; only the first ones count.
+    """
     found = input_ids == image_token_id
     return found & (found.cumsum(-1) <= count)

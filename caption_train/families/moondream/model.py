@@ -1,7 +1,8 @@
-"""Moondream 2 out of transformers' own parts: a SigLIP tower, a two-layer projector and a Phi decoder.
+"""Builds Moondream 2 of transformers' parts: a SigLIP tower, a two-layer projector and a Phi decoder.
 
-Legend: B sequences, T tokens, I images, C crops of all images, P = 27 patches a side, N = P² image tokens,
-V width of the vision tower, D width of the decoder. Source: vikhyat/moondream, `moondream/torch/`.
+Legend: B sequences, T tokens, I images, C crops of all images, S side of a crop in pixels, P = 27 patches per
+side, N = P² image tokens, V width of the vision tower, D width of the decoder. Source: vikhyat/moondream,
+`moondream/torch/`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from caption_train.families.moondream.layers import (
 
 
 class MoondreamPreTrainedModel(PreTrainedModel):
-    """What both classes below share with every transformers model."""
+    """Settings that both classes below share."""
 
     config_class = MoondreamConfig
     base_model_prefix = "model"
@@ -47,7 +48,7 @@ class MoondreamPreTrainedModel(PreTrainedModel):
 
 
 class MoondreamModel(MoondreamPreTrainedModel):
-    """Image and tokens → last hidden states; the head is not in here."""
+    """Turns image and tokens into the last hidden states, without the head."""
 
     def __init__(self, config: MoondreamConfig) -> None:
         super().__init__(config)
@@ -65,7 +66,15 @@ class MoondreamModel(MoondreamPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def get_image_features(self, pixel_values: torch.Tensor, tilings: torch.Tensor) -> torch.Tensor:
-        """Encode all crops in one pass: [C, 3, S, S] and the images' (rows, columns) [I, 2] → [I, N, D]."""
+        """Encode the crops of all images in one pass.
+
+        Args:
+            pixel_values: [C, 3, S, S].
+            tilings: (rows, columns) of each image, [I, 2].
+
+        Returns:
+            Image embeddings [I, N, D].
+        """
         crops = self.vision_tower(pixel_values).last_hidden_state
         tilings = [tuple(tiling) for tiling in tilings.tolist()]
         counts = [1 if tiling == (1, 1) else 1 + tiling[0] * tiling[1] for tiling in tilings]
@@ -78,7 +87,7 @@ class MoondreamModel(MoondreamPreTrainedModel):
         return self.multi_modal_projector(torch.stack(features))
 
     def pool_windows(self, windows: torch.Tensor, tiling: tuple[int, int]) -> torch.Tensor:
-        """Average the features of an image's windows [rows × columns, N, V] to one crop's worth [N, V]."""
+        """Average the features of an image's windows [rows × columns, N, V] to one crop's size [N, V]."""
         if tiling == (1, 1):
             return windows[0]
         side = self.config.vision_config.image_size // self.config.vision_config.patch_size
@@ -103,7 +112,7 @@ class MoondreamModel(MoondreamPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return Phi's output; the arguments are those of `MoondreamForConditionalGeneration.forward`."""
+        """Return Phi's output; for the arguments see `MoondreamForConditionalGeneration.forward`."""
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None and image_embeds is None:
@@ -136,7 +145,7 @@ class MoondreamModel(MoondreamPreTrainedModel):
         )
 
     def _prefix_mask(self, is_image: torch.Tensor, **inputs: Any) -> Any:
-        """Return a causal mask in which BOS and image, all up to the last image token, see each other."""
+        """Return a causal mask in which all tokens up to the last image token attend to each other."""
         places = torch.arange(is_image.shape[1], device=is_image.device)
         ends = torch.where(is_image, places, -1).amax(dim=1)
 
@@ -157,7 +166,7 @@ class MoondreamForConditionalGeneration(MoondreamPreTrainedModel, MoondreamGener
 
     @classmethod
     def from_pretrained(cls, name: str | Path | None, *args: Any, **kwargs: Any) -> Any:
-        """Load a model; an official checkpoint is renamed and its fused projections split on the way."""
+        """Load a model. Tensors of an official checkpoint are renamed, and fused projections split."""
         from caption_train.families.moondream.legacy.checkpoint import read_official
 
         official = None if kwargs.get("state_dict") is not None else read_official(name, **kwargs)
@@ -207,13 +216,17 @@ class MoondreamForConditionalGeneration(MoondreamPreTrainedModel, MoondreamGener
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Return logits, and the mean cross-entropy over `labels` [B, T] where they are not IGNORE_INDEX.
+        """Return logits and, with `labels`, the mean cross-entropy where they are not IGNORE_INDEX.
 
-        input_ids [B, T]: BOS, N image tokens, text; padding may stand anywhere outside BOS and image.
-        pixel_values [C, 3, S, S] and tilings [I, 2], or image_embeds [I, N, D]. image_index [B]: each row's
-        image (row i has image i if not given). past_key_values: the older name of cache. logits_to_keep:
-        positions to compute logits of, as a number of last ones or as indices; all if 0. The loss needs those
-        before the labelled positions only. num_items_in_batch: what divides the sum of losses, if given.
+        Args:
+            input_ids: [B, T]: BOS, N image tokens, text. Padding may be anywhere outside BOS and image.
+            pixel_values: [C, 3, S, S], with `tilings` [I, 2]; or `image_embeds` [I, N, D] instead.
+            image_index: [B], the image of each row; by default row i has image i.
+            past_key_values: the older name of `cache`.
+            labels: [B, T], not shifted.
+            logits_to_keep: positions whose logits are computed: how many from the end (0 means all), or
+                indices. The loss needs those before the labelled positions only.
+            num_items_in_batch: what the sum of losses is divided by, instead of the number of labels.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -248,7 +261,7 @@ class MoondreamForConditionalGeneration(MoondreamPreTrainedModel, MoondreamGener
         )
 
 
-# Saved adapters name the module of their base's class. It stays the name that all of them have.
+# Saved adapters record the module of their base's class, so it must stay the one that older adapters have.
 MoondreamForConditionalGeneration.__module__ = "caption_train.families.moondream_model"
 sys.modules.setdefault(MoondreamForConditionalGeneration.__module__, sys.modules[__name__])
 

@@ -1,6 +1,7 @@
-"""Images and prompts → what Moondream 2 reads: `[BOS] [N image tokens] [prompt] [answer] [EOS]`.
+"""Turns images and prompts into model inputs: `[BOS] [N image tokens] [prompt] [answer] [EOS]`.
 
-The tokenizer has no image token and adds nothing itself: templates are token ids, which the revision knows.
+The tokenizer has no image token and adds no tokens itself. Templates are token ids that depend on the
+release.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ CAPTION_TASKS = ("short", "normal", "long")
 
 
 class MoondreamProcessor(ProcessorMixin):
-    """A prompt is a caption task (`short`, `normal`, `long`) or a question in plain words."""
+    """The processor. A prompt is a caption task (`short`, `normal`, `long`) or a question in plain words."""
 
     def __init__(
         self,
@@ -44,7 +45,7 @@ class MoondreamProcessor(ProcessorMixin):
 
     @classmethod
     def from_config(cls, config: MoondreamConfig, tokenizer: Any) -> MoondreamProcessor:
-        """Make the processor that belongs to a model."""
+        """Make the processor for a model with this config."""
         image_processor = MoondreamImageProcessor(
             crops=config.crops,
             crop_size=config.vision_config.image_size,
@@ -86,7 +87,7 @@ class MoondreamProcessor(ProcessorMixin):
         return cls.from_config(config, read_tokenizer(folder, revision, config.bos_token_id))
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Return the token ids of a caption task's template, or of a question inside the query template."""
+        """Return the token ids of a caption task, or of a question inside the query template."""
         if prompt in CAPTION_TASKS or not prompt:
             ids = self.templates["caption"].get(prompt or "normal")
             if ids is None:
@@ -97,7 +98,7 @@ class MoondreamProcessor(ProcessorMixin):
         return [*query["prefix"], *self.text_ids(question), *query["suffix"]]
 
     def text_ids(self, text: str) -> list[int]:
-        """Return the ids of plain text, with no token added."""
+        """Return the ids of plain text, without any token added."""
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def __call__(
@@ -107,10 +108,18 @@ class MoondreamProcessor(ProcessorMixin):
         answers: Sequence[Sequence[int]] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Return `input_ids` and `attention_mask` [B, T], `pixel_values` [C, 3, S, S] and `tilings` [I, 2].
+        """Encode images and prompts.
 
-        One image is given for every prompt; an image given several times, the same object, is cut once, and
-        `image_index` [B] says whose it is. answers: token ids to put after the prompts.
+        An image object that is given several times is cut into crops only once.
+
+        Args:
+            images: one image per prompt, or one image for all prompts.
+            text: a prompt or several; "normal" by default.
+            answers: token ids to put after each prompt, for training.
+
+        Returns:
+            `input_ids` and `attention_mask` [B, T], `pixel_values` [C, 3, S, S], `tilings` [I, 2] and, if an
+            image is used several times, `image_index` [B] with the image of each row.
         """
         if images is None:
             raise ValueError("Moondream 2 reads an image before every prompt: give images")
@@ -134,10 +143,17 @@ class MoondreamProcessor(ProcessorMixin):
     def encode_ids(
         self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]] | None = None
     ) -> dict[str, torch.Tensor]:
-        """Return `input_ids` and `attention_mask` [B, T] of prompts, and answers if there are any.
+        """Put BOS and image tokens before prompts and answers, and pad them.
 
-        Padding stands behind the answers; without answers it stands between image and prompt, so that BOS and
-        image have the same places in every row and all prompts end together.
+        With answers, the padding is at the end. Without, it is between image and prompt, so that BOS and
+        image have the same positions in every row, and all prompts end together.
+
+        Args:
+            prompts: token ids of each prompt.
+            answers: token ids of each answer, if there are any.
+
+        Returns:
+            `input_ids` and `attention_mask` [B, T].
         """
         head = [self.tokenizer.bos_token_id, *[self.image_token_id] * self.image_seq_length]
         rows = (

@@ -1,13 +1,14 @@
-"""What each release of Moondream 2 knew that its weights and its `config.json` do not say. Data only.
+"""Lists what each release of Moondream 2 defines only in its code, not in its weights or `config.json`.
 
-The hub's `config.json` is empty inside (`"config": {}`): token ids and templates are defaults of the remote
-code, another set in every release. Source: vikhyat/moondream, `moondream/torch/config.py` at the dates below.
+The `config.json` on the hub is empty inside (`"config": {}`). Token ids and templates are defaults of the
+official code, different in each release. Source: vikhyat/moondream, `moondream/torch/config.py` at the dates
+below.
 """
 
 from typing import Any
 
 CODEGEN_ID, STARMIE_ID = 50256, 0
-"""Id of `<|endoftext|>`, which begins and ends every sequence, in the two tokenizers of Moondream 2."""
+"""Ids of `<|endoftext|>`, which begins and ends every sequence, in the two tokenizers of Moondream 2."""
 
 TOKENIZER_NAMES = {CODEGEN_ID: "CodeGen (GPT-2)", STARMIE_ID: "moondream/starmie-v1"}
 
@@ -59,7 +60,7 @@ REVISIONS: dict[str, dict[str, Any]] = {
         },
     },
 }
-"""Fields of `MoondreamConfig` that each release differs in."""
+"""Release → the fields of `MoondreamConfig` in which releases differ."""
 
 RELEASES = tuple(REVISIONS)
 REVISIONS["9a7d4024050840e001defacec2b00727e89149e6"] = REVISIONS["2025-06-21"]

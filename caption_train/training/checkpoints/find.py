@@ -1,4 +1,4 @@
-"""`last` and `best`: names in an output folder that stand for one of its checkpoints."""
+"""Finds the checkpoints in an output folder and checks them; follows the names `last` and `best`."""
 
 import errno
 import math
@@ -16,11 +16,11 @@ STATE = "state"
 LAST, BEST = "last", "best"
 PARTIAL = ".partial-"
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
-"""What file systems without symbolic links answer: FAT, some network and cloud drives."""
+"""Errors of file systems that have no symbolic links: FAT, some network and cloud drives."""
 
 
 def point(output_dir: Path, pointer: str, checkpoint: Path) -> None:
-    """Make `output_dir/pointer` a link to a checkpoint beside it, or, where none can be, a file naming it."""
+    """Make `output_dir/pointer` a link to a checkpoint beside it or, without links, a file that names it."""
     temporary = output_dir / f"{PARTIAL}{pointer}"
     temporary.unlink(missing_ok=True)
     try:
@@ -31,24 +31,24 @@ def point(output_dir: Path, pointer: str, checkpoint: Path) -> None:
         write_atomically(temporary, checkpoint.name)
     target = output_dir / pointer
     if target.is_dir() and not target.is_symlink():
-        # A copy that followed links has left a checkpoint of this name.
+        # A copy of the folder that followed links made a real checkpoint of this name: keep it.
         target.rename(find_free_name(target))
     temporary.replace(target)
 
 
 def follow(path: Path) -> Path:
-    """Return the folder that `path` is or points at, resolved; the path itself where it points at none."""
+    """Return the folder that `path` is or points to, resolved; `path` itself if it points to none."""
     try:
         if path.is_file() and path.stat().st_size < 1000:
             path = path.with_name(path.read_text(encoding="utf-8"))
         return path.resolve()
-    # RuntimeError: links that lead round in a loop.
+    # RuntimeError: a loop of links.
     except (OSError, ValueError, RuntimeError):
         return path
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Return the checkpoints in `output_dir`, whole or damaged, of any run: the last saved first."""
+    """Return the checkpoints in `output_dir` of all runs, complete or damaged, newest first."""
     if not output_dir.is_dir():
         return []
     found = [p for p in output_dir.iterdir() if not p.is_symlink() and not p.name.startswith(PARTIAL)]
@@ -56,7 +56,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Tell whether a folder is a checkpoint, damaged perhaps: state or manifest may be lost, not both."""
+    """Tell whether a folder is a checkpoint. A damaged one may lack state or manifest, but not both."""
     try:
         return (folder / STATE).is_dir() or (folder / MANIFEST).is_file()
     except PermissionError:
@@ -64,7 +64,7 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint, by file, or None when every file is as it was written."""
+    """Return which file of a checkpoint is damaged or missing, or None if every file is as it was written."""
     try:
         sums = read_json_object(checkpoint / MANIFEST)
     except FileNotFoundError:
@@ -83,7 +83,7 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def find_latest(output_dir: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest whole checkpoint, or None, and a line for every damaged one passed over."""
+    """Return the newest undamaged checkpoint, or None, and one line per damaged checkpoint that is newer."""
     passed, found = [], list_checkpoints(output_dir)
     last = follow(output_dir / LAST)
     if os.path.lexists(output_dir / LAST) and last.name not in {path.name for path in found}:
@@ -97,13 +97,19 @@ def find_latest(output_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 def describe_latest(output_dir: Path) -> str:
-    """Say which checkpoint can be gone back to."""
+    """Return a phrase that names the last good checkpoint, for error messages."""
     checkpoint, _ = find_latest(output_dir)
     return f"the last good checkpoint is {checkpoint}" if checkpoint else "nothing was saved yet"
 
 
 def find_step(output_dir: Path, run_id: str, step: int) -> Path | None:
-    """Return the whole checkpoint that a run saved last at a step, or None."""
+    """Return the newest undamaged checkpoint that a run saved at a step, or None.
+
+    Args:
+        output_dir: the folder of the checkpoints.
+        run_id: the run.
+        step: optimizer steps taken.
+    """
     found = [
         p for p in checkpoints_of_run(output_dir, run_id) if _read_progress(p).get("global_step") == step
     ]
@@ -111,21 +117,22 @@ def find_step(output_dir: Path, run_id: str, step: int) -> Path | None:
 
 
 def count_saves(output_dir: Path) -> int:
-    """Return how many checkpoints were saved in a folder, by those that are there and can be read."""
+    """Return how many checkpoints were ever saved in a folder, as the newest readable one records."""
     places = map(_place, list_checkpoints(output_dir))
     return int(max((place for place in places if math.isfinite(place)), default=0))
 
 
 def checkpoints_of_run(output_dir: Path, run_id: str) -> list[Path]:
+    """Return the checkpoints of one run, newest first."""
     return [p for p in list_checkpoints(output_dir) if _read_progress(p).get("run_id") == run_id]
 
 
 def _place(checkpoint: Path) -> float:
-    """Return which one of the saves in its folder a checkpoint was."""
+    """Return the number of a checkpoint: the first one saved in its folder is 1."""
     try:
         return int(_read_progress(checkpoint)["saves"])
     except (ValueError, KeyError, TypeError, OverflowError):
-        # First in any list, so that it is looked at, found damaged, and named.
+        # A damaged checkpoint sorts first, so that it is looked at and reported.
         return math.inf
 
 

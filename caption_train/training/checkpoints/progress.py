@@ -1,4 +1,4 @@
-"""How far a run has come, as a checkpoint remembers it."""
+"""Holds how far a run has come, as its checkpoints record it."""
 
 import json
 import uuid
@@ -22,20 +22,34 @@ _TYPES = {
 
 
 def make_run_id() -> str:
-    """Return a new run's name, which sorts after those of earlier runs."""
+    """Return a new run's id, which sorts after those of earlier runs."""
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
 
 
 @dataclass
 class Progress:
-    """Everything a run has counted and found so far.
+    """Everything that a run has counted and found so far.
 
-    run_id: stays the same over resumes. saves: in its folder. total_steps: of the plan when it was last
-    saved. global_step: optimizer steps. bad_steps: steps in a row not taken for a loss or gradient that was
-    not finite, skipped_steps: all of them. images, seconds of steps, wall_seconds with validation and saving,
-    peak_memory_bytes: over all processes and resumes. skipped_files: path → why. loss_mean, loss_variance:
-    running, which spikes are judged by. evaluation: the last one. best_value, best_step: of the validation
-    metric. evaluations_since_best: what early stopping counts.
+    Attributes:
+        run_id: stays the same when the run is resumed.
+        saves: how many checkpoints were saved in the output folder.
+        total_steps: planned optimizer steps when it was last saved.
+        global_step: optimizer steps taken.
+        bad_steps: consecutive steps not taken because loss or gradient was not finite.
+        skipped_steps: all steps not taken.
+        images: images trained on, each time counted.
+        seconds: time of the training steps, over all resumes.
+        wall_seconds: the same with validation and saving.
+        peak_memory_bytes: the highest of all processes and resumes.
+        skipped_files: path → why it was skipped.
+        last_loss: of the last step.
+        loss_mean: running mean, from which spikes are found.
+        loss_variance: running variance.
+        evaluation: result of the last validation.
+        best_value: the best validation result so far.
+        best_step: the step of that result.
+        evaluations_since_best: validations without a better result, for early stopping.
+        stopped_early: whether early stopping ended the run.
     """
 
     run_id: str = field(default_factory=make_run_id)
@@ -59,7 +73,7 @@ class Progress:
     stopped_early: bool = False
 
     def note_errors(self, errors: Iterable[str]) -> list[str]:
-        """Remember files left out of a batch, by the path before the reason; return those not known yet."""
+        """Record files left out of a batch, by the path at the start of each error; return the new errors."""
         new = []
         for error in errors:
             path = error.partition(": ")[0]
@@ -69,12 +83,12 @@ class Progress:
         return new
 
     def write(self, folder: Path) -> None:
-        """Write to `folder`."""
+        """Write to `folder`/progress.json."""
         write_atomically(folder / PROGRESS_FILE, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> "Progress":
-        """Read what `write` wrote; what an older version did not know keeps its default."""
+        """Read what `write` wrote. A field that an older version did not write has its default."""
         path = folder / PROGRESS_FILE
         try:
             values = read_json_object(path, _TYPES, name=f"--resume: {path}")

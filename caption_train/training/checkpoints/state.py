@@ -1,4 +1,4 @@
-"""The state of a run beside its weights, so that a resumed run is the uninterrupted one to the bit."""
+"""Saves and restores a run's state beside its weights, so that a resumed run equals an uninterrupted one."""
 
 import random
 import warnings
@@ -19,7 +19,7 @@ from caption_train.training.distributed.fsdp import scatter_state
 
 
 def capture_random_state(accelerator: Accelerator) -> list[dict[str, Any]]:
-    """Return every process's random numbers, in rank order, made of what `weights_only` loading takes."""
+    """Return the random states of all processes, in rank order, in types that `weights_only` accepts."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     state = {
         "python": list(random.getstate()[1]),
@@ -33,7 +33,7 @@ def capture_random_state(accelerator: Accelerator) -> list[dict[str, Any]]:
 
 
 def restore_random_state(accelerator: Accelerator, states: list[dict[str, Any]]) -> None:
-    """Give this process the random numbers it had."""
+    """Restore the random state of this process."""
     state = states[accelerator.process_index]
     random.setstate((3, tuple(state["python"]), state["python_gauss"]))
     kind, keys, *rest = state["numpy"]
@@ -51,14 +51,23 @@ def write_state(
     scaler: Any,
     random_states: list[dict[str, Any]],
 ) -> None:
-    """Write all but the weights into `checkpoint/state`."""
+    """Write everything but the weights into `checkpoint/state`.
+
+    Args:
+        checkpoint: the folder of the checkpoint.
+        progress: how far the run has come.
+        optimizer_state: the optimizer's state_dict, not sharded.
+        lr_scheduler: the learning-rate schedule.
+        scaler: fp16's gradient scaler, or None.
+        random_states: of all processes, from `capture_random_state`.
+    """
     folder = checkpoint / STATE
     folder.mkdir()
     contents = {"optimizer": optimizer_state, "lr_scheduler": lr_scheduler.state_dict()}
     if scaler is not None:
         contents["scaler"] = scaler.state_dict()
     for name, content in (contents | {"random": random_states}).items():
-        # Through a file of Python's, which says why a write failed; torch's own writer does not.
+        # Python's file says why a write failed, for example a full disk; torch's own writer does not.
         with (folder / f"{name}.pt").open("wb") as file:
             torch.save(content, file)
     progress.write(folder)
@@ -69,8 +78,20 @@ def read_state(
 ) -> tuple[list[dict[str, Any]], float]:
     """Restore optimizer, schedule and scaler from `checkpoint/state`.
 
-    anew: keep this run's rates and schedule, and only put it where the saved one stood. Returns the random
-    numbers to restore, after everything that may draw some, and the learning rate that was saved.
+    Args:
+        checkpoint: the folder of the checkpoint.
+        accelerator: the accelerator of this run.
+        optimizer: the optimizer to restore.
+        lr_scheduler: the schedule to restore.
+        anew: keep this run's learning rates and schedule, and only advance it to the saved step.
+
+    Returns:
+        The random states, to be restored after everything that may draw random numbers, and the saved
+        learning rate.
+
+    Raises:
+        UsageError: another number of processes saved the checkpoint.
+        CaptionTrainError: its optimizer does not fit this run.
     """
 
     def load(name: str) -> Any:
@@ -103,7 +124,7 @@ def read_state(
 
 def _catch_up(lr_scheduler: LRScheduler, steps: int) -> None:
     with warnings.catch_warnings():
-        # Stepping without the optimizer is what is meant here.
+        # torch warns of scheduler steps without optimizer steps, which are intended here.
         warnings.simplefilter("ignore")
         for _ in range(steps):
             lr_scheduler.step()

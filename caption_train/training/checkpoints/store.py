@@ -1,4 +1,25 @@
-"""Checkpoints that are whole or not there: written beside their place, synced, renamed; damage is found."""
+"""Writes checkpoints completely or not at all, copies the finished one to output_dir, deletes old ones.
+
+    output_dir/
+    ├── epoch-0002-loss-1.2345/        a checkpoint; --name goes before epoch-… or step-…
+    │   ├── adapter_config.json        the LoRA in PEFT's format;
+    │   ├── adapter_model.safetensors      with --train_method full: config.json, model.safetensors, …
+    │   ├── processor_config.json      processor and tokenizer
+    │   ├── tokenizer.json, tokenizer_config.json
+    │   ├── README.md                  the model card
+    │   ├── training.json              base model, prompt, options: what captioning must know
+    │   ├── state/                     what resuming needs besides the weights
+    │   │   ├── optimizer.pt, lr_scheduler.pt, random.pt, scaler.pt (fp16 only)
+    │   │   └── progress.json          step, run id, counters, best result
+    │   └── manifest.json              SHA-256 of every file above, to find damage
+    ├── last → epoch-0002-loss-1.2345  symbolic links, or files with that name where there are none
+    ├── best → …                       only with validation
+    ├── adapter_model.safetensors, …   the finished LoRA: a copy of the checkpoint without state and manifest
+    └── log.jsonl, summary.json, training_curve.png
+
+A checkpoint is written to a folder `.partial-…`, flushed to the disk and then renamed. So a folder with its
+final name is always complete.
+"""
 
 import errno
 import json
@@ -33,14 +54,23 @@ METHOD_FILES = {
     "lora": ("adapter_config.json", "adapter_model.safetensors"),
     "full": ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
 }
-"""What `--train_method` makes that the other one does not."""
+"""`--train_method` → patterns of files that only this method writes."""
 
 
 def write_checkpoint(output_dir: Path, name: str, write: Callable[[Path], None], *pointers: str) -> Path:
-    """Let `write` fill a temporary folder, sync it, rename it to `output_dir/name`, point at it.
+    """Write a checkpoint to a temporary folder, flush it to the disk, rename it, and point to it.
 
-    A manifest of SHA-256 sums tells a damaged one later. Raises CaptionTrainError naming the last good
-    checkpoint when the disk is full or may not be written.
+    Args:
+        output_dir: the folder of the checkpoints.
+        name: the folder name of the new one; a number is added if there is such a folder.
+        write: fills the temporary folder that it is given.
+        pointers: names that shall point to the new checkpoint, "last" and "best".
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        CaptionTrainError: the disk is full or cannot be written; names the last good checkpoint.
     """
     partial = output_dir / f"{PARTIAL}{name}"
     try:
@@ -49,7 +79,7 @@ def write_checkpoint(output_dir: Path, name: str, write: Callable[[Path], None],
         write(partial)
         _write_manifest(partial)
         sync_folder(partial)
-        # Nothing whole is ever replaced.
+        # A complete checkpoint is never replaced.
         final = find_free_name(output_dir / name)
         partial.rename(final)
         _sync(output_dir)
@@ -65,10 +95,11 @@ def write_checkpoint(output_dir: Path, name: str, write: Callable[[Path], None],
 
 
 def publish(checkpoint: Path, output_dir: Path) -> None:
-    """Copy a checkpoint's files (not its training state) to `output_dir`, each one atomically.
+    """Copy the files of a checkpoint, without its training state, to `output_dir`; each file completely.
 
-    What an earlier run of the other `--train_method` published goes: transformers would load its LoRA onto
-    this model. training.json is last, so that a copy cut short is finished by the next.
+    Files that an earlier run with the other `--train_method` published are deleted, because transformers
+    would load its LoRA onto this model. training.json is copied last: an interrupted copy is finished by the
+    next.
     """
     with explain_failure(output_dir, "the finished LoRA"):
         files = [file for file in checkpoint.iterdir() if file.is_file() and file.name != MANIFEST]
@@ -95,7 +126,7 @@ def _read_train_method(training_file: Path) -> str | None:
 
 
 def clear_partial(output_dir: Path) -> None:
-    """Delete what was cut short in saving or deleting; call it only while no other run writes here."""
+    """Delete what an interrupted save or deletion left. Call it only while no other run writes here."""
     for path in output_dir.glob(f"{PARTIAL}*"):
         if path.is_symlink():
             path.unlink()
@@ -105,10 +136,17 @@ def clear_partial(output_dir: Path) -> None:
 
 
 def prune(output_dir: Path, run_id: str, keep: int, protected: Collection[Path] = ()) -> None:
-    """Delete all but the `keep` newest checkpoints of a run; never one in `protected` nor another run's."""
+    """Delete all but the newest checkpoints of a run.
+
+    Args:
+        output_dir: the folder of the checkpoints.
+        run_id: the run; checkpoints of other runs are never deleted.
+        keep: how many to keep.
+        protected: checkpoints that are kept in any case.
+    """
     for old in checkpoints_of_run(output_dir, run_id)[keep:]:
         if old not in protected:
-            # Renamed first: one cut short would leave a damaged checkpoint.
+            # Renamed first, because an interrupted deletion would leave a damaged checkpoint.
             with suppress(OSError):
                 shutil.rmtree(old.rename(old.with_name(f"{PARTIAL}{old.name}")), ignore_errors=True)
 
@@ -124,7 +162,7 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems cannot sync a folder, and need not.
+        # Some network file systems cannot sync a folder, and do not need to.
         if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
             raise
     finally:
@@ -138,7 +176,7 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _find_os_error(error: BaseException) -> OSError | None:
-    """Return the system's error behind one of torch's or safetensors', which wrap it each in their way."""
+    """Return the system's error inside an error of torch or safetensors; each wraps it differently."""
     if isinstance(error, OSError):
         return error
     if number := re.search(r"os error (\d+)", str(error)):
@@ -148,7 +186,7 @@ def _find_os_error(error: BaseException) -> OSError | None:
 
 @contextmanager
 def explain_failure(output_dir: Path, name: str) -> Iterator[None]:
-    """Turn what keeps a file from being written into one line that names the last good checkpoint."""
+    """Turn an error of writing a file into one line that names the last good checkpoint."""
     try:
         yield
     except OSError as error:

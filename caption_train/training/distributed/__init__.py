@@ -1,0 +1,1 @@
+"""Trains with several processes: the accelerator, FSDP, DeepSpeed, and errors on all ranks."""

@@ -1,4 +1,4 @@
-"""Accelerator, optimizer and learning-rate schedule, made to go together."""
+"""Makes the Accelerator, and controls when gradients are exchanged between processes."""
 
 import os
 from collections.abc import Iterator
@@ -19,14 +19,17 @@ from caption_train.system.processes import is_one_of_several
 from caption_train.training.distributed import deepspeed, fsdp
 
 KINDS = ("DEEPSPEED", "MEGATRON_LM", "FSDP")
-"""Ways to share the work that the environment may ask for; plain data parallelism asks for nothing."""
+"""Kinds of parallelism that the environment may ask for; plain data parallelism is the default."""
 
 
 def make_accelerator(options: TrainOptions) -> Accelerator:
-    """Make the Accelerator, a CompressedAccelerator under `--accumulation_compression`.
+    """Make the Accelerator; with `--accumulation_compression` it is a CompressedAccelerator.
 
-    Its `backward` never divides: the loop weighs each micro-batch by its tokens, so accelerate's own count of
-    accumulation steps stays 1. Raises UsageError where flags and what accelerate resolved do not go together.
+    The loop weighs each micro-batch by its tokens. So `backward` must not divide by the accumulation steps,
+    which are 1 for accelerate.
+
+    Raises:
+        UsageError: the options do not fit what accelerate read from its own configuration.
     """
     _forget_last_run()
     _choose_device(options.device)
@@ -56,26 +59,32 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
 
 @contextmanager
 def accumulate(accelerator: Accelerator, model: torch.nn.Module, last: bool) -> Iterator[None]:
-    """Run one micro-batch; only the `last` of an optimizer step lets gradients cross between processes."""
+    """Run one micro-batch inside the `with` block; gradients are exchanged only for the last one of a step.
+
+    Args:
+        accelerator: the accelerator.
+        model: the prepared model.
+        last: whether this is the last micro-batch of the optimizer step.
+    """
     accelerator.sync_gradients = last
     with nullcontext() if last else hold_gradients(accelerator, model):
         yield
 
 
 def hold_gradients(accelerator: Accelerator, model: torch.nn.Module) -> AbstractContextManager:
-    """Let no gradient cross between processes; a sharded model's do, or each would hold whole ones."""
+    """Exchange no gradients inside the `with` block; a sharded model does, or it would hold full ones."""
     return nullcontext() if isinstance(model, FSDPModule) else accelerator.no_sync(model)
 
 
 def _forget_last_run() -> None:
-    """Let one process make one Accelerator after another: accelerate keeps its settings in shared state."""
+    """Reset accelerate's shared state, so that one process can make several Accelerators in turn."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     AcceleratorState._reset_state(reset_partial_state=not distributed)
     GradientState._reset_state()
 
 
 def _check_launch(options: TrainOptions) -> list[str]:
-    """Check what the launcher left in the environment: over some of it accelerate ends in a traceback."""
+    """Check what the launcher set in the environment; some of it makes accelerate raise a traceback."""
     asked = [kind for kind in KINDS if asks_for(kind)]
     problems = check(
         options,
@@ -94,12 +103,12 @@ def _refuse(problems: list[str]) -> None:
 
 
 def _share_cpus() -> bool:
-    """Tell several processes without a GPU, of which accelerate would make as many runs, each on its own."""
+    """Tell whether there are several processes without a GPU; accelerate would run each on its own."""
     return is_one_of_several() and not torch.accelerator.is_available()
 
 
 def _choose_device(device: str | None) -> None:
-    """Have accelerate use `--device`; in a launch of several processes each keeps the one it is given."""
+    """Make accelerate use `--device`; with several processes, each keeps the device it is given."""
     if device is None:
         return
     open_device(device)

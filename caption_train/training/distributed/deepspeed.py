@@ -1,8 +1,9 @@
-"""Gradients and optimizer state cut over the processes by DeepSpeed (ZeRO 2); each of them has all weights.
+"""Shards gradients and optimizer state over the processes with DeepSpeed (ZeRO 2); each holds all weights.
 
-accelerate's configuration says whether; the engine is made here, not by accelerate (1.15), which gives it one
-process on CPUs, so that nothing of it could be tested, and steps inside of its own `backward`, where a step
-whose loss or gradient is no number can no longer be left out. DeepSpeed is imported where it is asked for.
+accelerate's configuration decides whether to use it, but the engine is made here, not by accelerate 1.15.
+accelerate gives the engine a single process on CPUs, so it could not be tested. And it steps inside its own
+`backward`, where a step whose loss or gradient is not finite can no longer be skipped. DeepSpeed is imported
+only if it is used.
 """
 
 import itertools
@@ -20,15 +21,15 @@ from caption_train.errors import UsageError
 from caption_train.system.processes import is_one_of_several
 
 BUCKET = 20_000_000
-"""Numbers sent at once, which are held a second time meanwhile. DeepSpeed's default takes 2 GB of them."""
+"""Numbers sent at once, of which a copy is held meanwhile. With DeepSpeed's default, that is 2 GB."""
 OLDEST = "0.19.8"
-"""0.19.7 calls the norm of a gradient that is not finite 1.0; older ones ignore settings they do not know."""
+"""0.19.7 reports a norm of 1.0 for gradients that are not finite; older ones ignore unknown settings."""
 STATE = ("exp_avg", "exp_avg_sq")
-"""What AdamW keeps of each parameter, in its shape."""
+"""AdamW's state of each parameter, in the shape of the parameter."""
 
 
 def find_unsupported() -> list[str]:
-    """Return a sentence for each setting of accelerate's DeepSpeed configuration that would not be heeded."""
+    """Return a sentence for each setting in accelerate's DeepSpeed configuration that would be ignored."""
     set_to = {
         name: os.environ.get(f"ACCELERATE_{name}", "none").lower()
         for name in (
@@ -55,32 +56,32 @@ def find_unsupported() -> list[str]:
 
 
 class ZeroAccelerator(Accelerator):
-    """Accelerator of plain data parallelism whose one model and optimizer DeepSpeed's engine works on.
+    """An Accelerator for plain data parallelism whose one model and optimizer belong to DeepSpeed's engine.
 
-    The engine's hooks add up each process's part of the mean gradient in every backward pass; the weights
-    change in `ZeroOptimizer.step` alone.
+    In every backward pass, the engine's hooks add up this process's shard of the mean gradient. The weights
+    change only in `ZeroOptimizer.step`.
     """
 
     def __init__(self, **settings: Any) -> None:
         if settings["cpu"]:
-            # It looks for the device itself as it is imported, and would take a GPU.
+            # DeepSpeed chooses its device when it is imported, and would choose a GPU.
             os.environ["DS_ACCELERATOR"] = "cpu"
         _check_installed()
         with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):
             super().__init__(**settings)
 
     def prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
-        """Return the engine, which runs as the model does, and the optimizer of this process's part."""
+        """Return the engine, which is called like the model, and the optimizer of this process's shard."""
         import deepspeed
 
-        # For autocast and the device: evaluation_mode leaves out DistributedDataParallel.
+        # This applies autocast and the device; evaluation_mode leaves out DistributedDataParallel.
         model = self.prepare_model(model, evaluation_mode=True)
         engine = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
             dist_init_required=False,
             config={
-                "train_micro_batch_size_per_gpu": 1,  # Only for its own statistics.
+                "train_micro_batch_size_per_gpu": 1,  # Only for DeepSpeed's own statistics.
                 "managed_gradient_accumulation": False,
                 "zero_allow_untested_optimizer": True,
                 "zero_optimization": {
@@ -94,20 +95,20 @@ class ZeroAccelerator(Accelerator):
         return engine, self.optimizer
 
     def backward(self, loss: torch.Tensor, **settings: Any) -> None:
-        """Add this process's part of the mean gradient of all losses [] to what it has."""
+        """Add this process's shard of the mean gradient of all processes' losses [] to what it holds."""
         self.optimizer.engine.backward(loss, **settings)
 
     def no_sync(self, model: torch.nn.Module) -> AbstractContextManager:
-        """Hold nothing back: a process keeps its part of a gradient only, so every part is sent at once."""
+        """Do nothing: a process keeps only its shard of a gradient, so gradients are exchanged at once."""
         return nullcontext()
 
     def clip_grad_norm_(self, parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float = 2):
-        """Have the step scale the gradient to `max_norm`; return its norm [] before that."""
+        """Let the next step scale the gradient to `max_norm`; return the norm [] before clipping."""
         return self.optimizer.clip(max_norm)
 
 
 class ZeroOptimizer:
-    """AdamW on this process's part of all parameters, which saves its state as AdamW on the whole would."""
+    """AdamW on this process's shard of all parameters. Its saved state is that of plain AdamW."""
 
     step_was_skipped = False
 
@@ -116,11 +117,11 @@ class ZeroOptimizer:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups that the learning rate is in; the parameters in them are this process's flat parts."""
+        """The groups with the learning rates; the parameters in them are this process's flat shards."""
         return self.adamw.param_groups
 
     def clip(self, max_norm: float) -> torch.Tensor:
-        """Finish the gradient; return its norm [], infinite if it is not finite; note what to scale it to."""
+        """Finish the gradient, set what to clip it to; return its norm [], infinite if it is not finite."""
         self.zero.finalize_gradient_accumulation_boundary()
         self.zero.clip_grad = 0.0 if max_norm == float("inf") else max_norm
         return self.zero.scaled_global_norm()
@@ -130,14 +131,14 @@ class ZeroOptimizer:
         self.zero.step()
 
     def zero_grad(self) -> None:
-        """Forget the gradient, also that of a step which was left out."""
+        """Drop the gradient, also that of a skipped step."""
         self.zero.zero_grad()
         self.zero.micro_step_id = -1
         self.zero.averaged_gradients.clear()
         self.zero.all_grad_tensors.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return in the main process what AdamW's would be without DeepSpeed, no state in the others.
+        """Return in the main process the state that plain AdamW would have; no state in the others.
 
         All processes must call it.
         """
@@ -149,12 +150,12 @@ class ZeroOptimizer:
             for number, p in zip(numbers, members if kept else (), strict=False):
                 whole = {name: _gather(p, kept[name]) for name in STATE}
                 if torch.distributed.get_rank() == 0:
-                    # A step of its own for each, or one that all of them count up would be loaded.
+                    # Cloned, or all parameters would load one shared step tensor, and each would advance it.
                     state[number] = {"step": kept["step"].cpu().clone(), **whole}
         return {"state": state, "param_groups": groups}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take this process's part of a state that AdamW saved. Raises ValueError where it does not fit."""
+        """Load this process's shard of a state that AdamW saved; raise ValueError if it does not fit."""
         state = saved["state"]
         counts = [len(group["params"]) for group in saved["param_groups"]]
         if counts != [len(members) for _, _, members in self._parts()]:
@@ -172,13 +173,13 @@ class ZeroOptimizer:
                 self.adamw.state[part] = {"step": step, **kept}
 
     def _parts(self) -> Iterator[tuple[dict[str, Any], torch.Tensor, list[torch.Tensor]]]:
-        """Yield each group of AdamW, this process's flat part of it, and the parameters it is a part of."""
+        """Yield each group of AdamW, this process's flat shard of it, and the parameters of the group."""
         for group, members in zip(self.adamw.param_groups, self.zero.bit16_groups, strict=True):
             yield group, group["params"][0], members
 
 
 def _find_part(p: torch.Tensor, flat: torch.Tensor, whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return views of what this process keeps of `p`: in its flat part, and in a tensor shaped like `p`."""
+    """Return views of this process's share of `p`: in its flat shard, and in a tensor shaped like `p`."""
     if (mapping := p._hp_mapping) is None:
         return flat[:0], whole.flatten()[:0]
     here, there = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
@@ -186,7 +187,7 @@ def _find_part(p: torch.Tensor, flat: torch.Tensor, whole: torch.Tensor) -> tupl
 
 
 def _gather(p: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
-    """Return the state of `p` whole in the main process, in the others its part among zeros."""
+    """Return the full state of `p` in the main process; in the others, only their share among zeros."""
     whole = torch.zeros(p.shape, dtype=flat.dtype, device=flat.device)
     here, there = _find_part(p, flat, whole)
     there.copy_(here)
@@ -197,7 +198,7 @@ def _gather(p: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
 def _check_installed() -> None:
     try:
         import deepspeed
-    except Exception as error:  # Of its own where it finds no CUDA toolkit; in one line, as all it may be.
+    except Exception as error:  # DeepSpeed has its own type for a missing CUDA toolkit.
         problem = f"cannot be imported ({' '.join(str(error).split())})"
     else:
         if Version(deepspeed.__version__) >= Version(OLDEST):

@@ -1,8 +1,9 @@
-"""Every weight cut over the processes (FSDP 2): each holds its part and gathers a block while that runs.
+"""Shards all weights over the processes (FSDP 2): each holds a shard, and gathers a block while it runs.
 
-accelerate's configuration says whether; torch's `fully_shard` does it here, not accelerate (1.15), which
-leaves CPU processes whole without a word, so that nothing of it could be tested, and under bf16 computes all
-of the forward pass in it, where data parallelism keeps losses and norms in float32. Here both train alike.
+accelerate's configuration decides whether to shard, but torch's `fully_shard` is called here, not by
+accelerate 1.15. accelerate silently does not shard on CPUs, so it could not be tested. And under bf16 it
+computes the whole forward pass in bf16, where data parallelism keeps losses and norms in float32. Here, both
+give the same training.
 """
 
 import itertools
@@ -26,7 +27,7 @@ from caption_train.training.memory.gradient_checkpointing import find_blocks
 
 
 def parallelism(accelerator: Accelerator) -> str:
-    """Return accelerate's name for how processes share the work, also where it knows nothing of it."""
+    """Return accelerate's name for the kind of parallelism, also where accelerate itself does not know it."""
     if isinstance(accelerator, ZeroAccelerator):
         return DistributedType.DEEPSPEED.value
     if asks_for("FSDP") and accelerator.distributed_type == DistributedType.MULTI_CPU:
@@ -35,7 +36,7 @@ def parallelism(accelerator: Accelerator) -> str:
 
 
 def find_unsupported() -> list[str]:
-    """Return a sentence for each setting of accelerate's FSDP configuration that would not be heeded."""
+    """Return a sentence for each setting in accelerate's FSDP configuration that would be ignored."""
     set_to = {
         name: os.environ.get(f"FSDP_{name}", "").lower()
         for name in ("VERSION", "OFFLOAD_PARAMS", "ACTIVATION_CHECKPOINTING", "RESHARD_AFTER_FORWARD")
@@ -52,19 +53,25 @@ def find_unsupported() -> list[str]:
 
 
 def shard(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
-    """Cut the weights of each repeated block, and of what lies outside of them, over all processes."""
+    """Shard the weights of each repeated block, and those outside of blocks, over all processes.
+
+    Args:
+        model: the model, on any device; it is changed in place.
+        accelerator: connects the processes.
+    """
     model.to(accelerator.device)
     for tensor in itertools.chain(model.parameters(), model.buffers()):
-        # As DistributedDataParallel does: parts of different wholes would fit together unnoticed.
+        # From rank 0, as DistributedDataParallel does: nobody would notice shards of different weights.
         broadcast(tensor.detach(), 0)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for block in reversed([*find_blocks(model)]):
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     for module in model.modules():
-        # A mark for torch.compile, by which transformers takes it that all processes caption in step.
+        # An attribute for torch.compile. transformers would assume that all processes generate in lockstep.
         module.__dict__.pop("_is_fsdp_managed_module", None)
-    # Else the first block that generates a caption, outside of the model's own forward, would take the lead.
+    # Makes the model FSDP's root. `generate` calls blocks outside of the model's forward, and their first
+    # would become the root instead.
     model._get_fsdp_state()._lazy_init()
     if accelerator.native_amp:
         model.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(model.forward)
@@ -74,7 +81,7 @@ def shard(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
 def prepare(
     accelerator: Accelerator, model: torch.nn.Module, optimizer: Optimizer
 ) -> tuple[torch.nn.Module, Optimizer]:
-    """Hand both to accelerate; a sharded model is ready as it is."""
+    """Let accelerate prepare model and optimizer; a sharded model needs no preparation."""
     if isinstance(model, FSDPModule):
         return model, accelerator.prepare_optimizer(optimizer)
     return accelerator.prepare(model, optimizer)
@@ -82,9 +89,9 @@ def prepare(
 
 @contextmanager
 def unsharded(model: torch.nn.Module) -> Iterator[None]:
-    """Hold all weights for a while, to evaluate and caption as if nothing were sharded.
+    """Hold all weights on every process inside the `with` block, to evaluate and caption.
 
-    All processes must enter it; inside, each may run the model as often as it has reason to, or not at all.
+    All processes must enter it. Inside, each may run the model as often as it needs to, or not at all.
     """
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in modules:
@@ -96,14 +103,15 @@ def unsharded(model: torch.nn.Module) -> Iterator[None]:
         for module in modules:
             module.set_reshard_after_forward(module is not model, recurse=False)
         if modules:
-            # Shards again, and forgets in which order blocks ran: by it the next backward pass gathers ahead.
+            # Shards again, and resets the recorded order of blocks, by which the backward pass prefetches.
             model.reset_iter_state()
 
 
 def gather_weights(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, Any] | None:
-    """Return a sharded model's `state_dict` to save, of a LoRA what is trained; None if it is not sharded.
+    """Return a sharded model's full `state_dict` for saving; of a LoRA only the trained weights.
 
-    All processes must call it. Tied weights stay one tensor, as `save_pretrained` wants them.
+    All processes must call it. Tied weights stay one tensor, as `save_pretrained` needs them. None if the
+    model is not sharded.
     """
     if not isinstance(model, FSDPModule):
         return None
@@ -114,9 +122,9 @@ def gather_weights(accelerator: Accelerator, model: torch.nn.Module) -> dict[str
 
 
 def gather_state(accelerator: Accelerator, state: Any) -> Any:
-    """Return a `state_dict` with its sharded tensors whole in the main process, None elsewhere.
+    """Return a `state_dict` with full instead of sharded tensors in the main process, None elsewhere.
 
-    All processes must call it. A checkpoint is thereby the same however the run was launched.
+    All processes must call it. Thus checkpoints are the same whatever the number of processes.
     """
     if isinstance(state, dict):
         return {name: gather_state(accelerator, value) for name, value in state.items()}
@@ -127,7 +135,7 @@ def gather_state(accelerator: Accelerator, state: Any) -> Any:
 
 
 def scatter_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """Return a `state_dict` with each tensor cut like the parameter it belongs to; every process reads it."""
+    """Return a `state_dict` with each tensor sharded like its parameter; every process reads it all."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if not any(isinstance(p, DTensor) for p in parameters):
         return state

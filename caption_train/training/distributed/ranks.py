@@ -1,4 +1,4 @@
-"""The processes of one training run: they start from the same facts, fail together, speak with one voice."""
+"""Keeps the processes of a run together: the same facts at the start, errors on all ranks, printed once."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,14 +10,14 @@ from accelerate.utils import gather_object
 from caption_train.errors import CaptionTrainError, UsageError
 
 LISTED = 10
-"""Differences that are named: a dataset may have thousands."""
+"""How many differences are named at most, because a dataset may have thousands."""
 
 
 @contextmanager
 def raise_on_all_ranks(accelerator: Accelerator) -> Iterator[None]:
-    """Wait for all processes at the end of a block; where it failed in any of them, it fails in all.
+    """Wait for all processes at the end of the `with` block; if it failed in any of them, fail in all.
 
-    The main process raises the first failure, the others leave silently with its exit code.
+    The main process raises the first failure. The others exit with the same code and print nothing.
     """
     failure = None
     try:
@@ -37,7 +37,7 @@ def raise_on_all_ranks(accelerator: Accelerator) -> Iterator[None]:
 
 @contextmanager
 def report_once(accelerator: Accelerator) -> Iterator[None]:
-    """Let a failure that all processes have at once be told by the main process only."""
+    """Let only the main process report an error that all processes have at the same time."""
     try:
         yield
     except CaptionTrainError as error:
@@ -47,7 +47,15 @@ def report_once(accelerator: Accelerator) -> Iterator[None]:
 
 
 def check_same_on_all_ranks(accelerator: Accelerator, facts: Mapping[str, Any]) -> None:
-    """Raise UsageError where the processes start from different facts, naming them."""
+    """Compare facts between processes.
+
+    Args:
+        accelerator: connects the processes.
+        facts: name → value, which must be equal on all ranks.
+
+    Raises:
+        UsageError: names the facts that differ.
+    """
     everyone = gather_object([dict(facts)])
     with raise_on_all_ranks(accelerator):
         differences = [

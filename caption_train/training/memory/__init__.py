@@ -1,0 +1,1 @@
+"""Estimates what a run holds in memory, and does gradient checkpointing."""

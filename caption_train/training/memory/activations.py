@@ -1,4 +1,4 @@
-"""How much a forward pass keeps for its backward pass: measured by counting every tensor and dropping it."""
+"""Measures how many bytes a forward pass keeps for its backward pass, without keeping them."""
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -13,14 +13,18 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from caption_train.training.memory.gradient_checkpointing import find_blocks
 
 RECOMPUTED_GRADIENTS = 0.5
-"""Gradients alive in a recomputed block, in units of its activations; measured by benchmarks/plan.py."""
+"""Gradients alive in a recomputed block, as a share of its activations; measured by benchmarks/plan.py."""
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes kept for the backward pass of one image: outside the blocks, in each block, and of its inputs.
+    """Bytes that one image keeps for the backward pass.
 
-    tensors: of every single one, in or outside of a block.
+    Attributes:
+        outside: bytes outside of the repeated blocks.
+        blocks: bytes inside of each block.
+        inputs: bytes of each block's input.
+        tensors: bytes of every single tensor, inside or outside of blocks.
     """
 
     outside: int
@@ -29,9 +33,11 @@ class Activations:
     tensors: Sequence[int] = ()
 
     def held(self, *, checkpointing: bool, recomputing: bool = True) -> int:
-        """Return the most bytes that are alive at once, in a backward pass that recomputes blocks or not.
+        """Return the most bytes that are alive at once.
 
-        recomputing: False for what is held before it recomputes the first one.
+        Args:
+            checkpointing: whether the backward pass recomputes blocks (gradient checkpointing).
+            recomputing: False for the time before the first block is recomputed.
         """
         if checkpointing:
             largest = max(self.blocks, default=0) if recomputing else 0
@@ -41,7 +47,12 @@ class Activations:
 
 @torch.enable_grad()
 def measure_activations(model: nn.Module, batch: Mapping[str, Any]) -> Activations:
-    """Run one forward pass of a model in train mode; return the bytes its backward pass would keep."""
+    """Run one forward pass of a model in train mode, and count what its backward pass would keep.
+
+    Args:
+        model: the model.
+        batch: arguments of its forward, with one image.
+    """
     counter = _Counter(model)
     handles = []
     for block in find_blocks(model):
@@ -58,7 +69,13 @@ def measure_activations(model: nn.Module, batch: Mapping[str, Any]) -> Activatio
 
 @contextmanager
 def cast_frozen(model: nn.Module, dtype: torch.dtype, half: Collection[nn.Parameter] = ()) -> Iterator[None]:
-    """Hold what is not trained in `dtype` for a while, the weights `half` in bfloat16."""
+    """Hold frozen weights in another precision inside the `with` block.
+
+    Args:
+        model: the model.
+        dtype: precision of the frozen weights.
+        half: frozen weights that are held in bfloat16 instead.
+    """
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     before = [p.data for p in frozen]
     for p in frozen:
@@ -72,9 +89,10 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype, half: Collection[nn.Parame
 
 @contextmanager
 def standing_for_packed(model: nn.Module, weights: Collection[nn.Parameter]) -> Iterator[None]:
-    """Hold in float32 all that is frozen but `weights`, which are multiplied as bitsandbytes does packed.
+    """Imitate quantized weights inside the `with` block, to measure activations without quantizing.
 
-    That is in half precision, and what comes out has the dtype of what went in.
+    All frozen weights are float32, except `weights`. These multiply in half precision and return the dtype of
+    their input, as bitsandbytes does with packed weights.
     """
     linears = [m for m in model.modules() if getattr(m, "weight", None) in weights]
     handles = [m.register_forward_hook(lambda _, inputs, out: out.to(inputs[0].dtype)) for m in linears]
@@ -87,7 +105,7 @@ def standing_for_packed(model: nn.Module, weights: Collection[nn.Parameter]) -> 
 
 
 class _Counter:
-    """Counts every storage once. A weak reference keeps its identity from being given to a later one."""
+    """Counts every storage once. Weak references keep the identity of a freed one from being used again."""
 
     def __init__(self, model: nn.Module) -> None:
         self.seen = {}
@@ -104,7 +122,7 @@ class _Counter:
                 self.outside += self.tensors[-1]
 
     def enter(self, module: nn.Module, args: tuple, keywords: dict) -> None:
-        # What comes first flows from block to block; masks and encoder states are the same tensors for all.
+        # Only the first tensor differs from block to block; all blocks share masks and encoder states.
         tensors = (t for t in (*args, *keywords.values()) if isinstance(t, torch.Tensor))
         self.inputs.append(next((t.nbytes for t in tensors), 0))
         self.blocks.append(0)

@@ -1,7 +1,7 @@
-"""What a run will hold in memory, and the cheapest flags with which it fits a budget.
+"""Estimates the memory of a run, and finds the cheapest flags with which it fits a budget.
 
 Weights, gradients and optimizer state are counted from shapes. Activations are measured in a forward pass
-that keeps none of them, so that a plan needs little more memory than the weights.
+that keeps none of them, so estimating needs little more memory than the weights.
 """
 
 import itertools
@@ -22,23 +22,31 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a weight: 4 bits, an 8-bit scale for every 64 weights, a 32-bit one for every 256 of those."""
 HALF = ("bf16", "fp16")
 KEPT = 0.4
-"""What glibc keeps of what was freed, on a CPU, in units of all activations, recomputed ones too;
+"""Freed memory that glibc keeps on a CPU, as a share of all activations, recomputed ones included;
 measured by benchmarks/plan.py."""
 MAPPED = 2**25
-"""Allocations from this size on have pages of their own."""
+"""Allocations of this many bytes or more have their own pages, which return to the system when freed."""
 MARGIN = 1.2
-"""What a run may take of its plan (benchmarks/plan.py): flags are only said to fit if that much is there."""
+"""A run may need this many times its estimate (benchmarks/plan.py); flags fit only if so much is there."""
 SAME_SIZE = 0.05
-"""Weights are as large as their file but for the LoRA, which the file has not, and for buffers."""
+"""Weights within this share of their file's size have its dtype: only LoRA and buffers differ."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes a run holds. libraries: the process without a model, on a CPU. loading: as the file is read.
+    """What a run holds in memory, in bytes.
 
-    kept: what the process keeps of what was freed, until the step. first_gradient: the largest, of word
-    embeddings, whose head comes first in the backward pass. stepping: what the optimizer makes of a weight
-    while it changes it.
+    Attributes:
+        libraries: the process without a model, on a CPU.
+        loading: while the checkpoint is read.
+        weights: all weights.
+        gradients: all gradients.
+        state: the optimizer's state.
+        activations: kept for the backward pass.
+        kept: freed memory that the C library keeps until the optimizer step.
+        first_gradient: the largest gradient. That of word embeddings which are also the head appears first.
+        stepping: temporary tensors of the optimizer step.
+        accumulates: whether gradients of several micro-batches are added up.
     """
 
     libraries: int
@@ -54,20 +62,26 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> int:
-        """The most that is held at once: activations go as gradients come, unless earlier ones wait."""
+        """The most bytes held at once. Activations are freed as gradients come, unless these exist before."""
         passing = self.activations + self.kept + self.first_gradient
         passing = passing + self.gradients if self.accumulates else max(passing, self.gradients)
         held = self.weights + self.state + max(passing, self.gradients + self.stepping)
         return self.libraries + max(self.loading, held)
 
     def fits(self, budget: int) -> bool:
-        """Tell whether a run fits even where the plan is as low as one was when it was measured."""
+        """Tell whether a run fits even if the estimate is as low as the worst one that was measured."""
         return self.peak * MARGIN <= budget
 
 
 @dataclass(frozen=True)
 class MemorySaver:
-    """Flags that save memory, and what they cost in speed or quality, roughly, to find the cheapest set."""
+    """Flags that save memory.
+
+    Attributes:
+        flags: as on the command line.
+        changes: the same as fields of TrainOptions.
+        cost: roughly what they cost in speed or quality, to compare sets of flags.
+    """
 
     flags: str
     changes: Mapping[str, Any]
@@ -96,11 +110,17 @@ def find_savers(options: TrainOptions) -> list[MemorySaver]:
 
 
 class Planner:
-    """Plans runs from one model in memory, as `--train_method` makes it trainable and not quantized.
+    """Estimates runs of one model, which is trainable as `--train_method` says and not quantized.
 
-    parts: the family's. activations: of one image, in full precision ("no"), in half ("bf16"), and in half on
-    a base of which only what would be quantized is half ("quantized"). file: the checkpoint's bytes, which
-    the process holds too while it reads them, on a CPU.
+    Args:
+        model: the model.
+        parts: the family's parts, name → pattern of module names.
+        activations: of one image: in full precision ("no"), in half precision ("bf16"), and with half
+            precision in only those weights that would be quantized ("quantized").
+        libraries: bytes of the process without a model.
+        file: bytes of the checkpoint, which a process on a CPU also holds while reading it.
+        device: the type of device that the run is for.
+        processes: how many processes train together.
     """
 
     def __init__(
@@ -124,13 +144,13 @@ class Planner:
         self.embeddings = find_embeddings(model)
 
     def plan(self, options: TrainOptions) -> MemoryEstimate:
-        """Return what a run with these options holds."""
+        """Return what a run with these options holds in memory."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         gradients = count_gradients(options, trained)
-        # DistributedDataParallel holds all gradients a second time, in the buckets it sends.
+        # DistributedDataParallel holds all gradients twice: also in the buckets that it sends.
         buckets = gradients if self.processes > 1 and not options.accumulation_compression else 0
         weights = self.count_weights(options)
-        # Weights of the file's own dtype are its pages; others are made from them.
+        # Weights in the file's dtype are mapped from the file. In another dtype they are copies beside it.
         is_copied = abs(weights - self.file) > SAME_SIZE * self.file
         return MemoryEstimate(
             libraries=self.libraries,
@@ -148,9 +168,15 @@ class Planner:
     def find_cheapest(
         self, options: TrainOptions, budget: int
     ) -> tuple[TrainOptions, MemoryEstimate, list[str]]:
-        """Return options, plan and flags of the cheapest savers that fit in `budget` bytes.
+        """Find the cheapest savers with which a run fits.
 
-        When none do, the plan is the smallest there is and its peak is above the budget.
+        Args:
+            options: the options of the run.
+            budget: bytes of memory.
+
+        Returns:
+            Changed options, their estimate, and the flags that were added. If nothing fits, these are the
+            options with the smallest peak, which is then above the budget.
         """
         candidates = []
         for chosen in _subsets(find_savers(options)):
@@ -170,7 +196,7 @@ class Planner:
         checkpointing = options.gradient_checkpointing or options.activation_checkpointing
         held = self.activations[kind].held(checkpointing=checkpointing) * options.batch_size
         if checkpointing and is_half and options.train_method == "full":
-            # Autocast keeps the half-precision copy of every weight until the forward pass is over.
+            # Autocast keeps a half-precision copy of every weight until the forward pass is over.
             copies = sum(2 * p.numel() for p in self.model.parameters() if p.requires_grad and p.dim() > 1)
             inputs = self.activations[kind].held(checkpointing=True, recomputing=False) * options.batch_size
             held = max(held, inputs + copies)
@@ -181,7 +207,7 @@ class Planner:
             return 0
         sizes = [size * options.batch_size for size in self.activations[self._find_kind(options)].tensors]
         if options.gradient_checkpointing or options.activation_checkpointing:
-            # A block's are freed before the next block's come, and large ones go back to the system at once.
+            # A block's tensors are freed before the next block runs; large ones return to the system at once.
             sizes = [size for size in sizes if size < MAPPED]
         return int(KEPT * sum(sizes))
 
@@ -192,18 +218,18 @@ class Planner:
         return "bf16" if options.quantize is None else "quantized"
 
     def _count_stepping(self, options: TrainOptions, trained: Sequence[nn.Parameter]) -> int:
-        """Return the bytes the optimizer works with on the largest weight. AdamW is fused and needs none."""
+        """Return the bytes of temporary tensors for the largest weight. AdamW is fused and needs none."""
         largest = max((p.numel() for p in trained), default=0)
         if options.optimizer_name == "Flora":
-            # The update and what is read of the momentum; the gradient too, if it was compressed.
+            # The update and the decompressed momentum; also the gradient, if it was compressed.
             return (12 if options.accumulation_compression else 8) * largest
         if options.optimizer_name.endswith("8bit") and self.device == "cpu":
-            # Both moments, the gradient and two steps of the update in float32; on a GPU one kernel does it.
+            # In float32: both moments, the gradient, two parts of the update. On a GPU, one kernel does all.
             return 20 * largest
         return 0
 
     def count_weights(self, options: TrainOptions) -> int:
-        """Return the bytes of all weights, held as `--quantize`, `--dtype` and `--mixed_precision` say."""
+        """Return the bytes of all weights with `--quantize`, `--dtype` and `--mixed_precision` applied."""
         is_lora = options.train_method == "lora"
         auto = 2 if is_lora and options.mixed_precision in HALF else 4
         frozen = {"float32": 4, "bfloat16": 2, "float16": 2}.get(options.dtype, auto)
@@ -224,7 +250,7 @@ class Planner:
 
 
 def find_quantized(model: nn.Module, parts: Mapping[str, str], options: TrainOptions) -> set[nn.Parameter]:
-    """Return the weights that `--quantize` packs, in the parts it is asked for."""
+    """Return the weights that `--quantize` packs, in the parts that it applies to."""
     if options.quantize is None:
         return set()
     names = options.quantize_parts or parts

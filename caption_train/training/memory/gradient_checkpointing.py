@@ -1,4 +1,4 @@
-"""Gradient checkpointing that reaches every repeated block: activations are recomputed, not kept."""
+"""Enables gradient checkpointing for every repeated block: activations are recomputed, not kept."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,12 +12,13 @@ from torch.utils.checkpoint import checkpoint
 def enable_checkpointing(model: nn.Module) -> None:
     """Keep only the inputs of every repeated block for the backward pass. Call it when adapters are in place.
 
-    transformers does this for layers made for it. Some vision towers have none and hold most of the
-    activations, so their blocks are wrapped here. `use_reentrant=False` needs no gradient on a block's input:
-    a frozen embedding before it is no obstacle. Random numbers are restored, so losses stay the same.
+    transformers does this for layers of its own class. Some vision towers have none, and hold most of the
+    activations, so their blocks are wrapped here. With `use_reentrant=False`, the input of a block needs no
+    gradient, so a frozen embedding before it does no harm. Random numbers are restored, so losses stay the
+    same.
     """
     with warnings.catch_warnings():
-        # The name this method has in later releases is unknown to the earlier ones we support.
+        # Later releases of transformers rename this method; the earlier ones we support lack the new name.
         warnings.simplefilter("ignore", FutureWarning)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.config.use_cache = False
@@ -34,7 +35,7 @@ def find_blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def find_unreached_blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the outermost elements of module lists that hold no layer transformers checkpoints by itself."""
+    """Yield the outermost elements of module lists that contain no layer transformers itself checkpoints."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     for child in module.children():

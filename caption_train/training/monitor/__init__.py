@@ -1,0 +1,1 @@
+"""Watches a run: validation, previews, logs, trackers, the loss curve and the health of training."""

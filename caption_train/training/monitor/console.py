@@ -1,4 +1,4 @@
-"""What a training run prints: its resolved settings at the start, what became of them at the end."""
+"""Prints a run's resolved settings at its start, and its result at its end."""
 
 import shlex
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ GIB = 1024**3
 def print_settings(
     options: TrainOptions, record: TrainingRecord, plan: BatchPlan, accelerator: Accelerator
 ) -> None:
-    """Print every setting that is not a default with where it came from, the defaults, and what follows."""
+    """Print settings that are not defaults and where they came from, the defaults, and what follows."""
     table = Table("setting", "value", "from", box=None, title="settings", title_justify="left")
     defaults = []
     for f in fields(options):
@@ -52,8 +52,8 @@ def print_settings(
 
 
 def print_summary(summary: Mapping[str, Any], options: TrainOptions, script: str) -> None:
-    """Print how the run ended and the command that uses what it made."""
-    # A command that is wrapped cannot be pasted.
+    """Print how the run ended, and the command that captions with the result."""
+    # soft_wrap: a command that rich breaks into lines cannot be pasted into a shell.
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     loss = "" if summary["loss"] is None else f"last loss {summary['loss']:.4f}, "
     console.print(

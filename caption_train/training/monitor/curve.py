@@ -1,4 +1,4 @@
-"""A run's losses as a picture."""
+"""Draws a run's losses and learning rate."""
 
 import sys
 from pathlib import Path
@@ -14,9 +14,9 @@ CURVE_FILE = "training_curve.png"
 
 
 def draw_curve(output_dir: Path) -> None:
-    """Draw `training_curve.png` from the log: losses with the best validation marked, and the learning rate.
+    """Draw `training_curve.png` from the log: losses, the best validation and the learning rate.
 
-    Without matplotlib, which nothing else needs, it says so.
+    Without matplotlib, which nothing else in training needs, a line says that it is not drawn.
     """
     try:
         from matplotlib.figure import Figure
@@ -65,7 +65,7 @@ def _draw_validation(axes: "Axes", lines: list[dict]) -> None:
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Return the exponential running mean over a twentieth of the run, ten steps at least."""
+    """Return the exponential running mean over a twentieth of the run, but at least ten steps."""
     keep = 1 - 1 / max(len(values) / 20, 10)
     smoothed, mean, weight = [], 0.0, 0.0
     for value in values:

@@ -1,4 +1,4 @@
-"""Whether a run is learning anything: dead modules, losses that are not finite, losses that jump."""
+"""Checks whether a run learns: finds untrained LoRA modules, losses that are not finite and sudden jumps."""
 
 import math
 import sys
@@ -14,20 +14,20 @@ from caption_train.training.run.batches import MicroBatch
 from caption_train.training.run.run import TrainingRun
 
 MEMORY = 0.95
-"""How much of the running loss a step keeps: it looks back about twenty steps."""
+"""Share of the running loss that each step keeps; it covers about the last twenty steps."""
 
 SPIKE = 6.0
-"""A loss this many standard deviations above the running one is a spike."""
+"""A loss this many standard deviations above the running mean is a spike."""
 
 WARM_UP = 20
-"""Steps before there is a running loss to judge by."""
+"""Steps before the running loss is reliable enough to find spikes."""
 
 PATIENCE = 20
-"""Steps that a LoRA module has to move in where blocks are left out at random; elsewhere it is the first."""
+"""Steps within which a LoRA module must change if blocks are left out at random; otherwise it is one."""
 
 
 class Health:
-    """Judges every step of a `Run`. All processes come to the same judgement."""
+    """Judges every step of a run. All processes come to the same result."""
 
     def __init__(self, run: TrainingRun) -> None:
         self.run = run
@@ -39,7 +39,7 @@ class Health:
         return math.isfinite(loss) and math.isfinite(grad_norm)
 
     def note_good(self, loss: float, micro_batches: Sequence[MicroBatch]) -> None:
-        """Note that a step was taken; say so when its loss jumped, with the files in it."""
+        """Record that a step was taken; print a line with the files of the step if its loss jumped."""
         progress = self.run.progress
         progress.bad_steps = 0
         if progress.loss_mean is None:
@@ -54,9 +54,16 @@ class Health:
         progress.loss_variance = MEMORY * (progress.loss_variance + (1 - MEMORY) * deviation**2)
 
     def note_bad(self, loss: float, micro_batches: Sequence[MicroBatch], overflow: bool) -> None:
-        """Note that a step was not taken. Raises CaptionTrainError after `--max_bad_steps` in a row.
+        """Record that a step was not taken.
 
-        overflow: fp16's loss scaling was too high, which it mends itself; such a step is not a bad one.
+        Args:
+            loss: the loss of the step.
+            micro_batches: what the step was computed from.
+            overflow: whether only fp16's loss scale was too high. It adapts by itself, so such a step is not
+                a bad one.
+
+        Raises:
+            CaptionTrainError: after `--max_bad_steps` in a row.
         """
         progress, most = self.run.progress, self.run.options.max_bad_steps
         progress.skipped_steps += 1
@@ -75,10 +82,10 @@ class Health:
         self._say(f"step {step} skipped: {reason}" + (f"; files: {files}" if files else ""))
 
     def check_alive(self) -> None:
-        """Stop when a LoRA module did not move at the first step: it never would, and nobody would know.
+        """Raise if a LoRA module did not change at the first step: it would silently stay untrained.
 
-        Stochastic depth leaves a block out of a step, all of it where one image is a batch.
-        Modules of such a model have some steps to move in.
+        Stochastic depth leaves blocks out at random; if a batch is one image, a block is left out completely.
+        Modules of such a model have PATIENCE steps to change.
         """
         if not self.untried or self.run.lr_scheduler.get_last_lr()[0] == 0:
             return
@@ -106,9 +113,13 @@ def copy_lora_b(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def find_dead_modules(model: nn.Module, before: dict[str, torch.Tensor]) -> list[str]:
-    """Return the names of the modules whose `lora_B` an optimizer step left as it was in `before`.
+    """Return the names of modules whose `lora_B` did not change in an optimizer step.
 
-    `lora_B` starts at zero and has a gradient at once, `lora_A` only from the second step on.
+    `lora_B` starts at zero and has a gradient at once; `lora_A` has one only from the second step on.
+
+    Args:
+        model: the model with LoRA, after the step.
+        before: what `copy_lora_b` returned before it.
     """
     now = {name: p for name, p in model.named_parameters() if name in before}
     same = [name for name, value in before.items() if torch.equal(now[name], value)]
@@ -116,5 +127,5 @@ def find_dead_modules(model: nn.Module, before: dict[str, torch.Tensor]) -> list
 
 
 def name_module(name: str) -> str:
-    """Return the name in the base of the module that a `lora_B` belongs to."""
+    """Return the name in the base model of the module that a `lora_B` belongs to."""
     return name.removeprefix("base_model.model.").partition(".lora_B")[0]

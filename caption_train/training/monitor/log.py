@@ -1,4 +1,4 @@
-"""Where a run's numbers go: `log.jsonl` in the output folder, and the trackers the user asked for."""
+"""Writes a run's numbers to `log.jsonl` in the output folder and to the trackers."""
 
 import errno
 import io
@@ -20,7 +20,13 @@ LOG_FILE = "log.jsonl"
 
 
 class RunLog:
-    """One line of JSON per optimizer step, and the same values to the trackers; main process only."""
+    """Writes one line of JSON per optimizer step, and the same values to the trackers.
+
+    Args:
+        accelerator: only its main process writes.
+        output_dir: the folder of the log.
+        first_step: the step that a resumed run continues from; later lines of the log are removed.
+    """
 
     def __init__(self, accelerator: Accelerator, output_dir: Path, first_step: int = 0) -> None:
         self.accelerator = accelerator
@@ -29,11 +35,11 @@ class RunLog:
         if accelerator.is_main_process:
             with explain_failure(output_dir, LOG_FILE):
                 write_atomically(self.path, "".join(_lines_before(self.path, first_step)))
-                # Unbuffered: what could not be written now would fail once more when it is closed.
+                # Unbuffered: data that could not be written would raise again when the file is closed.
                 self.file = self.path.open("ab", buffering=0)
 
     def write(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
-        """Log the values of an optimizer step (counted from 1)."""
+        """Log the values of an optimizer step, which is counted from 1."""
         if self.file is not None:
             finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
             line = (json.dumps({"step": step, "epoch": epoch, **finite}) + "\n").encode()
@@ -43,7 +49,7 @@ class RunLog:
         self.accelerator.log({**values, "epoch": epoch}, step=step)
 
     def write_samples(self, step: int, samples: Sequence["Sample"]) -> None:
-        """Log sample captions, each with its image, to the trackers."""
+        """Log preview captions, each with its image, to the trackers."""
         for tracker in self.accelerator.trackers:
             for index, sample in enumerate(samples):
                 label = f"samples/{index}"
@@ -57,14 +63,14 @@ class RunLog:
                     tracker.log({label: wandb.Image(sample.image, caption=text)}, step=step)
 
     def close(self) -> None:
-        """End the log and the trackers' runs."""
+        """Close the log, and end the run in the trackers."""
         if self.file is not None:
             self.file.close()
         self.accelerator.end_training()
 
 
 def _lines_before(path: Path, first_step: int) -> list[str]:
-    """Return the log's lines up to the step that a resumed run starts after."""
+    """Return the lines of the log up to the step that a resumed run continues from."""
     if not path.exists() or first_step == 0:
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
@@ -72,7 +78,7 @@ def _lines_before(path: Path, first_step: int) -> list[str]:
 
 
 def _step_of(line: str) -> int:
-    """Return a line's step; 0 for what is none of ours, as a power cut leaves it."""
+    """Return a line's step, or 0 for a line that is broken, for example by a power cut."""
     try:
         return int(parse_json(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -81,7 +87,7 @@ def _step_of(line: str) -> int:
 
 @dataclass(frozen=True)
 class Sample:
-    """A fixed image's reference caption and what the model says now."""
+    """A preview: an image's reference caption and what the model generates now."""
 
     file: str
     image: Image.Image

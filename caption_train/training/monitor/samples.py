@@ -1,4 +1,4 @@
-"""Looking at what a model in training writes: sample captions beside their references."""
+"""Captions a few fixed images during training, as a preview beside their references."""
 
 import textwrap
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ COUNT = 4
 class PreviewCaptioner:
     """Captions the same few images before the first step and every `--sample_every_n_…`.
 
-    They are the first validation images, kept in memory: a file that goes away cannot stop a run for its
-    preview. Only where none are held out are they images that are trained on, and are called so.
+    They are the first validation images. Without validation, they are training images, and the title says so.
+    They are kept in memory, so that a run does not stop when a file disappears.
     """
 
     def __init__(self, run: TrainingRun, family: Family, data: TrainingData, log: RunLog) -> None:
@@ -42,12 +42,12 @@ class PreviewCaptioner:
                 continue
 
     def before_first_step(self) -> None:
-        """Caption once untrained, if samples were asked for: what training is compared with."""
+        """Caption with the untrained model if previews were asked for, to compare the later ones with."""
         if self.wanted:
             self.sample(0)
 
     def after_step(self, step: int) -> None:
-        """Caption if the 0-based optimizer step just taken is due."""
+        """Caption if it is due after this 0-based optimizer step."""
         options, plan, done = self.run.options, self.run.plan, step + 1
         ends_epoch = done % plan.steps_per_epoch == 0
         if is_due(options.sample_every_n_steps, done) or (
@@ -56,7 +56,7 @@ class PreviewCaptioner:
             self.sample(done)
 
     def sample(self, step: int) -> None:
-        """Caption the images, print and log them; the training's random numbers stay as they were."""
+        """Caption the images, print and log the captions; the random state of training is not changed."""
         pairs, images = [pair for pair, _ in self.images], [image for _, image in self.images]
         with unsharded(self.run.model):
             if not self.run.accelerator.is_main_process:
@@ -71,7 +71,7 @@ class PreviewCaptioner:
 
 
 def print_samples(title: str, samples: Sequence[Sample]) -> None:
-    """Print a table: file, reference, generated."""
+    """Print a table of file, reference and generated caption."""
     table = Table("file", "reference", "generated", title=title, title_justify="left")
     for sample in samples:
         table.add_row(*(textwrap.shorten(t, 160) for t in (sample.file, sample.reference, sample.generated)))

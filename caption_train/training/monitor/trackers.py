@@ -15,7 +15,7 @@ _LOGIN = "run `wandb login`, or set WANDB_MODE=offline"
 
 
 def check_trackers(log_with: str | None) -> None:
-    """Raise UsageError when the tracker of `--log_with` is not installed or not logged in to."""
+    """Raise UsageError if the tracker of `--log_with` is not installed or not logged in."""
     packages = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}.get(log_with, ())
     if packages and not any(map(find_spec, packages)):
         raise UsageError(f"--log_with {log_with}: not installed; pip install {packages[0]}")
@@ -34,11 +34,11 @@ def _check_login() -> None:
 
 @contextmanager
 def _explain_login() -> Iterator[None]:
-    """Turn what wandb raises into one line."""
+    """Turn wandb's errors into one line."""
     try:
         yield
     except Exception as error:
-        # wandb's own, which must not be imported to be caught: it may be absent.
+        # Compared by name, because wandb may not be installed, so its errors cannot be imported.
         if type(error).__module__.partition(".")[0] != "wandb":
             raise
         reason = str(error).partition("\n")[0]
@@ -48,13 +48,20 @@ def _explain_login() -> Iterator[None]:
 def start_trackers(
     accelerator: Accelerator, name: str, config: Mapping[str, Any], progress: Progress
 ) -> None:
-    """Start the trackers of `--log_with`, or go on with what they have of this run up to its step."""
-    # TensorBoard takes only numbers, text and truth as settings.
+    """Start the trackers of `--log_with`; a resumed run continues its records up to its step.
+
+    Args:
+        accelerator: the accelerator that has the trackers.
+        name: the run's name in wandb.
+        config: the settings of the run.
+        progress: how far the run has come.
+    """
+    # TensorBoard accepts only numbers, strings and booleans as settings.
     simple = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in config.items()}
     settings = {
         "wandb": {"name": name, "id": progress.run_id, "resume": "allow"},
         "tensorboard": {"purge_step": progress.global_step + 1},
     }
     with _explain_login():
-        # Settings told again would be one more run to TensorBoard.
+        # TensorBoard shows settings that are written a second time as another run.
         accelerator.init_trackers("caption-train", None if progress.global_step else simple, settings)

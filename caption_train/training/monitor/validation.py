@@ -1,4 +1,4 @@
-"""How good the model in training is on images it does not train on, and when to stop."""
+"""Measures the model in training on images that it is not trained on, and decides when to stop early."""
 
 import math
 import sys
@@ -41,7 +41,7 @@ class Evaluator:
         self.run, self.family, self.pairs, self.log, self.collate_fn = run, family, pairs, log, collate_fn
 
     def after_step(self, step: int) -> None:
-        """Evaluate if the 0-based optimizer step just taken is due: every epoch unless told otherwise."""
+        """Evaluate if it is due after this 0-based optimizer step; by default, at the end of every epoch."""
         if not self.pairs:
             return
         options, plan, done = self.run.options, self.run.plan, step + 1
@@ -58,7 +58,7 @@ class Evaluator:
             self._say(done, values, is_best)
 
     def evaluate(self) -> dict[str, float]:
-        """Return the loss per token and the metrics asked for, over all processes."""
+        """Return the loss per token, and the metrics asked for, over all processes."""
         with unsharded(self.run.model):
             values = {"loss": self._measure_loss()}
             if self.run.options.metrics:
@@ -94,7 +94,7 @@ class Evaluator:
                 tqdm.write(f"skipped {error}", file=sys.stderr)
 
     def _score(self) -> dict[str, float]:
-        """Caption the first `--metric_samples` images; each is compared with all captions it has."""
+        """Caption the first `--metric_samples` images, and compare each with all captions that it has."""
         run, accelerator = self.run, self.run.accelerator
         references: dict[tuple[Path, str], list[str]] = {}
         for pair in self.pairs:
@@ -109,18 +109,18 @@ class Evaluator:
                 try:
                     opened[path, prompt] = open_image(path)
                 except ImageError:
-                    # Named when the loss was measured.
+                    # It was reported when the loss was measured.
                     continue
             captions = caption_images(run, self.family, list(opened.values()), [key[1] for key in opened])
             rows += [(str(key), c, references[key]) for key, c in zip(opened, captions, strict=True)]
-        # In one order, so that sums do not depend on how many processes there are.
+        # Sorted, so that the rounding of sums does not depend on the number of processes.
         rows = sorted(gather_object(rows))
         if not rows:
             return {}
         return score_captions([row[1] for row in rows], [row[2] for row in rows], run.options.metrics)
 
     def _judge(self, values: dict[str, float]) -> bool:
-        """Remember a best value; note when there was none for `--early_stopping_patience` evaluations."""
+        """Remember a new best value, or count towards early stopping; return whether it is the best."""
         run, progress = self.run, self.run.progress
         name, patience = run.options.metric_for_best, run.options.early_stopping_patience
         value, best = values.get(name, math.nan), progress.best_value
@@ -150,7 +150,7 @@ class Evaluator:
 
 @contextmanager
 def evaluating(run: TrainingRun) -> Iterator[torch.nn.Module]:
-    """Give the model without its wrapper, dropout off; leave training and its random numbers untouched."""
+    """Yield the model without wrapper and dropout; then restore train mode and the random state."""
     model, device = run.accelerator.unwrap_model(run.model), run.accelerator.device
     model.eval()
     try:
@@ -163,7 +163,14 @@ def evaluating(run: TrainingRun) -> Iterator[torch.nn.Module]:
 def caption_images(
     run: TrainingRun, family: Family, images: Sequence[Image.Image], prompts: Sequence[str | None]
 ) -> list[str]:
-    """Caption images as they are trained on: with their own prompts, where None with the run's."""
+    """Caption images as in training.
+
+    Args:
+        run: the run with the model in training.
+        family: the model's family.
+        images: RGB images.
+        prompts: the prompt of each image; None means the prompt of the run.
+    """
     if not images:
         return []
     with evaluating(run) as model:

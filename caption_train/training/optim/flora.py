@@ -1,8 +1,8 @@
-"""Flora, exact: upstream's formulas inside accelerate's loop.
+"""Flora inside accelerate's loop, with exactly the formulas of the package flora-opt ("upstream" below).
 
-Hao, Cao, Mou: "Flora: Low-Rank Adapters Are Secretly Gradient Compressors", ICML 2024; package flora-opt. A
-gradient G [m, n] is held as A @ G [r, n] (m < n, else as G @ A.T [m, r]), A ~ N(0, 1/r), and read back as
-A.T @ (A @ G), whose expectation over A is G. Importing this takes seconds: do it where Flora is asked for.
+Hao, Cao, Mou: "Flora: Low-Rank Adapters Are Secretly Gradient Compressors", ICML 2024. A gradient G [m, n] is
+held as A @ G [r, n] if m < n, else as G @ A.T [m, r], with A ~ N(0, 1/r). It is decompressed as A.T @ (A @
+G), whose expectation over A is G. Importing this module takes seconds, so do it only if Flora is used.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -15,20 +15,21 @@ from caption_train.training.optim.flora_step import step_weight
 
 
 def take_gradient(p: torch.Tensor) -> torch.Tensor | None:
-    """Return the gradient of `p`, which forgets it."""
+    """Return the gradient of `p` and remove it from `p`, so that its memory can be freed."""
     gradient, p.grad = p.grad, None
     return gradient
 
 
 class Flora(upstream.Flora):
-    """Adafactor whose momentum is kept at `rank`, resampling its projection every `kappa` steps."""
+    """Adafactor with its momentum compressed to `rank`. The random projection changes every `kappa` steps."""
 
     @staticmethod
     def _get_options(param_group: dict, param_shape: tuple[int, ...]) -> tuple[bool, bool, bool]:
-        """Return whether the second moment is factored, there is a first moment, and it is compressed.
+        """Return whether the second moment is factored, a first moment exists, and the first is compressed.
 
-        Upstream also compresses at rank == dimension, which only adds noise, and tells embeddings by sides
-        of a ratio above 4, which every LoRA matrix has: here embeddings come in a group whose rank is None.
+        Upstream also compresses if the rank equals the dimension, which only adds noise. And it takes each
+        matrix whose sides have a ratio above 4 for an embedding, as every LoRA matrix has. Here, embeddings
+        are in a group whose rank is None.
         """
         factored = len(param_shape) == 2 and param_group["factorize_second_moment"]
         has_momentum = bool(param_group["beta1"])
@@ -36,16 +37,21 @@ class Flora(upstream.Flora):
 
     @torch.no_grad()
     def step(self, closure=None, take_gradient: Callable = take_gradient) -> None:
-        """Step one parameter at a time; `take_gradient` gives its gradient, or None to leave it as it is."""
+        """Step one parameter at a time.
+
+        Args:
+            closure: not used; torch's interface has it.
+            take_gradient: returns the gradient of a parameter, or None to leave the parameter unchanged.
+        """
         for group in self.param_groups:
             for p in group["params"]:
-                # In a list, from which the step takes it, so that no name here keeps it alive meanwhile.
+                # In a list, from which the step removes it: a variable here would keep the gradient alive.
                 held = [take_gradient(p)]
                 if held[0] is not None:
                     step_weight(p, held, self.state[p], group, self._get_options(group, p.shape)[2])
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load, keeping the state's own dtype: torch would round float32 state to a bf16 weight's."""
+        """Load a state in its own dtype; torch would round float32 state to the dtype of a bf16 weight."""
         super().load_state_dict(state_dict)
         parameters = [p for group in self.param_groups for p in group["params"]]
         for index, saved in state_dict["state"].items():
@@ -56,12 +62,13 @@ class Flora(upstream.Flora):
 
 
 class CompressedAccelerator(upstream.FloraAccelerator):
-    """FloraAccelerator whose backward only compresses: the step is the loop's.
+    """FloraAccelerator whose backward pass only compresses gradients; the loop takes the step.
 
-    Upstream steps inside the backward hooks, so gradients cannot be clipped or refused, schedules do not
-    reach the hooks' group, ranks drift apart, and no checkpoint holds the seeds. Here a hook moves each
-    gradient into its pack and frees it; `clip_grad_norm_` averages the packs over the ranks and measures what
-    they decompress to; `CompressedOptimizer.step` decompresses and steps one parameter at a time.
+    Upstream steps inside the backward hooks. So gradients cannot be clipped or refused, the schedule does not
+    reach the hooks' group, ranks drift apart, and no checkpoint holds the seeds. Here, a hook adds each
+    gradient to its compressed sum, the "pack", and frees it. `clip_grad_norm_` averages the packs over the
+    ranks and measures the norm after decompression. `CompressedOptimizer.step` decompresses and steps one
+    parameter at a time.
     """
 
     def __init__(self, rank: int, **settings) -> None:
@@ -70,13 +77,14 @@ class CompressedAccelerator(upstream.FloraAccelerator):
         self._reduced = False
 
     def is_factorized(self, p: torch.Tensor) -> bool:
-        """Whether the pack of `p` is smaller than its gradient; one that is not is the exact gradient."""
+        """Tell whether the pack of `p` is smaller than its gradient; if not, the pack is the gradient."""
         return p.dim() == 2 and shrinks(p.shape, self.proj_rank)
 
     def prepare_model(self, model: torch.nn.Module, device_placement=None, evaluation_mode: bool = False):
-        """Prepare without DistributedDataParallel, whose buckets are as large as all gradients.
+        """Prepare without DistributedDataParallel, whose buckets are as large as all gradients together.
 
-        Ranks start equal because rank 0's trainable weights go to all, and stay equal because packs do.
+        Ranks start equal because rank 0's trainable weights are sent to all, and stay equal because packs are
+        averaged.
         """
         model = super().prepare_model(model, device_placement, evaluation_mode=True)
         if self.num_processes > 1 and not evaluation_mode:
@@ -103,11 +111,11 @@ class CompressedAccelerator(upstream.FloraAccelerator):
 
     @torch.no_grad()
     def decompress(self, p: torch.Tensor) -> torch.Tensor:
-        """Return the accumulated gradient of `p`, in its shape."""
+        """Return the accumulated gradient of `p`, in the shape of `p`."""
         return self._up_project(self.seeds[p], p, self.packs[p]) if self.is_factorized(p) else self.packs[p]
 
     def take_gradient(self, p: torch.Tensor) -> torch.Tensor | None:
-        """Return the accumulated gradient of `p`, forget its pack and draw its next projection."""
+        """Return the accumulated gradient of `p`, delete its pack and draw its next projection."""
         if p not in self.packs:
             return None
         gradient = self.decompress(p)
@@ -117,8 +125,15 @@ class CompressedAccelerator(upstream.FloraAccelerator):
 
     @torch.no_grad()
     def clip_grad_norm_(self, parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float = 2):
-        """Average the packs over all ranks, then scale them so that the norm of what they decompress to is
-        at most `max_norm`. Return the norm before that [], the same on every rank, also if `max_norm` is inf.
+        """Average the packs over all ranks, then clip the norm of the gradients that they decompress to.
+
+        Args:
+            parameters: the parameters to clip.
+            max_norm: the largest norm that is allowed; infinity clips nothing.
+            norm_type: the p of the p-norm.
+
+        Returns:
+            The norm [] before clipping, the same on every rank.
         """
         self.reduce_packs()
         packed = [p for p in parameters if p in self.packs]
@@ -134,8 +149,8 @@ class CompressedAccelerator(upstream.FloraAccelerator):
     def reduce_packs(self) -> None:
         """Average the packs over the ranks, once per optimizer step.
 
-        Compression is linear, so this is the pack of the average gradient, at rank / dimension of the bytes.
-        A rank that had no gradient for a parameter counts as zero.
+        Compression is linear, so the result is the pack of the average gradient, for rank / dimension of the
+        traffic. A rank without a gradient for a parameter counts as zero.
         """
         if self.num_processes == 1 or self._reduced:
             return
@@ -162,32 +177,32 @@ class CompressedAccelerator(upstream.FloraAccelerator):
 
 
 class CompressedOptimizer(AcceleratedOptimizer):
-    """Flora as `CompressedAccelerator` prepares it. Its state also holds the accumulation's."""
+    """Flora as `CompressedAccelerator` prepares it. Its state includes that of the accumulation."""
 
     def __init__(self, accelerator: CompressedAccelerator, optimizer: Flora, device_placement: bool) -> None:
         self.accelerator = accelerator
         super().__init__(optimizer, device_placement=device_placement)
 
     def trainable(self) -> Iterator[torch.Tensor]:
-        """Yield the trained parameters in the order the state is saved in."""
+        """Yield the trained parameters in the order in which the state is saved."""
         for group in self.param_groups:
             yield from (p for p in group["params"] if p.requires_grad)
 
     def step(self, closure=None) -> None:
-        """Step every parameter that has a pack, at the end of an accumulation."""
+        """Step every parameter that has a pack, at the end of an accumulation only."""
         if self.gradient_state.sync_gradients:
             self.accelerator.reduce_packs()
             self.optimizer.step(take_gradient=self.accelerator.take_gradient)
             self.accelerator.clear_packs()
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
-        """Drop what was accumulated, also when the step was skipped."""
+        """Delete the accumulated gradients, also if the step was skipped."""
         super().zero_grad(set_to_none)
         if self.gradient_state.sync_gradients:
             self.accelerator.clear_packs()
 
     def state_dict(self) -> dict:
-        """Return the optimizer's state and, under "accumulation", each parameter's seed and pack by index."""
+        """Return the optimizer's state; "accumulation" holds each parameter's seed and pack by index."""
         parameters, accelerator = list(self.trainable()), self.accelerator
         packs = {i: accelerator.packs[p] for i, p in enumerate(parameters) if p in accelerator.packs}
         seeds = [accelerator.seeds[p] for p in parameters]
@@ -205,5 +220,5 @@ class CompressedOptimizer(AcceleratedOptimizer):
 
 
 def shrinks(shape: tuple[int, ...], rank: int | None) -> bool:
-    """Whether holding a matrix at `rank` takes less than the matrix."""
+    """Tell whether a matrix of this shape is smaller when it is held at `rank`."""
     return rank is not None and rank < min(shape)

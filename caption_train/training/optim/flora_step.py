@@ -1,8 +1,8 @@
-"""One weight's step of Flora, Adafactor whose momentum is a random projection, in little memory.
+"""Takes one Flora step for one weight in little memory: Adafactor with a randomly projected momentum.
 
-The formulas, seeds and roundings are those of the package flora-opt, bit for bit
-(tests/training/optim/test_flora_step.py),
-which holds up to five copies of a weight while it steps; here there are two, and the gradient.
+Formulas, seeds and rounding are those of the package flora-opt, bit for bit
+(tests/training/optim/test_flora_step.py). flora-opt holds up to five copies of a weight during its step; here
+there are two, and the gradient.
 """
 
 import math
@@ -15,9 +15,14 @@ from flora_opt.optimizers.torch.flora import next_seed, split_seed, stable_randn
 def step_weight(
     p: torch.Tensor, held: list[torch.Tensor], state: dict[str, Any], group: dict[str, Any], compresses: bool
 ) -> None:
-    """Step `p` by the gradient in `held`, which is taken from there and dropped on the way.
+    """Step one weight.
 
-    state: that of `p`, with its "seed". compresses: whether the momentum is held at the group's rank.
+    Args:
+        p: the weight.
+        held: a list with the gradient, which is removed from it and freed during the step.
+        state: the optimizer's state of `p`, with its "seed".
+        group: the parameter group of `p`.
+        compresses: whether the momentum is held at the group's rank.
     """
     gradient = held.pop().float()
     if "step" not in state:
@@ -51,7 +56,7 @@ def _start(state: dict[str, Any], gradient: torch.Tensor, group: dict[str, Any],
 
 
 def _scale(gradient: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> torch.Tensor:
-    """Return the gradient over the root of its running second moment, which for a matrix is factored."""
+    """Return the gradient divided by the root of its running second moment, factored for a matrix."""
     decay = 1.0 - math.pow(state["step"], group["decay_rate"])
     square = gradient.square().add_(group["eps"][0])
     if gradient.dim() != 2:
@@ -72,7 +77,7 @@ def _move(update: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) ->
 
 
 def _move_compressed(update: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-    """Mix the update with the momentum as it is read back; every kappa steps move it to a new projection."""
+    """Mix the update with the decompressed momentum; every kappa steps, move it to a new projection."""
     momentum, beta = state["exp_avg"], group["beta1"]
     read = _read(state["seed"], momentum, update.shape, group["rank"])
     if state["step"] % group["kappa"] == 0:

@@ -11,19 +11,19 @@ from caption_train.training.optim.state_size import find_embeddings
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 FLORA_BETA1 = 0.9
-"""Momentum of Flora, the paper's. Upstream's default is none, with which `rank` would do nothing."""
+"""Flora's momentum, from the paper. The default of flora-opt is none; `rank` would then have no effect."""
 
 
 def make_optimizer(options: TrainOptions, model: torch.nn.Module) -> torch.optim.Optimizer:
     """Make the optimizer of the model's trainable parameters.
 
-    Flora's `scale_parameter` is off: it multiplies the rate by the weight's size, which for a new `lora_B`
-    is zero; `--learning_rate` then means about what it means to AdamW.
+    Flora's `scale_parameter` is off. It multiplies the learning rate by the size of the weight, which is zero
+    for a new `lora_B`. Without it, `--learning_rate` means about the same as for AdamW.
     """
     groups = group_parameters(options, model)
     settings = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
     if options.optimizer_name == "AdamW":
-        # One kernel for a whole weight: no temporaries as large as it, and on a CPU six times as fast.
+        # Fused: one kernel per weight, without temporaries of its size; six times as fast on a CPU.
         fused = PartialState().device.type in FUSED_DEVICES
         return torch.optim.AdamW(groups, fused=fused or None, **settings)
     if options.optimizer_name == "Flora":
@@ -36,10 +36,10 @@ def make_optimizer(options: TrainOptions, model: torch.nn.Module) -> torch.optim
 
 
 def group_parameters(options: TrainOptions, model: torch.nn.Module) -> list[dict[str, Any]]:
-    """Return the trainable parameters as groups of one learning rate and, for Flora, one rank.
+    """Return the trainable parameters in groups of one learning rate and, for Flora, one rank.
 
-    A `lora_B` learns `--lora_plus_ratio` times as fast (LoRA+, arXiv 2402.12354). An embedding's momentum is
-    left whole, as in Flora's paper.
+    The rate of a `lora_B` is multiplied by `--lora_plus_ratio` (LoRA+, arXiv 2402.12354). The momentum of an
+    embedding is not compressed, as in Flora's paper.
     """
     is_flora = options.optimizer_name == "Flora"
     embeddings = find_embeddings(model)
@@ -59,12 +59,18 @@ def group_parameters(options: TrainOptions, model: torch.nn.Module) -> list[dict
 def make_lr_scheduler(
     options: TrainOptions, optimizer: torch.optim.Optimizer, total_steps: int
 ) -> LRScheduler:
-    """Make the schedule over `total_steps` optimizer steps.
+    """Make the learning-rate schedule.
 
-    The rate rises for `--warmup_steps`; OneCycle without them rises for torch's 30 % of the steps.
+    The rate rises during `--warmup_steps`; OneCycle without them rises during 30 % of the steps, torch's
+    default.
+
+    Args:
+        options: the options of the run.
+        optimizer: its rates are the highest ones of the schedule.
+        total_steps: optimizer steps of the whole run.
     """
     if options.scheduler == "OneCycle":
-        # torch ends the rise at step `share * total_steps - 1` and divides by what is left after it.
+        # In torch, the rise ends at step `share * total_steps - 1`, and at least one step must follow.
         total_steps = max(total_steps, options.warmup_steps + 2)
         share = (options.warmup_steps + 1) / total_steps if options.warmup_steps else 0.3
         peaks = [group["lr"] for group in optimizer.param_groups]

@@ -1,4 +1,4 @@
-"""Bytes of what an optimizer holds and works with, counted from the shapes of what is trained."""
+"""Counts the bytes of gradients and optimizer state from the shapes of the trained parameters."""
 
 from collections.abc import Iterable
 
@@ -11,12 +11,12 @@ SMALLEST_8BIT = 4096
 
 
 def find_embeddings(model: nn.Module) -> set[nn.Parameter]:
-    """Return the weights of word and position embeddings, whose momentum Flora leaves whole."""
+    """Return the weights of word and position embeddings, whose momentum Flora does not compress."""
     return {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
 
 
 def count_gradients(options: TrainOptions, trained: Iterable[nn.Parameter]) -> int:
-    """Return the bytes of all gradients as they accumulate."""
+    """Return the bytes of all gradients while they accumulate."""
     rank = options.accumulation_rank if options.accumulation_compression else None
     return sum(4 * _compressed(p, rank) for p in trained)
 
@@ -24,7 +24,7 @@ def count_gradients(options: TrainOptions, trained: Iterable[nn.Parameter]) -> i
 def count_state(
     options: TrainOptions, trained: Iterable[nn.Parameter], embeddings: set[nn.Parameter] = frozenset()
 ) -> int:
-    """Return the bytes of the optimizer's state; of sharded weights, this process's part."""
+    """Return the bytes of the optimizer's state; of sharded weights, only this process's shard counts."""
     return sum(_state_bytes(options, p, is_embedding=p in embeddings) for p in trained)
 
 

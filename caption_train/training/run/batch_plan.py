@@ -1,4 +1,4 @@
-"""Which samples each process trains on at each step, computed from the seed."""
+"""Decides which samples each process trains on at each step, computed from the seed alone."""
 
 import math
 import random
@@ -8,16 +8,33 @@ from dataclasses import dataclass
 from torch.utils.data import Sampler
 
 Key = tuple[int, int]
-"""(epoch, index): a sample's augmentation depends on these and the seed only, so any worker can resume it."""
+"""(epoch, index) of a sample. Augmentation depends on these and the seed alone, so any worker can redo it."""
 
 
 @dataclass
 class BatchPlan(Sampler):
-    """Which samples each process reads at every optimizer step: a function of the seed, nothing else.
+    """Which samples each process reads at every optimizer step.
 
-    An epoch is a permutation of the dataset, cut into effective batches of batch_size × accumulation_steps ×
-    num_processes samples. Every sample is read once an epoch by one process, whatever their number; a process
-    with nothing left to read in a short last batch gets an empty micro-batch.
+    Each epoch is a permutation of the dataset, cut into effective batches of batch_size × accumulation_steps
+    × num_processes samples. One process reads each sample once per epoch. In a short last batch, a process
+    without samples gets an empty micro-batch.
+
+    >>> plan = BatchPlan(num_samples=5, batch_size=1, accumulation_steps=2, num_processes=2)
+    >>> plan.steps_per_epoch, plan.micro_batches(0), plan.micro_batches(1)
+    (2, [[(1, 0)], [(1, 2)]], [[(1, 1)]])
+    >>> other = BatchPlan(num_samples=5, batch_size=1, accumulation_steps=2, num_processes=2, process_index=1)
+    >>> other.micro_batches(0), other.micro_batches(1)
+    ([[(1, 3)], [(1, 4)]], [[]])
+
+    Attributes:
+        num_samples: size of the dataset.
+        batch_size: samples per process and micro-batch.
+        accumulation_steps: micro-batches per optimizer step.
+        num_processes: how many processes train together.
+        process_index: the rank of this process.
+        epochs: how often each sample is read.
+        seed: determines the permutations.
+        first_step: the optimizer step to start from, 0 unless the run is resumed.
     """
 
     num_samples: int
@@ -31,7 +48,7 @@ class BatchPlan(Sampler):
 
     @property
     def effective_batch_size(self) -> int:
-        """Samples behind one optimizer step."""
+        """Samples in one optimizer step."""
         return self.batch_size * self.accumulation_steps * self.num_processes
 
     @property
@@ -49,7 +66,7 @@ class BatchPlan(Sampler):
         return step // self.steps_per_epoch + 1
 
     def micro_batches(self, step: int) -> list[list[Key]]:
-        """Return what this process reads for the 0-based optimizer step: as many lists on every process."""
+        """Return the keys that this process reads at a 0-based step; every process gets as many lists."""
         epoch = self.epoch_of(step)
         start = (step % self.steps_per_epoch) * self.effective_batch_size
         chosen = self._order(epoch)[start : start + self.effective_batch_size]
@@ -75,5 +92,5 @@ class BatchPlan(Sampler):
 
 
 def is_due(every: int | None, count: int) -> bool:
-    """Return whether something done every so often (never, if None) is due at this count."""
+    """Return whether something done every `every` steps or epochs (None: never) is due at this count."""
     return every is not None and count % every == 0

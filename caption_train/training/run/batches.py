@@ -1,4 +1,4 @@
-"""Images and captions as training batches. Legend: B images per micro-batch, T tokens."""
+"""Turns images and captions into training batches. Legend: B images per micro-batch, T tokens."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -18,10 +18,14 @@ from caption_train.training.run.batch_plan import BatchPlan, Key
 
 @dataclass
 class MicroBatch:
-    """What one process feeds the model at once.
+    """What one process passes to the model at once.
 
-    inputs: the model's keyword arguments. files: the images in it. label_tokens: positions a loss is due on,
-    0 for a filler that keeps this process in step with the others. errors: why images were left out.
+    Attributes:
+        inputs: keyword arguments of the model.
+        files: the images in it.
+        label_tokens: how many labels have a loss. 0 marks a filler, which keeps this process in step with
+            others.
+        errors: why images were left out.
     """
 
     inputs: dict[str, Any]
@@ -30,14 +34,22 @@ class MicroBatch:
     errors: list[str]
 
     def pin_memory(self) -> "MicroBatch":
-        """Copy the tensors to page-locked memory; the DataLoader calls this."""
+        """Copy the tensors to page-locked memory. The DataLoader calls this."""
         return replace(self, inputs={name: tensor.pin_memory() for name, tensor in self.inputs.items()})
 
 
 class CaptionDataset(Dataset):
-    """Pairs as `{"image": PIL.Image, "caption": str, "file": str}`, read by the key `(epoch, index)`.
+    """Pairs as items `{"image": PIL.Image, "caption": str, "file": str}`, read by the key `(epoch, index)`.
 
-    An item of a pair with its own prompt has a `"prompt"` too.
+    The item of a pair with its own prompt has a `"prompt"` too; an unreadable image is replaced by an
+    `"error"`.
+
+    Args:
+        pairs: the pairs.
+        seed: determines the augmentation.
+        shuffle_captions: whether to shuffle the comma-separated tags of captions.
+        keep_tokens: how many tags at the start stay in place.
+        caption_dropout: probability of training an image with an empty caption.
     """
 
     def __init__(
@@ -68,7 +80,7 @@ class CaptionDataset(Dataset):
             return item | {"error": str(error)}
 
     def caption(self, epoch: int, index: int) -> str:
-        """Return the caption as it is trained on in this epoch: tags shuffled, or all of it dropped."""
+        """Return the caption for this epoch, after dropout and shuffling of tags."""
         caption = self.pairs[index].caption
         rng = random.Random(f"{self.seed} {epoch} {index}")
         if rng.random() < self.caption_dropout:
@@ -83,13 +95,14 @@ class CaptionDataset(Dataset):
 
 @dataclass
 class Collate:
-    """Items → MicroBatch through a family's collator; unreadable images are left out and named."""
+    """Turns items into a MicroBatch with a family's collator; unreadable images are left out and reported."""
 
     collate_fn: Callable[[Sequence[dict]], dict[str, Any]]
 
     def __call__(self, items: Sequence[dict]) -> MicroBatch:
         good = [item for item in items if "error" not in item]
         errors = [item["error"] for item in items if "error" in item]
+        # A process without readable images still needs a batch: all processes run the model equally often.
         filler = {"image": Image.new("RGB", (32, 32)), "caption": ""}
         inputs = self.collate_fn(good or [filler])
         label_tokens = count_label_tokens(inputs["labels"]) if good else 0
@@ -104,10 +117,17 @@ def make_train_dataloader(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Return the loader of all micro-batches that `plan` has left, in order, over the epochs' boundaries.
+    """Return a loader of all micro-batches that `plan` has left, across the ends of epochs.
 
-    Its generator is its own, so that making an iterator draws nothing from the global random numbers and a
-    resumed run sees the ones that the uninterrupted run saw.
+    It has its own random generator. So making an iterator draws no global random numbers, and a resumed run
+    sees the same ones as an uninterrupted run.
+
+    Args:
+        dataset: the training pairs.
+        plan: which samples to read, and in which order.
+        collate_fn: the family's collator.
+        num_workers: processes that read images; 0 reads them in this one.
+        pin_memory: whether to copy batches to page-locked memory.
     """
     return DataLoader(
         dataset,

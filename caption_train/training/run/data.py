@@ -1,4 +1,4 @@
-"""The pairs a run trains on and those it is validated on, every image read once before training starts."""
+"""Reads a run's training and validation pairs, and decodes every image once before training starts."""
 
 import hashlib
 import os
@@ -28,9 +28,14 @@ NEED_VALIDATION = (
 
 @dataclass
 class TrainingData:
-    """train, validation: good pairs. skipped: a line for each row or file left out, which names it.
+    """The data of a run.
 
-    digests: each image's SHA-256. pixels: how many each has.
+    Attributes:
+        train: good pairs to train on.
+        validation: good pairs to validate on.
+        skipped: one line per row or file that was left out.
+        digests: image → SHA-256.
+        pixels: image → how many pixels it has.
     """
 
     train: list[Pair]
@@ -40,7 +45,7 @@ class TrainingData:
     pixels: dict[Path, int] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
-        """Return what identifies the data wherever it lies: the order too, for batches depend on it."""
+        """Return what identifies the data wherever its folder is. The order counts: batches depend on it."""
         described = {
             "pairs": len(self.train),
             "fingerprint": fingerprint(self.train, self.digests),
@@ -55,14 +60,14 @@ class TrainingData:
         return described
 
     def find_worst(self, count: int) -> list[Pair]:
-        """Return `count` pairs of the longest captions on the largest images, which need the most memory."""
+        """Return `count` pairs of the longest captions and the largest images, which need the most memory."""
         longest = sorted(self.train, key=lambda pair: len(pair.caption), reverse=True)[:count]
         largest = sorted(self.train, key=lambda pair: self.pixels.get(pair.image, 0), reverse=True)
         return [replace(pair, image=other.image) for pair, other in zip(longest, largest, strict=False)]
 
     def describe_cut(self, tokenizer: Any, max_length: int) -> str | None:
-        """Return a line on captions of more tokens than `--max_length`, or None."""
-        # A token has a byte at least: most captions need no counting.
+        """Return a line about captions with more tokens than `--max_length`, or None if there are none."""
+        # A token is at least one byte long, so most captions need not be tokenized.
         long = [p for p in self.train + self.validation if len(p.caption.encode()) >= max_length]
         counts = {p: len(tokenizer(p.caption, add_special_tokens=False).input_ids) + 1 for p in long}
         cut = [pair for pair in long if counts[pair] > max_length]
@@ -78,14 +83,21 @@ class TrainingData:
 def read_training_data(options: TrainOptions, accelerator: Accelerator) -> TrainingData:
     """Read and check the dataset of a run.
 
-    Validation pairs are those of `--validation_dir`, those that `--validation_split` holds out, or the rows
-    that the metadata calls so. What is wrong is listed in one CaptionTrainError, or left out under
-    `--on_bad_data skip`.
+    Validation pairs are those in `--validation_dir`, those that `--validation_split` holds out, or the rows
+    with the split "validation" in the metadata.
+
+    Args:
+        options: the options of the run.
+        accelerator: each of its processes decodes its share of the images.
+
+    Raises:
+        CaptionTrainError: lists all bad rows and files, unless `--on_bad_data skip` leaves them out.
+        UsageError: no pair is left, or validation images are needed and there are none.
     """
     with raise_on_all_ranks(accelerator):
         data = _read(options)
     if accelerator.num_processes > 1:
-        # Each image is read by one process for all, so they must mean the same ones.
+        # Each image is decoded by one process for all, so all must have the same files.
         check_same_on_all_ranks(accelerator, _list_rows(data))
     _inspect_images(data, accelerator)
     with raise_on_all_ranks(accelerator):
@@ -98,7 +110,7 @@ def read_training_data(options: TrainOptions, accelerator: Accelerator) -> Train
 
 
 def _judge(data: TrainingData, options: TrainOptions, accelerator: Accelerator) -> None:
-    """Raise where the data cannot be trained on as asked; else say what was left out."""
+    """Raise if the data does not allow what was asked for; otherwise print what was left out."""
     if data.skipped and options.on_bad_data == "stop":
         headline = f"{len(data.skipped)} bad rows or files (--on_bad_data skip leaves them out):"
         raise CaptionTrainError(summarize(headline, data.skipped, limit=None))
@@ -146,7 +158,7 @@ def _inspect(options: TrainOptions, folder: Path) -> tuple[list[Pair], list[str]
 
 
 def _list_rows(data: TrainingData) -> dict[str, str]:
-    """Return image → a hash of its size and what is said of it: what no process can see of another's disk."""
+    """Return image → a hash of its size, captions, prompts and splits, to compare what each process reads."""
     rows: dict[str, list] = {}
     for pair in data.train + data.validation:
         with suppress(OSError):
@@ -159,7 +171,7 @@ def _list_rows(data: TrainingData) -> dict[str, str]:
 
 
 def _inspect_images(data: TrainingData, accelerator: Accelerator) -> None:
-    """Read and decode every image once, each process its share; leave pairs of bad ones out."""
+    """Read and decode every image once, each process its share; leave out pairs with bad images."""
     images = sorted({pair.image for pair in data.train + data.validation})
     share = images[accelerator.process_index :: accelerator.num_processes]
     bad = {}

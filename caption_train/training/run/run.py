@@ -1,4 +1,4 @@
-"""The parts of one training run, which loop, saver and sampler share."""
+"""Holds the parts of one training run, which loop, saver and previews share."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,9 +17,9 @@ from caption_train.training.run.batch_plan import BatchPlan
 
 @dataclass
 class TrainingRun:
-    """Everything prepared. Plan and loader start at the step that `progress` stands at.
+    """Everything that was prepared for a run. Plan and loader start at the step in `progress`.
 
-    random_states: each process's random numbers there, to be restored when the loop starts; None at step 0.
+    random_states: of each process at that step, restored when the loop starts; None at step 0.
     """
 
     options: TrainOptions

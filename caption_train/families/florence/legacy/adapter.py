@@ -1,6 +1,6 @@
-"""LoRA adapters of Florence-2 in both layouts: trained on Microsoft's remote code, or on transformers' class.
+"""Converts LoRA adapters of Florence-2 between Microsoft's layout and transformers'.
 
-PEFT loads an adapter whose names match nothing without an error, as zeros; so every tensor is accounted for.
+If no name of an adapter matches, PEFT loads it without an error, as zeros. So every tensor is checked.
 """
 
 from __future__ import annotations
@@ -34,36 +34,36 @@ REPLACED = {
     **{"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None},
     **{"auto_mapping": None, "target_parameters": None},
 }
-"""Fields that hold names of modules or classes; the explicit list of target modules stands for them all."""
+"""Fields with names of modules or classes; the explicit list of target modules replaces them all."""
 
 UNSUPPORTED = ("target_parameters", "trainable_token_indices", "layer_replication")
-"""Fields that give an adapter other things than modules."""
+"""Fields for adapters of something other than modules, which cannot be converted."""
 
 CORE_FIELDS = (
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode"),
     *("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "bias", "fan_in_fan_out"),
     *("init_lora_weights", "rank_pattern", "alpha_pattern", "use_rslora"),
 )
-"""What adapter_config.json has held since PEFT 0.8."""
+"""Fields that adapter_config.json has had since PEFT 0.8."""
 
 KNOWN_STARTS = ("True", "False", "gaussian", "pissa", "olora", "loftq", "eva")
-"""Ways to start a LoRA that PEFT 0.14 knows; an unknown one is an error there."""
+"""Initializations of a LoRA that PEFT 0.14 knows; any other is an error there."""
 
 
 @dataclass
 class Adapter:
-    """An adapter as its files say: adapter_config.json, and tensors by name without PEFT's prefix."""
+    """An adapter as its files describe it: adapter_config.json, and tensors by name without PEFT's prefix."""
 
     config: dict[str, Any]
     tensors: dict[str, torch.Tensor]
 
     @property
     def is_legacy(self) -> bool:
-        """Whether it was trained on the remote code; native names start with `model.` or `lm_head.`."""
+        """Whether it was trained on Microsoft's code; native names start with `model.` or `lm_head.`."""
         return any(name.startswith(LEGACY_STARTS) for name in self.tensors)
 
     def ranks(self) -> dict[str, int]:
-        """Return module → rank of its LoRA, from the shape of A: [r, …]."""
+        """Return module → rank of its LoRA, which is the first dimension of A [rank, …]."""
         return {
             _module(name): tensor.shape[0]
             for name, tensor in self.tensors.items()
@@ -71,7 +71,7 @@ class Adapter:
         }
 
     def alphas(self) -> dict[str, float]:
-        """Return module → alpha, as PEFT looks it up."""
+        """Return module → alpha, found in the same way as PEFT does."""
         from peft.utils.other import get_pattern_key
 
         pattern = self.config.get("alpha_pattern") or {}
@@ -79,14 +79,14 @@ class Adapter:
         return {name: pattern.get(get_pattern_key(pattern, name), default) for name in self.ranks()}
 
     def saved_modules(self) -> list[str]:
-        """Return the innermost modules of `modules_to_save`, which are in the file whole."""
+        """Return the innermost modules of `modules_to_save`, whose full weights are in the file."""
         wanted = self.config.get("modules_to_save") or []
         parents = {name.rpartition(".")[0] for name in self.tensors if "lora_" not in name}
         return sorted(name for name in parents if any(is_part(name, module) for module in wanted))
 
 
 def read_adapter_files(folder: Path | str) -> Adapter:
-    """Read an adapter's config and tensors, safetensors or `.bin` (weights only)."""
+    """Read an adapter's config and tensors, from safetensors or from a `.bin` (weights only, no code)."""
     folder = Path(folder)
     config = {"r": 8, "lora_alpha": 8} | read_object(folder / "adapter_config.json")
     path = next((path for name in WEIGHTS if (path := folder / name).is_file()), None)
@@ -99,10 +99,18 @@ def read_adapter_files(folder: Path | str) -> Adapter:
 def convert_adapter(
     folder: Path | str, model: Florence2ForConditionalGeneration
 ) -> tuple[LoraConfig, dict[str, torch.Tensor]] | None:
-    """Return a legacy adapter as PEFT's config and weights for the native `model`; None if it is native.
+    """Convert a legacy adapter for a native model.
 
-    The weights have PEFT's names and belong to exactly the modules that the config targets or saves.
-    Raises CaptionTrainError for tensors without a place in `model`, naming them.
+    Args:
+        folder: the adapter's folder.
+        model: the native base model.
+
+    Returns:
+        PEFT's config and weights, for exactly the modules that the config targets or saves; None if the
+        adapter is native already.
+
+    Raises:
+        CaptionTrainError: names the tensors that have no place in `model`.
     """
     from peft import LoraConfig
 
@@ -123,12 +131,20 @@ def convert_adapter(
     if absent := sorted({*native.ranks(), *native.saved_modules()} - modules.keys()):
         raise CaptionTrainError(f"--peft_model {folder}: the base has no {shorten(absent)}")
     weights = {PREFIX + name: tensor for name, tensor in native.tensors.items()}
-    # A task type would make PEFT wrap the model for language tasks, which know no pixels.
+    # With a task type, PEFT would wrap the model in a class for text, whose `forward` takes no pixels.
     return LoraConfig.from_peft_type(**native.config | {"task_type": None}), weights
 
 
 def rename_adapter(adapter: Adapter, rename: Callable[[str], str | None]) -> Adapter:
-    """Return the adapter with every module renamed, the config listing each by its whole name."""
+    """Return the adapter with every module renamed; the config lists each module by its full name.
+
+    Args:
+        adapter: the adapter.
+        rename: old name → new name, or None if there is none.
+
+    Raises:
+        CaptionTrainError: a name has no counterpart, or the adapter uses a feature that cannot be converted.
+    """
     config = adapter.config
     if config.get("peft_type") != "LORA":
         raise CaptionTrainError(f"{config.get('peft_type')} adapters cannot be converted, only LORA")
@@ -159,10 +175,10 @@ def rename_adapter(adapter: Adapter, rename: Callable[[str], str | None]) -> Ada
 
 
 def settle_biases(adapter: Adapter, model: Florence2ForConditionalGeneration) -> None:
-    """Give biases that were trained along the names that PEFT has for them.
+    """Rename trained biases to what PEFT calls them, and add those that the file lacks from the base.
 
-    PEFT before 0.5 names a target's bias as the base does, later ones forget all of a `lora_only`: what the
-    file lacks is the base's own.
+    PEFT before 0.5 names a target's bias as the base does. Later versions forget them all with
+    `bias="lora_only"`.
     """
     kind, targets = adapter.config.get("bias", "none"), adapter.ranks().keys()
     for name, own in model.named_parameters() if kind != "none" else ():
@@ -175,7 +191,7 @@ def settle_biases(adapter: Adapter, model: Florence2ForConditionalGeneration) ->
 
 
 def drop_base_copies(adapter: Adapter, model: Florence2ForConditionalGeneration) -> None:
-    """Remove the base's embeddings, which PEFT saves along with a LoRA on them; others are an error."""
+    """Remove copies of the base's embeddings, which PEFT saves with a LoRA on them; raise if they differ."""
     import torch
 
     saved = tuple(f"{name}." for name in adapter.saved_modules())
@@ -191,7 +207,7 @@ def drop_base_copies(adapter: Adapter, model: Florence2ForConditionalGeneration)
 
 
 def fit_vocabulary(adapter: Adapter, model: Florence2ForConditionalGeneration) -> None:
-    """Give tensors with a row per vocabulary entry as many as the base has: zeros, or the base's own."""
+    """Extend tensors with a row per vocabulary entry to the base's size, by zeros or the base's own rows."""
     import torch
 
     rows = model.get_output_embeddings().weight.shape[0]
@@ -217,7 +233,7 @@ def fit_vocabulary(adapter: Adapter, model: Florence2ForConditionalGeneration) -
 
 
 def restore_adapter(adapter: Adapter) -> Adapter:
-    """Return a native adapter as the legacy tools load it: legacy names, and no field that old PEFT lacks."""
+    """Convert a native adapter for legacy tools: legacy names, and no config field that an old PEFT lacks."""
     from peft import LoraConfig
 
     legacy = rename_adapter(adapter, legacy_name)
@@ -228,15 +244,19 @@ def restore_adapter(adapter: Adapter) -> Adapter:
         if name in CORE_FIELDS or (value and value != defaults.get(name) and name != "peft_version")
     }
     if str(config.get("init_lora_weights")).partition("_")[0] not in KNOWN_STARTS:
-        config["init_lora_weights"] = True  # the weights are in the file, however they started
+        config["init_lora_weights"] = True  # only matters before training, and the weights are in the file
     return Adapter(config, legacy.tensors)
 
 
 def _module(name: str) -> str:
-    """Return the module of a tensor's name: what stands before `.lora_`, or the whole name."""
+    """Return the module in a tensor's name: the part before `.lora_`, or the whole name."""
     return name.partition(".lora_")[0]
 
 
 def is_part(name: str, *modules: str) -> bool:
-    """Say whether a dotted name is one of `modules`, by its end, or lies within one."""
+    """Tell whether a dotted name ends with one of `modules`, or lies inside one.
+
+    >>> is_part("decoder.lm_head.weight", "lm_head"), is_part("decoder.my_lm_head", "lm_head")
+    (True, False)
+    """
     return any(f".{module}." in f".{name}." for module in modules)

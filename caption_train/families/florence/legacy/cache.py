@@ -1,4 +1,4 @@
-"""Native copies of legacy checkpoints, kept so that the next load has nothing to convert."""
+"""Keeps native copies of legacy checkpoints on disk, so that the next load need not convert them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from caption_train.families.florence.files import Checkpoint
 from caption_train.families.florence.legacy.load import load_legacy
 
 FORMAT = 2
-"""Raised when a conversion gives other files than before, so that older copies are not used."""
+"""To be raised whenever the conversion changes, so that older copies are not used."""
 
 
 def use_native_copy(checkpoint: Checkpoint) -> Checkpoint:
-    """Return the native copy of a legacy checkpoint, in its own precision; make it if there is none.
+    """Return the native copy of a legacy checkpoint, in its own precision; make the copy if there is none.
 
-    It belongs to a folder and the state of its files: once one of them changes, the copy is replaced.
+    A copy belongs to one folder and the state of its files. When one of them changes, the copy is replaced.
     """
     folder = cache_folder() / f"{_place(checkpoint)}-{_state(checkpoint)}"
     if not folder.is_dir():
@@ -31,7 +31,7 @@ def use_native_copy(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def cache_folder() -> Path:
-    """Return where copies are kept: in $XDG_CACHE_HOME, or ~/.cache."""
+    """Return where copies are kept: in $XDG_CACHE_HOME, or in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "caption-train" / "florence"
 
 
@@ -40,7 +40,7 @@ def _place(checkpoint: Checkpoint) -> str:
 
 
 def _state(checkpoint: Checkpoint) -> str:
-    """Return a digest of what the files are. Their ctime tells of changes that keep size and mtime."""
+    """Return a digest of the files' names, sizes and times; ctime shows changes that keep size and mtime."""
     files = [path for path in checkpoint.folder.iterdir() if path.suffix in (".json", ".txt")]
     states = [(path.name, path.stat()) for path in sorted({*files, *checkpoint.weights})]
     return _digest(
@@ -53,7 +53,7 @@ def _digest(content: Any) -> str:
 
 
 def _write_copy(checkpoint: Checkpoint, folder: Path) -> None:
-    """Fill a temporary folder beside `folder` and rename it; another process may have been faster."""
+    """Fill a temporary folder beside `folder` and rename it. Another process may have done so first."""
     from safetensors import SafetensorError
 
     try:
@@ -72,7 +72,7 @@ def _write_copy(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _remove_older(folder: Path, place: str) -> None:
-    """Remove the copies of what the same folder held before; who reads one keeps its open files."""
+    """Remove copies of earlier states of the same folder; a process that reads one has its files open."""
     for other in folder.parent.iterdir():
         if other.name.startswith(f"{place}-") and other != folder:
             shutil.rmtree(other, ignore_errors=True)

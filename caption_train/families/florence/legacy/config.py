@@ -1,4 +1,4 @@
-"""Florence-2's settings in both layouts: what the legacy config says, said as the native config, and back."""
+"""Converts Florence-2's config between Microsoft's layout (legacy) and transformers' (native)."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ VISION_DEFAULTS = {
     "window_size": 12,
     "projection_dim": 1024,
 }
-"""What the legacy configuration class puts where the file says nothing."""
+"""Defaults of the legacy configuration class, for fields that the file leaves out."""
 
 EXPRESSIBLE = {
     "image_feature_source": ["spatial_avg_pool", "temporal_avg_pool"],
     "image_pos_embed.type": "learned_abs_2d",
     "visual_temporal_embedding.type": "COSINE",
 }
-"""The only values that the native class, which hard-codes them, stands for."""
+"""The only values that can be converted: the native class hard-codes them."""
 
 TEXT_FIELDS = (
     *("d_model", "encoder_layers", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim"),
@@ -52,17 +52,17 @@ AUTHORS_GENERATION = {
     "forced_bos_token_id": 0,
     "forced_eos_token_id": 2,
 }
-"""How Microsoft's four checkpoints generate. Without the ban large ones repeat `<s>` without end."""
+"""How Microsoft's four checkpoints generate. Without the n-gram ban, the large ones repeat `<s>` for ever."""
 
 OTHER_GENERATION = {
     **{"min_length": 0, "length_penalty": 1.0, "repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0},
     **{"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0},
     **{"max_length": 20, "bad_words_ids": None, "suppress_tokens": None, "begin_suppress_tokens": None},
 }
-"""Further settings that a legacy text_config may hold, with the value that says nothing."""
+"""Further settings that a legacy text_config may hold, each with its default, which changes nothing."""
 
 DEFAULT_WIDTH = 1024
-"""`d_model` where a text_config says nothing."""
+"""`d_model` if a text_config leaves it out."""
 
 TOKEN_IDS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
 
@@ -70,10 +70,16 @@ TOKEN_IDS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_s
 def convert_config(
     raw: Mapping[str, Any], shapes: Shapes, *, tied: bool, image_token_id: int
 ) -> Florence2Config:
-    """Return the native config of a legacy one. Sizes of tables are taken from the tensors.
+    """Convert a legacy config.json. Sizes of embedding tables are taken from the tensors.
 
-    tied: the head is the input embedding. The text model's own three embeddings are one in any case.
-    Raises CaptionTrainError for what the native class cannot express.
+    Args:
+        raw: the content of config.json.
+        shapes: legacy tensor name → shape.
+        tied: whether the head equals the input embedding. The text model's three embeddings are always one.
+        image_token_id: id of the token that stands for the image.
+
+    Raises:
+        CaptionTrainError: the config says something that the native class cannot express.
     """
     from transformers import Florence2Config
 
@@ -96,7 +102,7 @@ def convert_config(
             "model_type": "bart",
             **{name: text[name] for name in TEXT_FIELDS if name in text},
             "vocab_size": next(shapes[name][0] for name in TIED.values() if name in shapes),
-            # The table has two rows more than positions: fairseq's offset for padding.
+            # The table has two rows more than there are positions: fairseq's offset for padding.
             "max_position_embeddings": _rows(shapes, "language_model.model.encoder.embed_positions.weight")
             - 2,
             "forced_eos_token_id": text.get("forced_eos_token_id", AUTHORS_GENERATION["forced_eos_token_id"]),
@@ -111,7 +117,13 @@ def convert_config(
 def restore_config(
     config: Florence2Config, generation: GenerationConfig, dtype: str = "float32"
 ) -> dict[str, Any]:
-    """Return the legacy config.json of a native model: the inverse of `convert_config`."""
+    """Convert a native config to a legacy config.json: the inverse of `convert_config`.
+
+    Args:
+        config: the native config.
+        generation: the model's generation settings, which the legacy layout keeps in `text_config`.
+        dtype: precision of the weights, by its name in torch.
+    """
     vision, text = config.vision_config.to_dict(), config.text_config.to_dict()
     tokens = {name: text[name] for name in TOKEN_IDS if name != "decoder_start_token_id"}
     settings = {name: getattr(generation, name) for name in (*AUTHORS_GENERATION, *OTHER_GENERATION)}
@@ -157,13 +169,14 @@ def restore_config(
 def make_generation_config(
     text_config: Mapping[str, Any], saved: Mapping[str, Any] | None = None
 ) -> GenerationConfig:
-    """Return how a checkpoint generates: as `saved` says, then as its raw `text_config`, then as the authors.
+    """Return how a checkpoint generates: as `saved`, else as its `text_config`, else as the authors chose.
 
-    text_config: as in the file; transformers drops these settings while it parses a config.
-    saved: the generation_config.json of a native checkpoint; the legacy code never used a legacy one.
+    The authors' values are used only if the settings got lost: a legacy config then has none of them, a
+    native file has neither the n-gram ban nor the forced start.
 
-    The authors' values stand in where the settings got lost on the way: a legacy config says none of them, a
-    native file says neither the n-gram ban nor the forced start.
+    Args:
+        text_config: as in the file, because transformers drops these settings when it parses a config.
+        saved: the generation_config.json of a native checkpoint. Microsoft's code never used a legacy one.
     """
     from transformers import GenerationConfig
 
@@ -177,7 +190,8 @@ def make_generation_config(
     if saved:
         said |= _said(saved)
         return GenerationConfig(**{**tokens, **(AUTHORS_GENERATION if is_lost(said) else {}), **said})
-    # A forced end is no sign: transformers keeps it. A ban of 0 says in a native file that nothing got lost.
+    # `forced_eos_token_id` proves nothing, as transformers keeps it. An n-gram ban of 0 is written so that
+    # a native file shows later that nothing got lost.
     lost = said.keys().isdisjoint(AUTHORS_GENERATION.keys() - {"forced_eos_token_id"})
     unsaid = dict(AUTHORS_GENERATION) if lost else {"no_repeat_ngram_size": 0}
     if "forced_eos_token_id" not in text_config:
@@ -186,7 +200,7 @@ def make_generation_config(
 
 
 def is_lost(settings: Mapping[str, Any]) -> bool:
-    """Say whether generation settings lack what keeps Florence-2 from repeating itself."""
+    """Tell whether generation settings lack what keeps Florence-2 from repeating itself."""
     return all(settings.get(name) is None for name in ("no_repeat_ngram_size", "forced_bos_token_id"))
 
 

@@ -1,4 +1,4 @@
-"""Florence-2 and its adapters written: merged, and in the layout of tools that run Microsoft's code."""
+"""Writes Florence-2 and its adapters in Microsoft's layout, and prepares adapters for merging."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from transformers import Florence2ForConditionalGeneration, Florence2Processor, PreTrainedTokenizerBase
 
 CODE_FILES = ("configuration_florence2.py", "modeling_florence2.py", "processing_florence2.py")
-"""What `trust_remote_code` runs: Microsoft's, copied if a base's folder has them, never run here."""
+"""Microsoft's code for `trust_remote_code`: copied if the base's folder has it, never run here."""
 
 
 def save_legacy(
     model: Florence2ForConditionalGeneration, processor: Florence2Processor, folder: Path
 ) -> None:
-    """Write config, weights, tokenizer and image settings of a native model as the legacy code reads them."""
+    """Write a native model as Microsoft's code reads it: config, weights, tokenizer and image settings."""
     from safetensors.torch import save_file
 
-    # safetensors refuses tensors that share memory, which the tied ones do.
+    # Cloned, because safetensors refuses tensors that share memory, as the tied ones do.
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in restore_tensors(model).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     settings, dtype = model.generation_config, str(model.dtype).removeprefix("torch.")
@@ -52,9 +52,9 @@ def save_legacy(
 
 
 def restore_tensors(model: Florence2ForConditionalGeneration) -> dict[str, torch.Tensor]:
-    """Return a native model's tensors by their legacy names: the inverse of `convert_tensors`.
+    """Return a native model's tensors under their legacy names: the inverse of `convert_tensors`.
 
-    All four tied names are there, for the legacy code leaves a head that is not in the file random.
+    All four tied names are written, because Microsoft's code leaves a head random if it is not in the file.
     """
     state = model.state_dict()
     if unknown := [name for name in state if legacy_name(name) is None]:
@@ -69,9 +69,17 @@ def restore_tensors(model: Florence2ForConditionalGeneration) -> dict[str, torch
 def save_adapter(
     model: Florence2ForConditionalGeneration, source: Path | str, folder: Path, *, legacy: bool
 ) -> None:
-    """Write the adapter in `source` to `folder` with legacy names, or with native ones.
+    """Write an adapter in the other layout.
 
-    model: the native base, which tells the base's own weights in the file from the adapter's.
+    Args:
+        model: the native base model; it tells copies of the base's weights in the file from the adapter's
+            own.
+        source: the adapter's folder.
+        folder: the folder to write to.
+        legacy: whether to write legacy names or native ones.
+
+    Raises:
+        UsageError: the adapter is in this layout already.
     """
     from safetensors.torch import save_file
 
@@ -95,9 +103,9 @@ def save_adapter(
 
 
 def prepare_merge(model: PeftModel) -> None:
-    """Make an adapter mergeable: where it changes the head, the head gets weights of its own.
+    """Make an adapter mergeable: if it changes the head, the head gets its own weights.
 
-    A tied head is the input embedding, which a merge would change too.
+    A tied head shares its weights with the input embedding, which a merge would change too.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
@@ -113,12 +121,12 @@ def prepare_merge(model: PeftModel) -> None:
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, image_token: str, folder: Path) -> None:
-    """Write the tokenizer without what transformers 4 and older tokenizers cannot read."""
+    """Write the tokenizer without the parts that transformers 4 and older tokenizers cannot read."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     vocabulary, merges = content["model"]["vocab"], content["model"]["merges"]
     merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in merges]
     content["model"]["merges"] = merges
-    # A borrowed entry of the vocabulary is text to the legacy code; `<image>` has a row of its own.
+    # An image token taken from the vocabulary (see `_choose_image_token`) is plain text to Microsoft's code.
     content["added_tokens"] = [
         token
         for token in content["added_tokens"]

@@ -1,7 +1,7 @@
-"""Legacy Florence-2 checkpoints, Microsoft's and every fine-tune's made from them: found and converted.
+"""Loads Florence-2 checkpoints in Microsoft's layout, as they and most fine-tunes are published.
 
-transformers 5 does not know the layout: it fails, or loads a base model as random weights without an error.
-So every tensor is accounted for here, by name and shape, before one is loaded.
+transformers 5 does not know this layout: it fails, or silently loads a base model with random weights. So
+every tensor is checked by name and shape before one is loaded.
 """
 
 from __future__ import annotations
@@ -30,9 +30,15 @@ RECOMPUTABLE = "model.multi_modal_projector.visual_temporal_embed.pos_idx_to_emb
 def load_legacy(
     checkpoint: Checkpoint, *, dtype: torch.dtype, quantization_config: Any = None
 ) -> tuple[Florence2ForConditionalGeneration, Florence2Processor]:
-    """Load a legacy checkpoint into transformers' own class, eval mode, with the generation settings it had.
+    """Load a legacy checkpoint into transformers' own class, in eval mode, with its generation settings.
 
-    Raises CaptionTrainError, naming them, for tensors that are left over, missing or of another shape.
+    Args:
+        checkpoint: the files.
+        dtype: precision of the weights.
+        quantization_config: how to quantize the weights, if at all.
+
+    Raises:
+        CaptionTrainError: names the tensors that are missing, left over or of another shape.
     """
     model, processor, state = convert_checkpoint(checkpoint)
     if quantization_config is None:
@@ -46,7 +52,15 @@ def load_legacy(
 def convert_checkpoint(
     checkpoint: Checkpoint,
 ) -> tuple[Florence2ForConditionalGeneration, Florence2Processor, dict[str, Any]]:
-    """Return the native model on the meta device, its processor, and all its tensors, safetensors unread."""
+    """Convert config, processor and tensors of a legacy checkpoint.
+
+    Returns:
+        The native model on the meta device, its processor, and all its tensors; slices of safetensors files
+        are not read yet.
+
+    Raises:
+        CaptionTrainError: the files do not describe a complete Florence-2.
+    """
     import torch
     from huggingface_hub.errors import StrictDataclassError
     from transformers import Florence2ForConditionalGeneration
@@ -75,9 +89,9 @@ def convert_checkpoint(
 def fill_model(
     model: Florence2ForConditionalGeneration, state: Mapping[str, Any], dtype: torch.dtype
 ) -> None:
-    """Give a model on the meta device its tensors, those of `dtype` as they lie in the mapped file.
+    """Give a model on the meta device its tensors; those stored in `dtype` stay mapped to the file.
 
-    `from_pretrained` takes three times as long for it: it makes a rule of renaming for every tensor.
+    This is three times as fast as `from_pretrained`, which makes a renaming rule for every tensor.
     """
     tensors = {name: tensor[...].detach().to(dtype) for name, tensor in state.items()}
     model.load_state_dict(tensors, strict=False, assign=True)
@@ -101,7 +115,7 @@ def _load_quantized(
 
 
 def compute_temporal_embedding(config: Florence2Config) -> torch.Tensor:
-    """Return the table [frames, C] that is the same in all checkpoints, and therefore not in all of them."""
+    """Return the table [frames, C], which is the same for all checkpoints, so not all of them contain it."""
     from transformers.models.florence2.modeling_florence2 import Florence2VisionPositionalEmbeddingCosine1D
 
     return Florence2VisionPositionalEmbeddingCosine1D(config).pos_idx_to_embed
@@ -110,7 +124,7 @@ def compute_temporal_embedding(config: Florence2Config) -> torch.Tensor:
 def load_native(
     checkpoint: Checkpoint, *, dtype: torch.dtype, quantization_config: Any = None
 ) -> tuple[Florence2ForConditionalGeneration, Florence2Processor]:
-    """Load a native checkpoint, eval mode; generation settings that were lost on the way are put back."""
+    """Load a native checkpoint in eval mode; restore generation settings that an earlier conversion lost."""
     from transformers import AutoProcessor, Florence2ForConditionalGeneration
 
     folder = str(checkpoint.folder)
@@ -133,7 +147,17 @@ def load_native(
 
 
 def convert_tensors(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """Return the tensors by native names, an embedding once, and whether the head is the embedding."""
+    """Rename a checkpoint's tensors.
+
+    Args:
+        tensors: legacy name → tensor or slice.
+
+    Returns:
+        Native name → tensor, with the shared embedding once; and whether the head equals the embedding.
+
+    Raises:
+        CaptionTrainError: a tensor is unknown, or embeddings differ that must be one.
+    """
     tensors = dict(tensors)
     bias = tensors.pop(LOGITS_BIAS, None)
     if bias is not None and bias[...].any():
@@ -165,7 +189,7 @@ def convert_tensors(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
 
 
 def check_complete(model: Florence2ForConditionalGeneration, state: Mapping[str, Any]) -> None:
-    """Raise CaptionTrainError unless `state` has exactly the tensors of `model`, in their shapes."""
+    """Raise CaptionTrainError unless `state` has exactly the tensors of `model`, in the same shapes."""
     expected = model.state_dict()
     embeddings = {native_name(name) for name in TIED.values()}
     problems = []
@@ -187,7 +211,7 @@ def check_complete(model: Florence2ForConditionalGeneration, state: Mapping[str,
 def _name(
     model: Florence2ForConditionalGeneration, checkpoint: Checkpoint
 ) -> Florence2ForConditionalGeneration:
-    """Let adapters that are saved from the model name it as the user did, not by a folder of the cache."""
+    """Set the model's name to what the user gave, not to a cache folder: saved adapters record it."""
     model.name_or_path = model.config.name_or_path = checkpoint.model_id
     return model
 
@@ -202,6 +226,6 @@ def _equal(first: Any, second: Any) -> bool:
     if shape_of(first) != shape_of(second):
         return False
     first, second = first[...], second[...]
-    # A .bin file holds what is tied once, under four names.
+    # In a .bin file, tied tensors are one tensor under four names, so their values need not be compared.
     same = first.data_ptr() == second.data_ptr() and first.dtype == second.dtype
     return same or torch.equal(first, second)

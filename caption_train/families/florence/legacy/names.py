@@ -1,7 +1,7 @@
-"""The two names of every Florence-2 weight: Microsoft's remote code's (legacy) and transformers' (native).
+"""Translates the names of Florence-2's weights between Microsoft's layout (legacy) and the native one.
 
-Only whole leading parts of a dotted name are replaced, so one table renames tensors, modules and the keys of
-adapters. No torch.
+Only whole leading parts of a dotted name are replaced. So one table serves for tensors, modules and the keys
+of adapters. No torch.
 """
 
 import re
@@ -31,7 +31,7 @@ PAIRS = (
     ("language_model.model", "model.language_model"),
     ("language_model.lm_head", "lm_head"),
 )
-"""(legacy, native) leading parts; `#` is any index."""
+"""(legacy, native) leading parts of names; `#` is any index."""
 
 TIED = {
     "shared": "language_model.model.shared.weight",
@@ -39,10 +39,10 @@ TIED = {
     "decoder": "language_model.model.decoder.embed_tokens.weight",
     "head": "language_model.lm_head.weight",
 }
-"""Legacy names of what may be one tensor. The first three are one parameter; the head may be another."""
+"""Legacy names of tied tensors. The first three are always one parameter; the head may be another."""
 
 LOGITS_BIAS = "language_model.final_logits_bias"
-"""A legacy buffer [1, V] without a native counterpart; BART never trains it, so it is zero."""
+"""A legacy buffer [1, vocabulary] without a native counterpart. BART never trains it, so it is zero."""
 
 LEGACY_STARTS = (
     "vision_tower.",
@@ -54,12 +54,16 @@ LEGACY_STARTS = (
 
 
 def native_name(name: str) -> str | None:
-    """Return the native name of a legacy tensor or module; None where there is none."""
+    """Return the native name of a legacy tensor or module, or None.
+
+    >>> native_name("language_model.lm_head.weight")
+    'lm_head.weight'
+    """
     return _rename(name, _TO_NATIVE)
 
 
 def legacy_name(name: str) -> str | None:
-    """Return the legacy name of a native tensor or module; None where there is none."""
+    """Return the legacy name of a native tensor or module, or None."""
     return _rename(name, _TO_LEGACY)
 
 

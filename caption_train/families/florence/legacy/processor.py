@@ -1,4 +1,4 @@
-"""The processor of a legacy Florence-2 folder: its tokenizer completed, its images as in the original."""
+"""Makes the native processor of a legacy Florence-2 folder, which encodes text and images as the original."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ ADDED_TOKENS = (
     *(f"<loc_{number}>" for number in range(1000)),
     *(token for name in _PAIRED for token in (f"<{name}>", f"</{name}>")),
     "<sep>",
-    *("<region_cap>", "</region_cap>", "<region_to_desciption>", "</region_to_desciption>"),  # spelt so
+    *("<region_cap>", "</region_cap>", "<region_to_desciption>", "</region_to_desciption>"),  # misspelt there
     *("<proposal>", "</proposal>", "<poly>", "</poly>", "<and>"),
 )
-"""The 1024 tokens that the legacy processor adds to BART's, in its order."""
+"""The 1024 tokens that the legacy processor adds to BART's vocabulary, in its order."""
 
 IMAGE_TOKEN = "<image>"
 UNREACHABLE = "madeupword"
-"""How fairseq named the entries that fill BART's vocabulary up; no text is ever encoded to one."""
+"""Start of the names of fairseq's fillers in BART's vocabulary; no text is ever encoded to one."""
 
 PREPROCESSOR_DEFAULTS = {
     "size": {"height": 768, "width": 768},
@@ -43,15 +43,20 @@ POST_PROCESSOR_CONFIG = {
     **{name: {} for name in ("pure_text", "description_with_bboxes", "description_with_polygons")},
     **{name: {} for name in ("polygons", "bboxes", "description_with_bboxes_or_polygons")},
 }
-"""What transformers' own post-processing needs to be callable; ours does not read it."""
+"""Required by transformers' processor for its own post-processing, which this toolkit does not use."""
 
 
 def convert_processor(folder: Path, vision: Mapping[str, Any], rows: int) -> Florence2Processor:
-    """Return the native processor of a legacy folder.
+    """Make the native processor of a legacy folder.
 
-    vision: the vision_config, which tells how many tokens an image becomes. rows: entries of the embedding.
-    Raises CaptionTrainError where the folder has no tokenizer, or one that does not fit the embedding, and
-    for image settings that mean nothing here.
+    Args:
+        folder: the folder with tokenizer and image settings.
+        vision: the vision_config, which determines how many tokens an image becomes.
+        rows: how many entries the embedding has.
+
+    Raises:
+        CaptionTrainError: there is no tokenizer, it does not fit the embedding, or the image settings are not
+            supported.
     """
     from transformers import CLIPImageProcessorPil, Florence2Processor
 
@@ -64,12 +69,17 @@ def convert_processor(folder: Path, vision: Mapping[str, Any], rows: int) -> Flo
             f"images of {settings['size']} pixels become {height} × {width} places, but there are only "
             f"{limit} × {limit} embeddings for them"
         )
-    image_processor.image_seq_length = 1 + height * width  # their average comes first
+    image_processor.image_seq_length = 1 + height * width  # + 1: the average of all places comes first
     return Florence2Processor(image_processor, tokenizer, post_processor_config=POST_PROCESSOR_CONFIG)
 
 
 def find_grid(size: Mapping[str, int], vision: Mapping[str, Any]) -> tuple[int, int]:
-    """Return height and width of the last stage's grid for images of `size` pixels."""
+    """Return height and width of the last stage's grid for images of `size` pixels.
+
+    Args:
+        size: `height` and `width` of the image in pixels.
+        vision: the vision_config.
+    """
     sides = [size["height"], size["width"]]
     for kernel, stride, padding in zip(
         vision["patch_size"], vision["patch_stride"], vision["patch_padding"], strict=True
@@ -79,7 +89,7 @@ def find_grid(size: Mapping[str, int], vision: Mapping[str, Any]) -> tuple[int, 
 
 
 def _read_image_settings(path: Path) -> dict[str, Any]:
-    """Return preprocessor_config.json as keyword arguments of the image processor, without crop."""
+    """Return preprocessor_config.json as arguments of the image processor, without the crop."""
     saved = {name: value for name, value in _read_if_there(path).items() if value is not None}
     settings = {name: saved.get(name, value) for name, value in PREPROCESSOR_DEFAULTS.items()}
     if isinstance(settings["size"], int):
@@ -105,7 +115,7 @@ def _load_tokenizer(folder: Path, rows: int) -> PreTrainedTokenizerBase:
     ]
     own = [token for saved in settings for token in saved.get("additional_special_tokens") or ()]
     own = [token["content"] if isinstance(token, dict) else token for token in own]
-    # Where the folder says so, transformers 4 tidied decoded text up; 5 wants to be asked twice.
+    # If the folder says so, transformers 4 removed spaces before punctuation; 5 needs both of these flags.
     tidy = bool(settings[0].get("clean_up_tokenization_spaces"))
     try:
         tokenizer = BartTokenizer.from_pretrained(
@@ -118,7 +128,7 @@ def _load_tokenizer(folder: Path, rows: int) -> PreTrainedTokenizerBase:
         )
     except Exception as error:  # what tokenizers raises has no narrower type
         raise CaptionTrainError(f"the tokenizer of {folder} cannot be read: {error}") from error
-    # It names code of the repository, which AutoProcessor would ask to run.
+    # `auto_map` names code of the repository, which AutoProcessor would ask to run.
     tokenizer.init_kwargs.pop("auto_map", None)
     if len(tokenizer) > rows:
         raise CaptionTrainError(
@@ -134,7 +144,8 @@ def _read_if_there(path: Path) -> dict[str, Any]:
 def _choose_image_token(vocabulary: Mapping[str, int]) -> str:
     """Return an entry of the vocabulary to stand for the image, so that the embedding needs no new row.
 
-    A new row would enter the softmax and change the loss. No text is encoded to the entries chosen here.
+    A new row would take part in the softmax and change the loss. No text is encoded to the entries chosen
+    here.
     """
     if IMAGE_TOKEN in vocabulary:
         return IMAGE_TOKEN

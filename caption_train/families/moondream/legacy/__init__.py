@@ -1,0 +1,1 @@
+"""Reads and writes Moondream 2 in the layouts of the official code."""

@@ -1,4 +1,4 @@
-"""Reading and writing checkpoints of the official code: config and weights, in either of its layouts."""
+"""Reads and writes checkpoints of the official code: config and weights, in both of its layouts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from caption_train.families.weight_files import read_object
 from caption_train.system.files import write_atomically
 
 _NOT_WEIGHTS = re.compile(r"kv_cache|attn_mask|freqs_cis|inv_freq")
-"""Buffers that the official training script saves among the weights."""
+"""Buffers that the official training script saves with the weights."""
 
 _DIMENSIONS = {
     "text": {
@@ -55,7 +55,7 @@ _DIMENSIONS = {
         "inner_dim": ("region.coord_decoder.fc1.weight", 0),
     },
 }
-"""Where each dimension of the nested config shows in the weights."""
+"""Field of the nested config → (tensor, axis) whose size it is."""
 
 _QKV = "text.blocks.0.attn.qkv.weight"
 
@@ -63,11 +63,20 @@ _QKV = "text.blocks.0.attn.qkv.weight"
 def read_official(
     model_id: str | Path | None, *, revision: str | None = None, **kwargs: Any
 ) -> tuple[MoondreamConfig, dict[str, torch.Tensor]] | None:
-    """Return config and state dict of an official checkpoint, None if `model_id` is none (or is ours).
+    """Read config and weights of an official checkpoint.
 
-    revision: branch, tag or commit on the hub; for a folder, which release its weights are, where its
-    config.json does not say. Raises CaptionTrainError naming each tensor that is missing, left over or
-    misshapen, and UsageError where nothing says which release this is.
+    Args:
+        model_id: a folder, or a model on the hub.
+        revision: branch, tag or commit on the hub. For a folder, the release that its weights are from, if
+            its config.json does not say.
+        kwargs: `cache_dir`, `token` and `local_files_only` are passed to the download.
+
+    Returns:
+        Config and native state dict; None if this is no official checkpoint.
+
+    Raises:
+        CaptionTrainError: names each tensor that is missing, left over or of another shape.
+        UsageError: nothing says which release this is.
     """
     folder = model_id and find_folder(model_id, revision, **kwargs)
     raw = read_weights(find_weight_files(folder)) if folder else {}
@@ -90,10 +99,16 @@ def read_official(
 def write_official(
     folder: Path | str, config: MoondreamConfig, state: dict[str, torch.Tensor], tokenizer: Any = None
 ) -> None:
-    """Write config.json, model.safetensors and tokenizer.json as the official code of its release reads them.
+    """Write config.json, model.safetensors and tokenizer.json as this release's official code reads them.
 
-    state: of our model, with adapters merged. Every tensor keeps its bits, only fused and renamed. A model of
-    2024 is written in the layout of 2024: in the other, nothing would say how it sees its images.
+    Tensors are only fused and renamed, so every bit is kept. A model of 2024 is written in the layout of
+    2024, because in the newer layout nothing would say how it cuts its images.
+
+    Args:
+        folder: the folder to write to.
+        config: the model's config.
+        state: the state dict of the native model, with adapters merged.
+        tokenizer: the model's tokenizer; without one, no tokenizer.json is written.
     """
     folder, dtype = Path(folder), state["lm_head.weight"].dtype
     if not all(tensor.is_floating_point() for tensor in state.values()):
@@ -113,7 +128,7 @@ def write_official(
 
 
 def _new_names(names: list[str]) -> dict[str, str] | None:
-    """Return new-layout names, without `model.`, → names in the file; None if the layout is neither."""
+    """Return new-layout name, without `model.`, → name in the file; None if the layout is neither one."""
     weights = {n.replace("._orig_mod", ""): n for n in names if not _NOT_WEIGHTS.search(n)}
     plain = {short.removeprefix("model."): n for short, n in weights.items()}
     if any(name.startswith(("text.", "vision.")) for name in plain):
@@ -136,7 +151,7 @@ def _layer_counts(layers: int) -> dict[str, Any]:
 
 
 def _check_release(model_id: str | Path, revision: str | None, official: dict[str, Any]) -> None:
-    """Refuse a revision that is no release, where config.json does not say what a release knows."""
+    """Refuse a revision that is no release, if config.json does not say what depends on the release."""
     if Path(model_id).is_dir():
         if revision not in (None, *REVISIONS):
             raise UsageError(f"--revision {revision}: the releases of Moondream 2 are {', '.join(RELEASES)}")
@@ -153,7 +168,7 @@ def _check_release(model_id: str | Path, revision: str | None, official: dict[st
 def _describe(
     official: dict[str, Any], shapes: dict[str, list[int]], old: bool, revision: str | None
 ) -> MoondreamConfig:
-    """Return the config: config.json's word first, then the weights' shapes, then the revision's facts."""
+    """Return the config: from config.json first, then the shapes of the weights, then the release."""
     nested = {
         part: dict((official.get("config") or {}).get(part) or {}) for part in (*_DIMENSIONS, "tokenizer")
     }

@@ -1,8 +1,8 @@
-"""The tensors of Moondream 2 in the layouts of the official code, and in ours.
+"""Renames the tensors of Moondream 2 between the official layouts and the native one.
 
-New layout (2025-01-09 and later): `model.vision.…`, `model.text.…`, `model.region.…`, with or without
-`model.`. Old layout (2024): `vision_encoder.…`, `text_model.…`, `region_model.…`. Both hold the same tensors;
-attention is one fused [queries | keys | values] projection in them. Source: vikhyat/moondream,
+The new layout (2025-01-09 and later): `model.vision.…`, `model.text.…`, `model.region.…`, with or without
+`model.`. The old layout (2024): `vision_encoder.…`, `text_model.…`, `region_model.…`. Both hold the same
+tensors; in both, attention is one fused [queries | keys | values] projection. Source: vikhyat/moondream,
 `moondream/torch/weights.py`.
 """
 
@@ -19,7 +19,7 @@ from caption_train.families.moondream.config import MoondreamConfig
 from caption_train.families.moondream.layers import region_shapes
 
 HEAD = 64
-"""Width of a head of the decoder, in every release."""
+"""Width of an attention head of the decoder, in every release."""
 
 _BLOCK_PARTS = {
     "vision": {
@@ -66,7 +66,7 @@ _OLD_NAMES = (
 
 
 def official_names(config: MoondreamConfig) -> dict[str, tuple[str, ...]]:
-    """Return each tensor of the new layout, without `model.`, with those of ours that it joins, in order."""
+    """Return each tensor name of the new layout, without `model.`, with the native names it joins."""
     names = {
         "vision.pos_emb": ("model.vision_tower.embeddings.position_embedding.weight",),
         "text.wte": ("model.language_model.embed_tokens.weight",),
@@ -121,16 +121,21 @@ def official_shapes(config: MoondreamConfig) -> dict[str, tuple[int, ...]]:
 
 
 def old_name(name: str) -> str:
-    """Return what a tensor of the new layout is called in the old one."""
+    """Return the old-layout name of a tensor of the new layout."""
     for pattern, replacement in _OLD_NAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def to_native(tensors: Mapping[str, torch.Tensor], config: MoondreamConfig) -> dict[str, torch.Tensor]:
-    """Turn tensors of the new layout, without `model.`, into a state dict of our model.
+    """Turn tensors of the new layout into a state dict of the native model.
 
-    Raises CaptionTrainError naming every tensor that is missing, left over or of another shape.
+    Args:
+        tensors: name without `model.` → tensor.
+        config: the model's config.
+
+    Raises:
+        CaptionTrainError: names every tensor that is missing, left over or of another shape.
     """
     table, shapes = official_names(config), official_shapes(config)
     if missing := sorted(table.keys() - tensors.keys()):
@@ -153,7 +158,7 @@ def to_native(tensors: Mapping[str, torch.Tensor], config: MoondreamConfig) -> d
             keys = text.num_key_value_heads * HEAD
             sizes = [text.num_attention_heads * HEAD, keys, keys]
         parts = tensor.split(sizes) if len(ours) > 1 else [tensor]
-        # A copy, so that no two parameters share a storage: saving would take them for tied weights.
+        # Copied, because `save_pretrained` takes parameters that share a storage for tied weights.
         state |= {
             name: part.clone() if len(ours) > 1 else part for name, part in zip(ours, parts, strict=True)
         }
@@ -161,7 +166,7 @@ def to_native(tensors: Mapping[str, torch.Tensor], config: MoondreamConfig) -> d
 
 
 def to_official(state: Mapping[str, torch.Tensor], config: MoondreamConfig) -> dict[str, torch.Tensor]:
-    """Turn a state dict of our model into the new layout, names with `model.`: the exact inverse."""
+    """Turn a native state dict into the new layout, with `model.`: the exact inverse of `to_native`."""
     tensors = {}
     for theirs, ours in official_names(config).items():
         tensor = state[ours[0]] if len(ours) == 1 else torch.cat([state[name] for name in ours])
@@ -174,12 +179,12 @@ def to_official(state: Mapping[str, torch.Tensor], config: MoondreamConfig) -> d
 
 
 def to_old(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Turn tensors of the new layout, names with `model.`, into the layout of 2024."""
+    """Turn tensors of the new layout, with `model.`, into the layout of 2024."""
     new = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     return {old_name(name): tensor for name, tensor in transpose_features(new).items()}
 
 
 def transpose_features(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Turn the Fourier matrices of the detection heads: the old layout holds them the other way round."""
+    """Transpose the Fourier matrices of the detection heads, as the old layout stores them."""
     turned = ("region.coord_features", "region.size_features")
     return {name: t.T.contiguous() if name in turned else t for name, t in tensors.items()}
