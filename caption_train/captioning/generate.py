@@ -74,6 +74,7 @@ def load_captioner(
     dtype = getattr(torch, options.dtype)
     with out_of_memory_explained(device, options.batch_size), naming_model("--base_model"):
         model, processor = family.load(base.model_id, revision=base.revision, dtype=dtype)
+        family.configure(processor, base.settings)
         if options.peft_model:
             from caption_train.adapters.load import load_adapter
 

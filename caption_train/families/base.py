@@ -43,11 +43,13 @@ class ModelFacts:
     lora_target_modules: names, or ends of names, of the modules that a LoRA trains if the user names none.
     parts: `vision`, `projector`, `language`: a regular expression that fully matches the part's module names.
     default_prompt: what `encode` is given when the user names no prompt: a task token, a sentence, or "".
+    notes: what is said before such a model is trained.
     """
 
     lora_target_modules: tuple[str, ...]
     parts: Mapping[str, str]
     default_prompt: str
+    notes: tuple[str, ...] = ()
 
 
 class Family(ABC):
@@ -60,8 +62,8 @@ class Family(ABC):
     title: str
     training_script: str
     inference_script: str
-    model_id: str
-    """The model that is trained and captioned with unless the user names one."""
+    model_id: str | None
+    """The model that is trained and captioned with unless the user names one; None where the user must."""
     revision: str | None = None
     """The release of `model_id` that is used unless the user names one."""
     base_models: Sequence[str] = ()
@@ -72,6 +74,10 @@ class Family(ABC):
     """Defaults of training flags that differ from `TrainOptions`, by field name."""
     tasks: Sequence[str] = ()
     """Task tokens that `--task` offers; empty where the family has none."""
+    presets: Mapping[str, str] = {}
+    """Prompts that `--preset` offers, by name; empty where the family reads none."""
+    settings: Sequence[str] = ()
+    """Flags that shape what the processor makes of a prompt and an image: names of `configure`'s settings."""
     draws_answers = False
     """Whether `draw_answer` has something to draw: `--visualize`."""
     converts_checkpoints = False
@@ -130,6 +136,17 @@ class Family(ABC):
 
     def check_prompt(self, prompt: str) -> None:  # noqa: B027  (most families read any prompt)
         """Raise UsageError for a prompt that no model of this family can read, before one is loaded."""
+
+    def configure(self, processor: ProcessorMixin, settings: Mapping[str, Any]) -> None:  # noqa: B027
+        """Apply values of the flags in `settings` to a processor; None is the checkpoint's own."""
+
+    def read_settings(self, processor: ProcessorMixin) -> dict[str, Any]:
+        """Return the settings in effect, by flag, as an adapter's record keeps them for captioning."""
+        return {}
+
+    def describe_inputs(self, processor: ProcessorMixin) -> list[str]:
+        """Return lines on what the model reads of an image, such as how many tokens it takes."""
+        return []
 
     def parse_answer(self, text: str, prompt: str, image_size: tuple[int, int]) -> Any:
         """Return the boxes of a generated text, in pixels of an image (width, height) large; None if none."""
