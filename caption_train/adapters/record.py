@@ -122,7 +122,11 @@ def resolve_base(
 
 
 def read_request(options: Any, family: Family) -> tuple[str | None, dict[str, Any]]:
-    """Return prompt and settings that flags (TrainOptions, CaptionOptions) ask for; None where they do not."""
+    """Return prompt and settings that TrainOptions or CaptionOptions ask for; None where they do not."""
+    if options.preset and options.preset not in family.presets:
+        raise UsageError(
+            f"--preset {options.preset}: {family.title} have {', '.join(family.presets) or 'none'}"
+        )
     prompt = family.presets[options.preset] if options.preset else options.prompt
     settings = {name: getattr(options, name) for name in family.settings}
     return prompt if options.task is None else options.task, settings

@@ -137,6 +137,15 @@ class Family(ABC):
     def check_prompt(self, prompt: str) -> None:  # noqa: B027  (most families read any prompt)
         """Raise UsageError for a prompt that no model of this family can read, before one is loaded."""
 
+    def check_inputs(self, processor: ProcessorMixin, prompts: Sequence[str]) -> None:
+        """Raise UsageError for a prompt that this model cannot read: refused here, not in a data worker.
+
+        prompts: all that a run will use, each once. By default the longest is tried.
+        """
+        from PIL import Image
+
+        self.encode(processor, [Image.new("RGB", (32, 32))], [max(prompts, key=len)])
+
     def configure(self, processor: ProcessorMixin, settings: Mapping[str, Any]) -> None:  # noqa: B027
         """Apply values of the flags in `settings` to a processor; None is the checkpoint's own."""
 

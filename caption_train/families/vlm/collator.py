@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,13 +23,29 @@ def encode(processor: VlmProcessor, images: Sequence[Image.Image], prompts: Sequ
     """Return what the model reads of B images and prompts, the text left-padded to [B, T].
 
     Raises:
-        UsageError: prompt and image leave no position for a caption.
+        UsageError: the prompt leaves no position for a caption, however small the image.
         CaptionTrainError: an image that no processor can read.
     """
     fitted = [fit_image(image, processor.max_pixels) for image in images]
     batch = _read(processor, fitted, prompts)
-    _check_length(processor, batch["input_ids"].shape[1])
+    for _ in range(SHRINKS):
+        excess = _find_excess(processor, batch)
+        if not any(excess):
+            return batch
+        # An image of too many tokens is made smaller: one large photo must not end a folder or a run.
+        fitted = [_shrink(image, part) for image, part in zip(fitted, excess, strict=True)]
+        batch = _read(processor, fitted, prompts)
+    if most := max(_find_excess(processor, batch)):
+        limit = processor.tokenizer.model_max_length
+        raise UsageError(
+            f"--prompt: with an image it is {math.ceil(most * limit):,} tokens too long for the {limit:,} "
+            "positions of the model: shorten it"
+        )
     return batch
+
+
+SHRINKS = 3
+"""How often an image is made smaller before it is the prompt that is too long."""
 
 
 @dataclass
@@ -134,11 +151,14 @@ def _read(processor: VlmProcessor, images: Sequence[Image.Image], prompts: Seque
     )
 
 
-def _check_length(processor: VlmProcessor, length: int) -> None:
+def _find_excess(processor: VlmProcessor, batch: Batch) -> list[float]:
+    """Return by how much each row exceeds the model's positions, as a part of those; 0 where it fits."""
     limit = processor.tokenizer.model_max_length
-    room = len(processor.chat.end_ids) + 1
-    if length + room > limit:
-        raise UsageError(
-            f"--prompt: with its image it is {length + room - limit:,} tokens too long for the {limit:,} "
-            "positions of the model: shorten it, or lower --max_pixels"
-        )
+    # There must be room for one token of a caption and its end.
+    lengths = batch["attention_mask"].sum(dim=1) + len(processor.chat.end_ids) + 1
+    return [max(length - limit, 0) / limit for length in lengths.tolist()]
+
+
+def _shrink(image: Image.Image, excess: float) -> Image.Image:
+    pixels = image.width * image.height
+    return fit_image(image, math.floor(pixels / (1 + 2 * excess))) if excess else image

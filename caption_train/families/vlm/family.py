@@ -40,6 +40,12 @@ class Vlm(Family):
 
         return read_facts(find_folder(model_id, revision), model_id)
 
+    def check_inputs(self, processor: VlmProcessor, prompts: Sequence[str]) -> None:
+        """Refuse special tokens in any prompt, and a prompt that is too long; see `Family.check_inputs`."""
+        for prompt in prompts:
+            processor.render(prompt)
+        super().check_inputs(processor, prompts)
+
     def configure(self, processor: VlmProcessor, settings: Mapping[str, Any]) -> None:
         """Set system prompt and largest image; see `Family.configure`."""
         from caption_train.families.vlm.image_budget import bound_images

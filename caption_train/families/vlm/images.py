@@ -21,6 +21,10 @@ BACKGROUND = (255, 255, 255)
 """What is padded with, as transparency is composited on it."""
 
 
+REFUSALS = (ValueError, ArithmeticError, IndexError, RuntimeError)
+"""What image processors raise for a size that they cannot cut or resize."""
+
+
 def fit_image(image: Image.Image, max_pixels: int | None = None) -> Image.Image:
     """Return an RGB image that any processor can read; most come back as they are.
 
@@ -59,7 +63,7 @@ def read_images(
     """
     try:
         return read(images)
-    except (ValueError, ZeroDivisionError, IndexError, OverflowError):
+    except REFUSALS:
         return read([_find_readable(read, image) for image in images])
 
 
@@ -70,7 +74,7 @@ def _find_readable(
     for candidate in (image, square):
         try:
             read([candidate])
-        except (ValueError, ZeroDivisionError, IndexError, OverflowError) as error:
+        except REFUSALS as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
         else:
             return candidate

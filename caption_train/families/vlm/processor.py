@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from caption_train.errors import UsageError
 from caption_train.families.vlm.chat import (
     ChatFormat,
-    find_chat_format,
-    find_special_token,
+    list_special_tokens,
     render_prompt,
     starts_with_bos,
 )
+from caption_train.families.vlm.chat_format import find_chat_format
 from caption_train.families.vlm.checkpoint import find_stop_ids, read_json
 from caption_train.families.vlm.presets import find_prompts
 
@@ -54,6 +54,7 @@ class VlmProcessor:
     system_prompt: str = ""
     max_pixels: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    _rendered: dict[tuple[str, str], str] = field(default_factory=dict, repr=False)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -71,10 +72,14 @@ class VlmProcessor:
         Raises:
             UsageError: the prompt spells out a special token, or the template has no place for it.
         """
-        for flag, text in (("--prompt", prompt), ("--system_prompt", self.system_prompt)):
-            if token := find_special_token(self.tokenizer, text):
-                raise UsageError(f"{flag}: {token} means something else to this model: leave it out")
-        return render_prompt(self.inner, self.chat, prompt, self.system_prompt)
+        key = prompt, self.system_prompt
+        if key not in self._rendered:
+            special = list_special_tokens(self.tokenizer)
+            for flag, text in zip(("--prompt", "--system_prompt"), key, strict=True):
+                if token := next((token for token in special if token in text), None):
+                    raise UsageError(f"{flag}: {token} means something else to this model: leave it out")
+            self._rendered[key] = render_prompt(self.inner, self.chat, *key)
+        return self._rendered[key]
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Any]:
         """Return the model's inputs for B images and prompts, the text left-padded to [B, T].
@@ -97,8 +102,10 @@ class VlmProcessor:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder)
-        if isinstance(self.inner.chat_template, str):
-            (folder / "chat_template.jinja").write_text(self.inner.chat_template, encoding="utf-8")
+        template = self.inner.chat_template
+        template = template.get("default") if isinstance(template, dict) else template
+        if template:
+            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
         image = _public(self.image_processor)
         settings = _own_settings(self.inner)
         base = self.files.get(PROCESSOR_FILE, {})
