@@ -31,7 +31,7 @@ class ChatFormat:
     """How prompt, image and caption are written down for one checkpoint.
 
     content: how a message holds text and image. "list": [{"type": "image"}, {"type": "text"}]; "string": the
-    template adds the image itself; "prefix": there is no template, the processor takes the prompt (PaliGemma).
+    template adds the image itself; "prefix": no template, the processor takes the prompt alone (PaliGemma).
     lead: what the template writes between the prompt and the caption, white space or nothing.
     anchor: text to tokenize before lead and caption where the tokenizer needs a context, else "".
     end_ids: what follows the caption, up to the first token that ends an answer; the first `written` of them
