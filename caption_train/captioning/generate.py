@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from caption_train.adapters.record import Base
 from caption_train.captioning.sampling import make_sampler
 from caption_train.config.captioning import CaptionOptions
+from caption_train.data.images import ImageError, normalize_image, open_image
 from caption_train.errors import CaptionTrainError, UsageError, is_out_of_memory, naming_model
 from caption_train.families.base import Family, Generated
 from caption_train.system.console import escape_unprintable
