@@ -110,7 +110,7 @@ def caption(
     Raises:
         CaptionTrainError: an image cannot be read, or the model cannot be loaded.
     """
-    from caption_train.adapters.record import read_adapter, resolve_base
+    from caption_train.adapters.record import read_adapter, read_request, resolve_base
     from caption_train.captioning.generate import Unreadable
     from caption_train.config.captioning import CaptionOptions
 
@@ -122,8 +122,8 @@ def caption(
     chosen = load_family(name)
     flags = flags | {"images": ["-"], "peft_model": peft_model, "base_model": base_model}
     options = _make_options(CaptionOptions, {"num_workers": 0} | flags)
-    prompt = options.prompt if options.task is None else options.task
-    base = resolve_base(chosen, options.base_model, options.revision, prompt, adapter)
+    prompt, settings = read_request(options, chosen)
+    base = resolve_base(chosen, options.base_model, options.revision, prompt, adapter, settings=settings)
     results = []
     for result in _caption(images, chosen, base, options) if images else ():
         if isinstance(result, Unreadable):

@@ -26,7 +26,9 @@ def tiny_base(tmp_path_factory):
     """`tiny_base("blip")`: the folder of a family's tiny base; what is not in examples/ is made once."""
     from tests.fixtures.bases import find_or_save_base
 
-    return cache(lambda family: find_or_save_base(family, tmp_path_factory.mktemp(f"{family}-tiny")))
+    return cache(
+        lambda family: find_or_save_base(family, tmp_path_factory.mktemp(f"{family.replace('/', '-')}-tiny"))
+    )
 
 
 @pytest.fixture(scope="session")
@@ -55,9 +57,9 @@ def train(tiny_base, pairs_folder, tmp_path_factory):
     from caption_train.cli.commands import train_main
 
     def run(family, *flags):
-        output_dir = tmp_path_factory.mktemp(f"{family}-lora")
+        output_dir = tmp_path_factory.mktemp(f"{family.replace('/', '-')}-lora")
         paths = ["--dataset_dir", pairs_folder, "--output_dir", output_dir, "--model_id", tiny_base(family)]
-        assert train_main(family, [*map(str, paths), "--device", "cpu", *flags]) == 0
+        assert train_main(family.partition("/")[0], [*map(str, paths), "--device", "cpu", *flags]) == 0
         return output_dir
 
     return run
@@ -69,7 +71,7 @@ def overfitted(train):
     from tests.fixtures.bases import OVERFIT
 
     flags = ["--batch_size", "4", "--rank", "32", "--dropout", "0", "--seed", "0"]
-    return cache(lambda family: train(family, *flags, *OVERFIT[family]))
+    return cache(lambda family: train(family, *flags, *OVERFIT[family.partition("/")[0]]))
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
 import json
 import platform
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ class AdapterInfo:
     family: str | None
     revision: str | None
     prompt: str | None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_adapter(folder: Path | str) -> AdapterInfo:
@@ -47,6 +48,7 @@ def read_adapter(folder: Path | str) -> AdapterInfo:
         training.get("family"),
         training.get("revision") or config.get("revision"),
         training.get("prompt"),
+        training.get("settings") or {},
     )
 
 
@@ -55,13 +57,16 @@ class Base:
     """The model that a command works with, and what it is asked.
 
     model_id: a hub id or a folder. revision: of the hub; None is its newest. prompt: what the model is given
-    with every image. facts: what config.json says.
+    with every image. facts: what config.json says. settings: for `Family.configure`. changes: a line for each
+    thing that is asked for otherwise than it was trained with.
     """
 
     model_id: str
     revision: str | None
     prompt: str
     facts: ModelFacts
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    changes: tuple[str, ...] = ()
 
 
 def resolve_base(
@@ -71,6 +76,7 @@ def resolve_base(
     prompt: str | None,
     adapter: AdapterInfo | None = None,
     *,
+    settings: Mapping[str, Any] | None = None,
     flag: str = "--base_model",
 ) -> Base:
     """Decide with which base, revision and prompt to train, caption, plan or export; nothing is loaded.
@@ -82,6 +88,7 @@ def resolve_base(
         family: whose model it is.
         model_id, revision, prompt: what the user gave, None where nothing.
         adapter: what goes on the base, if anything does.
+        settings: values of the flags in `family.settings`, None where the user gave none.
         flag: the flag that names the model, for messages.
 
     Raises:
@@ -90,28 +97,50 @@ def resolve_base(
     if adapter is not None:
         model_id = model_id or adapter.base_model
     model_id = model_id or family.model_id
+    if model_id is None:
+        raise UsageError(f"{flag} is required: a hub id such as Qwen/Qwen3-VL-2B-Instruct, or a folder")
     if adapter is not None:
         check_base(adapter, family.name, model_id, family.base_models)
         revision = revision or (adapter.revision if model_id == adapter.base_model else None)
-        prompt = adapter.prompt if prompt is None else prompt
     if model_id == family.model_id:
         # The pinned release is the default model's; another id or folder has releases of its own.
         revision = revision or family.revision
-    base_prompt = _read_base_prompt(model_id, family.name, flag)
+    trained = _read_base_settings(model_id, family.name, flag)
+    if adapter is not None:
+        trained |= {k: v for k, v in {"prompt": adapter.prompt, **adapter.settings}.items() if v is not None}
     facts = family.describe(model_id, revision)
-    prompt = next(p for p in (prompt, base_prompt, facts.default_prompt) if p is not None)
+    asked = {"prompt": prompt, **(settings or {})}
+    changes = tuple(
+        f"--{name} {value!r}: the model was trained with {trained[name]!r}"
+        for name, value in asked.items()
+        if family.settings and None not in (value, trained.get(name)) and value != trained[name]
+    )
+    chosen = {name: trained.get(name) if value is None else value for name, value in asked.items()}
+    prompt = chosen.pop("prompt")
+    prompt = facts.default_prompt if prompt is None else prompt
     family.check_prompt(prompt)
-    return Base(model_id, revision, prompt, facts)
+    return Base(model_id, revision, prompt, facts, chosen, changes)
 
 
-def _read_base_prompt(base_model: str, family: str, flag: str) -> str | None:
-    """Return the prompt that a model in a local folder was trained with, None where nothing is said.
+def read_request(options: Any, family: Family) -> tuple[str | None, dict[str, Any]]:
+    """Return prompt and settings that TrainOptions or CaptionOptions ask for; None where they do not."""
+    if options.preset and options.preset not in family.presets:
+        raise UsageError(
+            f"--preset {options.preset}: {family.title} have {', '.join(family.presets) or 'none'}"
+        )
+    prompt = family.presets[options.preset] if options.preset else options.prompt
+    settings = {name: getattr(options, name) for name in family.settings}
+    return prompt if options.task is None else options.task, settings
+
+
+def _read_base_settings(base_model: str, family: str, flag: str) -> dict[str, Any]:
+    """Return prompt and settings that a model in a local folder was trained with, as far as it says.
 
     Raises UsageError when it is of another family.
     """
     training = _read_json(Path(base_model) / TRAINING_FILE) or {}
     _check_family(f"{flag} {base_model}", training.get("family"), family)
-    return training.get("prompt")
+    return {"prompt": training.get("prompt"), **(training.get("settings") or {})}
 
 
 def check_base(adapter: AdapterInfo, family: str, base_model: str, base_models: Iterable[str]) -> None:
@@ -163,6 +192,7 @@ class TrainingRecord:
     base_commit: str | None = None
     trainable_parameters: int = 0
     total_parameters: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self, **extra: Any) -> str:
         """Return training.json's text, with `extra` (step, epoch, loss) beside the fields."""

@@ -17,8 +17,9 @@ from caption_train.adapters.record import Base
 from caption_train.captioning.sampling import make_sampler
 from caption_train.config.captioning import CaptionOptions
 from caption_train.data.images import ImageError, normalize_image, open_image
-from caption_train.errors import CaptionTrainError, is_out_of_memory, naming_model
+from caption_train.errors import CaptionTrainError, UsageError, is_out_of_memory, naming_model
 from caption_train.families.base import Family, Generated
+from caption_train.system.console import escape_unprintable
 from caption_train.system.devices import move_batch
 from caption_train.system.signals import leave_signals_to_parent
 
@@ -74,6 +75,7 @@ def load_captioner(
     dtype = getattr(torch, options.dtype)
     with out_of_memory_explained(device, options.batch_size), naming_model("--base_model"):
         model, processor = family.load(base.model_id, revision=base.revision, dtype=dtype)
+        family.configure(processor, base.settings)
         if options.peft_model:
             from caption_train.adapters.load import load_adapter
 
@@ -150,13 +152,42 @@ class Encode:
     prompt: str
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        images = [item.pop("image") for item in items if "image" in item]
         try:
-            inputs = self.family.encode(self.processor, images, [self.prompt] * len(images)) if images else {}
+            inputs = self._encode(items)
         except CaptionTrainError as error:
             # Raised in a worker it would arrive with the worker's traceback in its message.
             return {"items": items, "inputs": {}, "error": error}
+        finally:
+            for item in items:
+                item.pop("image", None)
         return {"items": items, "inputs": inputs, "error": None}
+
+    def _encode(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return the model's inputs of all items with an image; what the family refuses gets an error."""
+        images = [item["image"] for item in items if "image" in item]
+        try:
+            return self.family.encode(self.processor, images, [self.prompt] * len(images)) if images else {}
+        except UsageError:
+            raise
+        except CaptionTrainError:
+            found = ((index, self._try(item)) for index, item in enumerate(items))
+            refused = {index: error for index, error in found if error}
+            if not refused:
+                raise
+        for index, error in refused.items():
+            del items[index]["image"]
+            items[index]["error"] = f"{escape_unprintable(items[index]['path'])}: {error}"
+        return self._encode(items)
+
+    def _try(self, item: dict[str, Any]) -> CaptionTrainError | None:
+        """Return why the family refuses an item alone."""
+        if "image" not in item:
+            return None
+        try:
+            self.family.encode(self.processor, [item["image"]], [self.prompt])
+        except CaptionTrainError as error:
+            return error
+        return None
 
 
 def _read(loader: DataLoader) -> Iterator[dict[str, Any]]:

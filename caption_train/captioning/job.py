@@ -121,6 +121,9 @@ class CaptionJob:
         if main:
             print(self._describe(device), file=sys.stderr)
         model, processor = load_captioner(self.family, self.plan.base, self.options, device)
+        if main:
+            for line in (*self.plan.base.changes, *self.family.describe_inputs(processor)):
+                print(line, file=sys.stderr)
         results = caption_images(
             self.family,
             model,

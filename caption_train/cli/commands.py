@@ -32,6 +32,13 @@ Without --base_model it is the one that the LoRA was trained on, or {model_id}.
 Any {title} on the hub or in a folder will do; the official ones are
   {bases}"""
 
+CAPTION_ANY = """Caption images with {title}, with a LoRA of yours if you have one.
+
+  {start} --images photos/ --peft_model loras/my-style --save_captions
+  {start} --images photos/ --base_model Qwen/Qwen3-VL-2B-Instruct --save_captions
+
+Without --base_model it is the one that the LoRA was trained on."""
+
 COMPILE = """Compile image/caption pairs, or Kohya-ss folders, into a metadata.jsonl that trains.
 
   python compile_captions.py images/                  writes images/metadata.jsonl
@@ -134,7 +141,7 @@ def caption_main(family_name: str, argv: Sequence[str] | None = None, prog: str 
             CaptionOptions,
             argv,
             prog=prog,
-            description=CAPTION.format(
+            description=(CAPTION if family.model_id else CAPTION_ANY).format(
                 title=family.title,
                 start=_start("python", prog),
                 model_id=family.model_id,
@@ -200,5 +207,8 @@ def _family_flags(family: Family) -> dict[str, Any]:
         "task": not family.tasks,
         "visualize": not family.draws_answers,
         "cache_converted": not family.converts_checkpoints,
+        "preset": not family.presets,
+        **{name: name not in family.settings for name in ("system_prompt", "max_pixels")},
     }
-    return {"choices": {"task": family.tasks}, "omit": tuple(name for name in absent if absent[name])}
+    choices = {"task": family.tasks, "preset": tuple(family.presets)}
+    return {"choices": choices, "omit": tuple(name for name in absent if absent[name])}

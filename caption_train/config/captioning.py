@@ -34,6 +34,13 @@ class CaptionOptions:
 
     prompt: str | None = _captions(None, "text the model is given with every image (default: the adapter's)")
     task: str | None = _captions(None, "task token, instead of --prompt")
+    preset: str | None = _captions(None, "a prompt by its name, instead of --prompt")
+    system_prompt: str | None = _captions(
+        None, "what the model is told before every prompt (default: the adapter's, else the checkpoint's)"
+    )
+    max_pixels: int | None = _captions(
+        None, "make images smaller that have more pixels: fewer image tokens (default: the adapter's)"
+    )
     beams: int | None = _captions(None, "beams of the beam search (default: the checkpoint's)")
     max_token_length: int = _captions(256, "longest caption in tokens")
     temperature: float = _captions(0.0, "sample at this temperature; 0 takes the likeliest caption")
@@ -61,7 +68,7 @@ class CaptionOptions:
         problems = [] if self.images else ["--images is required"]
         problems += ["--images is empty; is a variable not set?"] if "" in self.images else []
         problems += find_above(self, LARGEST_SEED, "seed")
-        problems += find_below(self, 1, "beams", "max_token_length", "batch_size")
+        problems += find_below(self, 1, "beams", "max_token_length", "batch_size", "max_pixels")
         problems += find_below(self, 0, "temperature", "seed", "num_workers")
         if not 0 < self.top_p <= 1:
             problems.append(f"--top_p is a probability above 0, up to 1; {self.top_p} is not")
@@ -71,6 +78,8 @@ class CaptionOptions:
             problems.append("--temperature samples and --beams searches: give one")
         if self.prompt is not None and self.task is not None:
             problems.append("--prompt and --task name the same thing twice: give one")
+        if self.preset is not None and (self.prompt is not None or self.task is not None):
+            problems.append("--preset is a prompt: drop it, or --prompt and --task")
         if not set(self.caption_extension).isdisjoint("/\\\0") or not self.caption_extension.strip("."):
             problems.append(f"--caption_extension {self.caption_extension!r} is no file extension like .txt")
         if self.output and self.output.suffix not in (".jsonl", ".csv"):

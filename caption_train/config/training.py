@@ -69,6 +69,14 @@ class TrainOptions:
     cache_converted: bool = _model(False, "keep a native copy of a checkpoint in the legacy layout")
     prompt: str | None = _model(None, "text the model is given with every image")
     task: str | None = _model(None, "task token to train, instead of --prompt")
+    preset: str | None = _model(None, "a prompt by its name, instead of --prompt")
+    system_prompt: str | None = _model(
+        None, "what the model is told before every prompt (default: the checkpoint's own)"
+    )
+    max_pixels: int | None = _model(
+        None,
+        "make images smaller that have more pixels (default: the checkpoint's, or 1048576)",
+    )
     device: str | None = _model(
         None, "device to run on, such as cuda, cuda:1, mps or cpu (found if not given)"
     )
@@ -160,7 +168,11 @@ class TrainOptions:
         problems = [
             f"--{name} is required" for name in ("dataset_dir", "output_dir") if getattr(self, name) is None
         ]
-        problems += find_below(self, 1, *_COUNTS) + find_below(self, 2, "max_length")
+        problems += (
+            find_below(self, 1, *_COUNTS)
+            + find_below(self, 2, "max_length")
+            + find_below(self, 1, "max_pixels")
+        )
         problems += find_below(self, 0, "keep_tokens", "num_workers", "warmup_steps", "weight_decay", "seed")
         problems += find_above(self, LARGEST_SEED, "seed")
         problems += [
@@ -186,6 +198,8 @@ class TrainOptions:
             problems.append("--keep_tokens only has a meaning with --shuffle_captions")
         if self.prompt is not None and self.task is not None:
             problems.append("--prompt and --task name the same thing twice: give one")
+        if self.preset is not None and (self.prompt is not None or self.task is not None):
+            problems.append("--preset is a prompt: drop it, or --prompt and --task")
         if self.memory_budget is not None and not self.plan:
             problems.append("--memory_budget only has a meaning with --plan")
         if self.memory_budget is not None and parse_bytes(self.memory_budget) is None:
@@ -218,7 +232,7 @@ _COUNTS = (
         "gradient_accumulation_steps",
         "epochs",
     ),
-    *("optimizer_rank", "accumulation_rank"),
+    *("optimizer_rank", "accumulation_rank", "max_pixels"),
     *("save_every_n_epochs", "save_every_n_steps", "sample_every_n_epochs", "sample_every_n_steps"),
     *("eval_every_n_epochs", "eval_every_n_steps", "metric_samples", "early_stopping_patience"),
 )

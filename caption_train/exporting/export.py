@@ -53,7 +53,7 @@ def export(options: ExportOptions, family: Family) -> str:
         raise UsageError(f"output_dir {options.output_dir} is, or holds, the base: choose another")
     image = open_proof_image(options.image)
     with naming_model("--base_model" if options.is_adapter else "source"):
-        model, processor = family.load(base.model_id, revision=base.revision)
+        model, processor = _load(family, base)
     if options.is_adapter:
         from caption_train.adapters.load import load_adapter
 
@@ -67,12 +67,10 @@ def export(options: ExportOptions, family: Family) -> str:
         if whole:
             _write_model(options, family, model, processor, partial_folder, base)
             del model
-            model, processor = family.load(str(partial_folder))
+            model, processor = _load(family, replace(base, model_id=str(partial_folder), revision=None))
         else:
             _write_adapter(options, family, model, partial_folder)
-            model = load_adapter(
-                family.load(base.model_id, revision=base.revision)[0], partial_folder, family
-            )
+            model = load_adapter(_load(family, base)[0], partial_folder, family)
         after = caption_once(family, model, processor, image, base.prompt)
         if before.token_ids != after.token_ids and options.merge and options.dtype == "auto":
             del model
@@ -88,6 +86,12 @@ def export(options: ExportOptions, family: Family) -> str:
         f"before: {before.text}\nafter:  {after.text}\n"
         f"The {len(after.token_ids)} tokens agree. Written to {options.output_dir}"
     )
+
+
+def _load(family: Family, base: Base) -> tuple[Any, Any]:
+    model, processor = family.load(base.model_id, revision=base.revision)
+    family.configure(processor, base.settings)
+    return model, processor
 
 
 def _put_in_place(folder: Path, target: Path) -> None:
@@ -106,7 +110,8 @@ def _resolve_base(options: ExportOptions, family: Family) -> Base:
 
     adapter = read_adapter(options.source) if options.is_adapter else None
     model_id = options.base_model if options.is_adapter else options.source.as_posix()
-    return resolve_base(family, model_id, options.revision, options.prompt, adapter)
+    settings = dict.fromkeys(family.settings)
+    return resolve_base(family, model_id, options.revision, options.prompt, adapter, settings=settings)
 
 
 def _write_model(

@@ -8,6 +8,7 @@ FAMILIES = {
     "blip": "caption_train.families.blip:Blip",
     "florence": "caption_train.families.florence.family:Florence",
     "moondream": "caption_train.families.moondream.family:Moondream",
+    "vlm": "caption_train.families.vlm.family:Vlm",
 }
 
 

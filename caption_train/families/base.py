@@ -46,11 +46,13 @@ class ModelFacts:
         parts: `vision`, `projector` and `language`, each with a regular expression that matches the whole
             name of every module in that part, and no other.
         default_prompt: the prompt if the user gives none: a task token, a sentence, or "".
+        notes: lines to print before such a model is trained.
     """
 
     lora_target_modules: tuple[str, ...]
     parts: Mapping[str, str]
     default_prompt: str
+    notes: tuple[str, ...] = ()
 
 
 class Family(ABC):
@@ -64,8 +66,8 @@ class Family(ABC):
     title: str
     training_script: str
     inference_script: str
-    model_id: str
-    """The base model if the user names none."""
+    model_id: str | None
+    """The base model if the user names none; None where the user must name one."""
     revision: str | None = None
     """The revision of `model_id` if the user names none."""
     base_models: Sequence[str] = ()
@@ -76,6 +78,10 @@ class Family(ABC):
     """Defaults of training flags that differ from `TrainOptions`, by field name."""
     tasks: Sequence[str] = ()
     """Task tokens that `--task` offers; empty if the family has none."""
+    presets: Mapping[str, str] = {}
+    """Prompts that `--preset` offers, by name; empty if the family reads none."""
+    settings: Sequence[str] = ()
+    """Flags that change what the processor makes of prompt and image: the names that `configure` takes."""
     draws_answers = False
     """Whether `draw_answer` has something to draw, so that `--visualize` is allowed."""
     converts_checkpoints = False
@@ -155,6 +161,26 @@ class Family(ABC):
 
     def check_prompt(self, prompt: str) -> None:  # noqa: B027  (most families read any prompt)
         """Raise UsageError for a prompt that no model of this family can read, before a model is loaded."""
+
+    def check_inputs(self, processor: ProcessorMixin, prompts: Sequence[str]) -> None:
+        """Raise UsageError for a prompt that this model cannot read: refused here, not in a data worker.
+
+        prompts: all that a run will use, each once. By default the longest is tried.
+        """
+        from PIL import Image
+
+        self.encode(processor, [Image.new("RGB", (32, 32))], [max(prompts, key=len)])
+
+    def configure(self, processor: ProcessorMixin, settings: Mapping[str, Any]) -> None:  # noqa: B027
+        """Apply values of the flags in `settings` to a processor; None is the checkpoint's own."""
+
+    def read_settings(self, processor: ProcessorMixin) -> dict[str, Any]:
+        """Return the settings in effect, by flag, as an adapter's record keeps them for captioning."""
+        return {}
+
+    def describe_inputs(self, processor: ProcessorMixin) -> list[str]:
+        """Return lines on what the model reads of an image, such as how many tokens it takes."""
+        return []
 
     def parse_answer(self, text: str, prompt: str, image_size: tuple[int, int]) -> Any:
         """Return the boxes in a generated text.

@@ -13,7 +13,14 @@ from torch import nn
 from caption_train.adapters.initialization import initialize_lora
 from caption_train.adapters.lora import wrap_with_lora
 from caption_train.adapters.quantization import make_quantization_config, prepare_quantized
-from caption_train.adapters.record import Base, TrainingRecord, describe_options, find_versions, resolve_base
+from caption_train.adapters.record import (
+    Base,
+    TrainingRecord,
+    describe_options,
+    find_versions,
+    read_request,
+    resolve_base,
+)
 from caption_train.adapters.targets import freeze_outside
 from caption_train.config.training import TrainOptions
 from caption_train.data.pairs import Pair
@@ -29,8 +36,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def resolve_options(options: TrainOptions, family: Family) -> tuple[TrainOptions, Base]:
     """Return the options with what the base decides filled in, and the base."""
-    prompt = options.prompt if options.task is None else options.task
-    base = resolve_base(family, options.model_id, options.revision, prompt, flag="--model_id")
+    prompt, settings = read_request(options, family)
+    base = resolve_base(
+        family, options.model_id, options.revision, prompt, settings=settings, flag="--model_id"
+    )
     targets = options.target_modules or list(base.facts.lora_target_modules)
     return replace(options, model_id=base.model_id, revision=base.revision, target_modules=targets), base
 

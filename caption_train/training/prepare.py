@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -126,9 +125,12 @@ def _load(
     set_seed(options.seed)
     with raise_on_all_ranks(accelerator):
         model, processor = load_trainable(options, family, base.facts, accelerator, start.checkpoint)
+        family.configure(processor, base.settings)
         # A prompt too long for this model is better refused here than in a process that reads images.
-        longest = max((pair.prompt or "" for pair in data.train + data.validation), key=len)
-        family.encode(processor, [Image.new("RGB", (32, 32))] * 2, [base.prompt, longest or base.prompt])
+        prompts = {pair.prompt for pair in data.train + data.validation if pair.prompt}
+        family.check_inputs(processor, [base.prompt, *sorted(prompts)])
+    print_once(accelerator, *base.facts.notes, *base.changes, *family.describe_inputs(processor))
+    record.settings = family.read_settings(processor)
     record.base_commit = find_commit(options.model_id, options.revision)
     record.trainable_parameters, record.total_parameters = count_parameters(model)
     return model, processor

@@ -11,7 +11,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from caption_train.data.images import ImageError, open_image
 from caption_train.data.pairs import Pair
+from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families.labels import count_label_tokens
+from caption_train.system.console import escape_unprintable
 from caption_train.system.signals import ignore_in_worker
 from caption_train.training.run.batch_plan import BatchPlan, Key
 
@@ -104,9 +106,26 @@ class Collate:
         errors = [item["error"] for item in items if "error" in item]
         # A process without readable images still needs a batch: all processes run the model equally often.
         filler = {"image": Image.new("RGB", (32, 32)), "caption": ""}
-        inputs = self.collate_fn(good or [filler])
+        try:
+            inputs = self.collate_fn(good or [filler])
+        except UsageError:
+            raise
+        except CaptionTrainError:
+            reasons = [self._try(item) for item in good]
+            if not any(reasons):
+                raise
+            left = [item | ({"error": r} if r else {}) for item, r in zip(good, reasons, strict=True)]
+            return self([*left, *({"error": error} for error in errors)])
         label_tokens = count_label_tokens(inputs["labels"]) if good else 0
         return MicroBatch(inputs, [item["file"] for item in good], label_tokens, errors)
+
+    def _try(self, item: dict) -> str | None:
+        """Return why the family refuses an item alone, in a line that names its file."""
+        try:
+            self.collate_fn([item])
+        except CaptionTrainError as error:
+            return f"{escape_unprintable(item['file'])}: {error}"
+        return None
 
 
 def make_train_dataloader(
