@@ -21,13 +21,17 @@ def name_flag(train_method: str) -> str:
 
 
 def _card(record: TrainingRecord, extra: Mapping[str, Any]) -> str:
+    from huggingface_hub import ModelCardData
+
     options = record.options
     is_lora = options["train_method"] == "lora"
     is_hub_id = not Path(record.base_model).is_absolute()
-    front = ["---", f"library_name: {'peft' if is_lora else 'transformers'}"]
-    front += [f"base_model: {record.base_model}"] if is_hub_id else []
-    front += ["pipeline_tag: image-to-text", "tags:", "- image-captioning", f"- {record.family}"]
-    front += ["- lora"] if is_lora else []
+    front = ModelCardData(
+        library_name="peft" if is_lora else "transformers",
+        base_model=record.base_model if is_hub_id else None,
+        pipeline_tag="image-to-text",
+        tags=["image-captioning", record.family, *(["lora"] if is_lora else [])],
+    )
     shown = ["rank", "alpha", "dropout"] if is_lora else []
     shown += ["learning_rate", "batch_size", "gradient_accumulation_steps", "epochs"]
     rows = [f"| {name} | {options[name]} |" for name in shown]
@@ -38,7 +42,8 @@ def _card(record: TrainingRecord, extra: Mapping[str, Any]) -> str:
     elsewhere = [hint.format(base=record.base_model), ""] if hint else []
     return "\n".join(
         [
-            *front,
+            "---",
+            front.to_yaml(),
             "---",
             "",
             f"# {options['name'] or ('Captioning LoRA' if is_lora else 'Captioning model')}",

@@ -16,11 +16,6 @@ from caption_train.system.processes import end_at_once, is_one_of_several
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 """What a disk answers to a write that no room of ours explains, such as a tracker's."""
 
-_SAVERS = (
-    "Use less with --batch_size 1 (and --gradient_accumulation_steps to make up for it), "
-    "--gradient_checkpointing, --mixed_precision bf16 or --quantize."
-)
-
 
 def run(work: Callable[[], int]) -> int:
     """Do the work; turn what a user can cause into one line and an exit code, never a traceback."""
@@ -59,7 +54,17 @@ def _run(work: Callable[[], int]) -> int:
         if not is_out_of_memory(error):
             raise
         reason = next(iter(str(error).splitlines()), "")
-        return _fail(f"out of memory: {reason} {_SAVERS}", 1)
+        return _fail(f"out of memory: {reason} {_advise_savers()}", 1)
+
+
+def _advise_savers() -> str:
+    from caption_train.training.memory.savers import SAVERS
+
+    *flags, last = [saver.flags for saver in SAVERS if saver.advised]
+    return (
+        "Use less with --batch_size 1 (and --gradient_accumulation_steps to make up for it), "
+        f"{', '.join(flags)} or {last}."
+    )
 
 
 def _quiet_libraries() -> None:

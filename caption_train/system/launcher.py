@@ -29,11 +29,12 @@ def asks_for(kind: str) -> bool:
 
 def read_command(process_id: int) -> list[str]:
     """Return a process's command line, or nothing where the system does not show it (it does on Linux)."""
+    import psutil
+
     try:
-        command = Path(f"/proc/{process_id}/cmdline").read_bytes()
-    except OSError:
+        return psutil.Process(process_id).cmdline()
+    except psutil.Error:
         return []
-    return [part.decode(errors="replace") for part in command.split(b"\0") if part]
 
 
 def relaunch_command(script: str, command: list[str], own: Sequence[str] = ("python",)) -> list[str]:
@@ -72,7 +73,8 @@ def describe_missing_processes(command: list[str], num_processes: int) -> str | 
 
 def _end_with_parent() -> None:
     """Have the system send SIGTERM when the parent dies, which forwards none and would leave an orphan."""
-    # A call of Linux; elsewhere there is no /proc to know the parent from either.
+    if sys.platform != "linux":
+        return
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

@@ -92,20 +92,18 @@ def peak_memory(device: torch.device) -> int:
         return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
     except (OSError, StopIteration):
         pass
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
     # macOS counts bytes, others kilobytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def resident_memory() -> int:
-    """Return the bytes that this process holds in memory now; where that is unknown, its peak."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        import torch
+    """Return the bytes that this process holds in memory now."""
+    import psutil
 
-        return peak_memory(torch.device("cpu"))
-    return pages * 4096
+    return psutil.Process().memory_info().rss

@@ -13,13 +13,7 @@ from caption_train.config.training import TrainOptions
 from caption_train.errors import CaptionTrainError, is_out_of_memory
 from caption_train.training.checkpoints.find import describe_latest
 from caption_train.training.distributed.fsdp import parallelism
-
-SAVERS = {
-    "auto_batch_size": ("--auto_batch_size", True),
-    "gradient_checkpointing": ("--gradient_checkpointing", True),
-    "mixed_precision": ("--mixed_precision bf16", "bf16"),
-    "quantize": ("--quantize", "4bit"),
-}
+from caption_train.training.memory.savers import find_savers
 
 
 @contextmanager
@@ -50,11 +44,11 @@ def explain_out_of_memory(options: TrainOptions, accelerator: Accelerator) -> It
 
 def advise_savers(options: TrainOptions, accelerator: Accelerator, tried: Sequence[int]) -> str:
     unused = [
-        words
-        for name, (words, value) in SAVERS.items()
-        if getattr(options, name) in (None, False, "no")
-        and not (name == "auto_batch_size" and tried[-1] == 1)
-        and _is_allowed(replace(options, **{name: value}), accelerator)
+        saver.flags
+        for saver in find_savers(options)
+        if saver.advised
+        and not ("auto_batch_size" in saver.changes and tried[-1] == 1)
+        and _is_allowed(replace(options, **saver.changes), accelerator)
     ]
     return (
         f"out of memory with --batch_size {', '.join(map(str, tried))} (--max_length {options.max_length}); "

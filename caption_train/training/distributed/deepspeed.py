@@ -22,7 +22,7 @@ from caption_train.system.processes import is_one_of_several
 
 BUCKET = 20_000_000
 """Numbers sent at once, of which a copy is held meanwhile. With DeepSpeed's default, that is 2 GB."""
-OLDEST = "0.19.8"
+OLDEST, TOO_NEW = "0.19.8", "0.20"
 """0.19.7 reports a norm of 1.0 for gradients that are not finite; older ones ignore unknown settings."""
 STATE = ("exp_avg", "exp_avg_sq")
 """AdamW's state of each parameter, in the shape of the parameter."""
@@ -201,10 +201,11 @@ def _check_installed() -> None:
     except Exception as error:  # DeepSpeed has its own type for a missing CUDA toolkit.
         problem = f"cannot be imported ({' '.join(str(error).split())})"
     else:
-        if Version(deepspeed.__version__) >= Version(OLDEST):
+        if Version(OLDEST) <= Version(deepspeed.__version__) < Version(TOO_NEW):
             return
         problem = f"is of version {deepspeed.__version__}"
     raise UsageError(
-        f"accelerate's configuration asks for DeepSpeed, which {problem}: pip install 'deepspeed>={OLDEST}', "
+        f"accelerate's configuration asks for DeepSpeed, which {problem}: pip install "
+        f"'deepspeed>={OLDEST},<{TOO_NEW}', "
         "or use --config_file examples/accelerate/fsdp.yaml"
     )

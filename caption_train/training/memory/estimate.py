@@ -8,7 +8,6 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
@@ -16,6 +15,7 @@ from caption_train.adapters.quantization import HEADS
 from caption_train.config.compatibility import check
 from caption_train.config.training import TrainOptions
 from caption_train.training.memory.activations import Activations
+from caption_train.training.memory.savers import MemorySaver, find_savers
 from caption_train.training.optim.state_size import count_gradients, count_state, find_embeddings
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -71,42 +71,6 @@ class MemoryEstimate:
     def fits(self, budget: int) -> bool:
         """Tell whether a run fits even if the estimate is as low as the worst one that was measured."""
         return self.peak * MARGIN <= budget
-
-
-@dataclass(frozen=True)
-class MemorySaver:
-    """Flags that save memory.
-
-    Attributes:
-        flags: as on the command line.
-        changes: the same as fields of TrainOptions.
-        cost: roughly what they cost in speed or quality, to compare sets of flags.
-    """
-
-    flags: str
-    changes: Mapping[str, Any]
-    cost: int
-
-
-def find_savers(options: TrainOptions) -> list[MemorySaver]:
-    """Return the savers that are not in use yet."""
-    savers = []
-    if options.mixed_precision not in HALF:
-        savers.append(MemorySaver("--mixed_precision bf16", {"mixed_precision": "bf16"}, 1))
-    if options.optimizer_name == "AdamW":
-        savers.append(MemorySaver("--optimizer_name AdamW8bit", {"optimizer_name": "AdamW8bit"}, 1))
-    if options.batch_size > 1:
-        steps = options.batch_size * options.gradient_accumulation_steps
-        changes = {"batch_size": 1, "gradient_accumulation_steps": steps}
-        savers.append(MemorySaver(f"--batch_size 1 --gradient_accumulation_steps {steps}", changes, 2))
-    if not options.gradient_checkpointing:
-        savers.append(MemorySaver("--gradient_checkpointing", {"gradient_checkpointing": True}, 3))
-    if options.quantize is None:
-        savers.append(MemorySaver("--quantize", {"quantize": "4bit"}, 4))
-    if not options.accumulation_compression:
-        changes = {"optimizer_name": "Flora", "accumulation_compression": True}
-        savers.append(MemorySaver("--optimizer_name Flora --accumulation_compression", changes, 5))
-    return savers
 
 
 class Planner:
@@ -179,7 +143,8 @@ class Planner:
             options with the smallest peak, which is then above the budget.
         """
         candidates = []
-        for chosen in _subsets(find_savers(options)):
+        savers = [saver for saver in find_savers(options) if saver.cost is not None]
+        for chosen in _subsets(savers):
             changed = replace(options, **{k: v for saver in chosen for k, v in saver.changes.items()})
             if not check(changed, device=self.device):
                 candidates.append((sum(saver.cost for saver in chosen), self.plan(changed), changed, chosen))
