@@ -8,9 +8,7 @@ loss and the share of captions that are right word for word on the held-out pict
 the tensors: optimizer state after the last step, accumulated gradients before it.
 """
 
-import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,9 +19,8 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.memory import count_bytes  # noqa: E402
+from benchmarks.harness import ROOT, Results, count_bytes, make_parser, run_measurement  # noqa: E402
 
-RESULTS = Path(__file__).with_name("flora.json")
 RANKS = (2, 8, 32, 128)
 FLORA = {"optimizer_name": "Flora"}
 COMPRESSED = {**FLORA, "accumulation_compression": True, "optimizer_rank": 128}
@@ -101,29 +98,19 @@ def _count_gradients(trainer) -> list[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--rows", nargs="+", type=int, help=f"of {dict(enumerate(ROWS))}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         print(json.dumps(measure(*arguments.measure)))
         return
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = Results("flora.json")
     for index, row in enumerate(ROWS):
         for seed in arguments.seeds if arguments.rows is None or index in arguments.rows else []:
             # A process each: the Accelerator keeps its settings in state that processes share.
-            command = [sys.executable, __file__, "--measure", json.dumps([row, seed, arguments.epochs])]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(done.stderr)
-            result = json.loads(done.stdout.strip().splitlines()[-1])
-            results.setdefault(row, {})[str(seed)] = result
-            print(row, "| seed", seed, "|", json.dumps(result), flush=True)
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            results.add(row, str(seed), run_measurement(__file__, [row, seed, arguments.epochs]))
 
 
 if __name__ == "__main__":

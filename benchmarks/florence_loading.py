@@ -9,7 +9,6 @@ times in one process, from cached files; times are medians, the peak is the firs
 
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,6 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.harness import Memory, make_parser, run_measurement  # noqa: E402
 
 LARGE = {
     "model_type": "florence2",
@@ -112,8 +113,7 @@ def measure_once(folder: str, dtype: str) -> dict[str, float]:
         while file.read(1 << 24):
             pass
     loading, loading_cpu = time.perf_counter(), time.process_time()
-    reset_peak()
-    before = read_status("VmRSS")
+    memory = Memory(torch.device("cpu"))
     model, _ = family.load(folder, dtype=getattr(torch, dtype))
     for tensor in model.state_dict().values():
         tensor.view(-1).view(torch.uint8)[::4096].sum()  # weights of a mapped file are not there until read
@@ -123,7 +123,7 @@ def measure_once(folder: str, dtype: str) -> dict[str, float]:
         "model": sum(
             tensor.nbytes for tensor in {t.data_ptr(): t for t in model.state_dict().values()}.values()
         ),
-        "peak": read_status("VmHWM") - before,
+        "peak": memory.peak() - memory.before,
         "read_seconds": loading - reading,
         "load_seconds": ended - loading,
         "read_cpu": loading_cpu - reading_cpu,
@@ -131,19 +131,12 @@ def measure_once(folder: str, dtype: str) -> dict[str, float]:
     }
 
 
-def read_status(field: str) -> int:
-    """Return a line of /proc/self/status in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(field)))
-
-
-def reset_peak() -> None:
-    """Set VmHWM back to what is resident now."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def main() -> None:
     """Print a Markdown table of all layouts and precisions."""
+    arguments = make_parser(__doc__).parse_args()
+    if arguments.measure:
+        print(json.dumps(measure(*arguments.measure)))
+        return
     print(
         "| weights | loaded as | checkpoint GB | model GB | peak GB | above the model | read s (CPU) |",
         end="",
@@ -154,9 +147,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = write_checkpoint(Path(temporary) / "large", layout)
             for dtype in ("float16", "float32"):
-                command = [sys.executable, __file__, str(folder), dtype]
-                output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-                found = json.loads(output.splitlines()[-1])
+                found = run_measurement(__file__, [str(folder), dtype])
                 above = (found["peak"] - found["model"]) / found["checkpoint"]
                 sizes = [f"{found[name] / 1e9:.2f}" for name in ("checkpoint", "model", "peak")]
                 times = [
@@ -169,7 +160,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        print(json.dumps(measure(sys.argv[1], sys.argv[2])))
-    else:
-        main()
+    main()

@@ -9,11 +9,9 @@ the sample set, a process each, on a CPU. `planned` is what the plan says is hel
 of the process that trains.
 """
 
-import argparse
 import json
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -21,7 +19,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.memory import MODELS, make_config, save_random_model  # noqa: E402
+from benchmarks.harness import (  # noqa: E402
+    MODELS,
+    ROOT,
+    Results,
+    make_config,
+    make_parser,
+    run_process,
+    save_random_model,
+)
 
 RESULTS = Path(__file__).with_name("plan.json")
 BF16 = "--mixed_precision bf16"
@@ -89,14 +95,6 @@ def copy_images(flags: str, folder: Path) -> Path:
     return folder
 
 
-def run(command: list[str]) -> str:
-    """Run a process and return what it printed."""
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-    return done.stdout
-
-
 def measure(name: str, base: Path, flags: str, measured: int | None) -> dict:
     """Return the bytes planned and those measured, unless they are known."""
     script = ROOT / SCRIPTS[name.partition("-")[0]]
@@ -104,33 +102,30 @@ def measure(name: str, base: Path, flags: str, measured: int | None) -> dict:
         data, out = copy_images(flags, Path(folder, "data")), Path(folder, "out")
         command = [sys.executable, str(script), str(data), str(out), "--model_id", str(base)]
         command += ["--device", "cpu", "--epochs", "2", "--batch_size", "1", *flags.split()]
-        planned = float(re.search(r"at most, at once +([\d.]+) GiB", run([*command, "--plan"]))[1]) * 2**30
+        planned = (
+            float(re.search(r"at most, at once +([\d.]+) GiB", run_process([*command, "--plan"]))[1]) * 2**30
+        )
         if measured is None:
-            run(command)
+            run_process(command)
             measured = json.loads((out / "summary.json").read_text())["peak_memory_bytes"]
     return {"planned": int(planned), "measured": measured, "ratio": round(planned / measured, 3)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, "random-bases")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS[::2], metavar="MODEL")
     parser.add_argument("--rows", nargs="+", type=int, help=f"of {dict(enumerate(ROWS))}")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "random-bases")
     parser.add_argument("--planned_only", action="store_true", help="keep what was measured before")
     arguments = parser.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = Results("plan.json")
     for name in arguments.models:
         base = save_base(name, arguments.folder)
         for index, flags in enumerate(ROWS):
-            known = results.get(name, {}).get(flags, {}).get("measured") if arguments.planned_only else None
+            row = results.rows.get(name, {}).get(flags, {})
+            known = row.get("measured") if arguments.planned_only else None
             wanted = known or not arguments.planned_only
             if wanted and (arguments.rows is None or index in arguments.rows):
-                result = measure(name, base, flags, known)
-                results.setdefault(name, {})[flags] = result
-                print(name, "|", flags, "|", json.dumps(result), flush=True)
-                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+                results.add(name, flags, measure(name, base, flags, known))
 
 
 if __name__ == "__main__":

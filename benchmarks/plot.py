@@ -7,7 +7,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.memory import MODELS, ROWS, count
+from benchmarks.harness import MODELS
+from benchmarks.memory import ROWS, count
 
 HERE = Path(__file__).parent
 PARTS = {"weights": "tab:blue", "gradients": "tab:orange", "state": "tab:green", "rest": "lightgray"}

@@ -7,9 +7,7 @@ Two steps of one picture a process, float32, recomputed blocks. `held` is what t
 about half a GiB of libraries with it, `most` the most from the first step on; nothing is saved.
 """
 
-import argparse
-import os
-import subprocess
+import json
 import sys
 import tempfile
 import time
@@ -18,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.memory import MODELS, Memory  # noqa: E402
+from benchmarks.harness import MODELS, Memory, make_parser, run_process  # noqa: E402
 from benchmarks.plan import copy_images, save_base  # noqa: E402
 
 WAYS = {
@@ -58,13 +56,9 @@ def measure(way: str, base: Path, data: Path, output: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, "random-bases")
     parser.add_argument("--model", choices=MODELS, default="blip-base")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "random-bases")
-    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         way, *paths = arguments.measure
@@ -75,10 +69,13 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             data = copy_images("--batch_size 4", Path(folder, "data"))
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-            command += [__file__, "--measure", way, str(base), str(data), str(Path(folder, "out"))]
-            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | WAYS[way])
-            lines = [line for line in done.stdout.splitlines() if f"{way} process" in line]
-            print("\n".join(sorted(lines)) if done.returncode == 0 else done.stderr, flush=True)
+            paths = [str(path) for path in (base, data, Path(folder, "out"))]
+            command += [__file__, "--measure", json.dumps([way, *paths])]
+            try:
+                lines = run_process(command, WAYS[way]).splitlines()
+            except RuntimeError as error:
+                lines = [f"{way} process: {error}"]
+            print("\n".join(sorted(line for line in lines if f"{way} process" in line)), flush=True)
 
 
 if __name__ == "__main__":

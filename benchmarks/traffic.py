@@ -7,11 +7,9 @@ Once with Flora and plain gradients, which DistributedDataParallel sends in buck
 hands over, not what a collective makes of it on the wire.
 """
 
-import argparse
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 import torch.distributed as dist
@@ -19,7 +17,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.memory import MODELS, make_batch, make_family, save_random_model  # noqa: E402
+from benchmarks.harness import MODELS, make_batch, make_family, make_parser, save_random_model  # noqa: E402
 
 FULL = {"train_method": "full", "mixed_precision": "bf16", "gradient_checkpointing": True, "device": "cpu"}
 RANKS = (4, 16, 64)
@@ -62,11 +60,8 @@ def count_step(name: str, folder: Path, flags: dict) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--model", choices=MODELS, default="blip-base")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "random-models")
     arguments = parser.parse_args()
     dist.init_process_group("gloo")
     folder = arguments.folder / arguments.model
@@ -82,7 +77,7 @@ def main() -> None:
         shares = {row: [size, f"{size / whole:.1%}"] for row, size in rows.items()}
         print(arguments.model, json.dumps(shares), flush=True)
     dist.barrier()
-    # Finished groups are not taken down: gloo's threads can hang in it (caption_train/processes.py).
+    # Finished groups are not taken down: gloo's threads can hang in it (caption_train/system/processes.py).
     os._exit(0)
 
 
