@@ -42,7 +42,7 @@ def run_process(command: Iterable[Any], environment: Mapping[str, str] | None = 
 def run_measurement(
     script: str, arguments: Any, environment: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Have a script measure in a process of its own: `--measure` gets the arguments, its last line is JSON."""
+    """Run `script --measure ARGUMENTS` in a process of its own; its last line is the result, in JSON."""
     printed = run_process([sys.executable, script, "--measure", json.dumps(arguments)], environment)
     return json.loads(printed.strip().splitlines()[-1])
 
