@@ -20,6 +20,8 @@ MODULES = (
     "caption_train.metrics.coco",
     "caption_train.metrics.output_health",
     "caption_train.metrics.ptb_tokenizer",
+    "caption_train.system.console",
+    "caption_train.system.launcher",
     "caption_train.training.run.batch_plan",
 )
 
