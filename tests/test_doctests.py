@@ -7,6 +7,8 @@ from importlib import import_module
 import pytest
 
 MODULES = (
+    "caption_train.captioning.inputs",
+    "caption_train.captioning.outputs",
     "caption_train.data.formats",
     "caption_train.data.kohya",
     "caption_train.data.pairs",
