@@ -9,6 +9,7 @@ import pytest
 MODULES = (
     "caption_train.captioning.inputs",
     "caption_train.captioning.outputs",
+    "caption_train.config.training",
     "caption_train.data.formats",
     "caption_train.data.kohya",
     "caption_train.data.pairs",

@@ -1,6 +1,6 @@
-"""From a command line to the work: the room that knows all the others, where errors become exit codes.
+"""Runs the commands: reads the flags, calls the command's folder, returns the exit code.
 
-Nothing heavy is imported before the flags are read, so `--help` answers at once.
+Nothing heavy is imported before the flags are read, so that `--help` answers at once.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,15 @@ An image is captioned before and after; nothing is written unless the tokens agr
 
 
 def train_main(family_name: str, argv: Sequence[str] | None = None) -> int:
-    """Run a training script for a family; return the exit code."""
+    """Run the training script of a family.
+
+    Args:
+        family_name: a key of FAMILIES.
+        argv: the flags; by default those of this process.
+
+    Returns:
+        The exit code.
+    """
     family, prog = get_family(family_name), program_name()
 
     def work() -> int:
@@ -87,7 +95,15 @@ def train_main(family_name: str, argv: Sequence[str] | None = None) -> int:
 
 
 def caption_main(family_name: str, argv: Sequence[str] | None = None) -> int:
-    """Run an inference script for a family; return the exit code."""
+    """Run the inference script of a family.
+
+    Args:
+        family_name: a key of FAMILIES.
+        argv: the flags; by default those of this process.
+
+    Returns:
+        The exit code.
+    """
     family, prog = get_family(family_name), program_name()
 
     def work() -> int:
@@ -148,7 +164,7 @@ def export_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _family_flags(family: Family) -> dict[str, Any]:
-    """Return what the family offers as `--task`, and the flags it has no use for."""
+    """Return the family's values of `--task`, and the flags that do not apply to the family."""
     absent = {
         "task": not family.tasks,
         "visualize": not family.draws_answers,
