@@ -1,4 +1,4 @@
-"""The two ways a command ends badly. Each message is one line that names the flag or file and what to do."""
+"""Defines the two errors that end a command. Each message is one line: the flag or file, and a remedy."""
 
 import errno
 from collections.abc import Iterator
@@ -6,20 +6,23 @@ from contextlib import contextmanager
 
 
 class CaptionTrainError(Exception):
-    """The command could not do its work (exit code 1)."""
+    """The command could not finish (exit code 1)."""
 
     exit_code = 1
 
 
 class UsageError(CaptionTrainError):
-    """The command was asked for something it cannot do: a flag, a path or a combination (exit code 2)."""
+    """The command was asked for something impossible: a flag, a path or their combination (exit code 2)."""
 
     exit_code = 2
 
 
 @contextmanager
 def naming_model(flag: str) -> Iterator[None]:
-    """Call the model by the flag it has here; families name the training scripts', --model_id."""
+    """Change `--model_id` in messages to the flag that this command has for the model.
+
+    Families name the model by the flag of the training scripts.
+    """
     try:
         yield
     except CaptionTrainError as error:
@@ -27,7 +30,7 @@ def naming_model(flag: str) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell a want of memory from other errors; torch's CPU allocator has no exception type of its own."""
+    """Tell whether an error means out of memory; torch's CPU allocator has no exception type of its own."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, OSError):
@@ -40,7 +43,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 _OUT_OF_MEMORY_WORDS = (
     *("can't allocate memory", "cannot allocate memory", "out of memory", "not enough memory"),
     *("unable to mmap", "unable to allocate", "std::bad_alloc", "alloc_failed"),
-    # oneDNN, which says no more than that when its scratch memory cannot be had.
+    # These are oneDNN's only words if it cannot allocate its working memory.
     *("could not create a primitive", "could not create a memory"),
 )
-"""What torch's allocators, oneDNN, cuBLAS, cuDNN and the system say."""
+"""Parts of the messages of torch's allocators, oneDNN, cuBLAS, cuDNN and the system."""

@@ -7,6 +7,9 @@ from importlib import import_module
 import pytest
 
 MODULES = (
+    "caption_train.captioning.inputs",
+    "caption_train.captioning.outputs",
+    "caption_train.config.training",
     "caption_train.data.formats",
     "caption_train.data.kohya",
     "caption_train.data.pairs",
@@ -20,6 +23,8 @@ MODULES = (
     "caption_train.metrics.coco",
     "caption_train.metrics.output_health",
     "caption_train.metrics.ptb_tokenizer",
+    "caption_train.system.console",
+    "caption_train.system.launcher",
     "caption_train.training.run.batch_plan",
 )
 

@@ -1,0 +1,1 @@
+"""Wraps a model with LoRA; saves and loads adapters, and what their folders say about themselves."""

@@ -1,8 +1,8 @@
-"""Starting a LoRA at something better than zero: PiSSA, OLoRA, EVA.
+"""Initializes a LoRA from the base's weights or from data: PiSSA, OLoRA, EVA.
 
-PiSSA and OLoRA move a part B0 A0 of a weight W into the LoRA and train W - s B0 A0 + s B A. What is saved is
-B A - B0 A0 = [B, -B0] [A; A0], an ordinary LoRA of twice the rank for the base as it was. It holds A0 and B0,
-so that a resumed run takes the same part away, to the bit.
+PiSSA and OLoRA move a part s B0 A0 of a weight W into the LoRA (s is its scaling) and train
+W - s B0 A0 + s B A. What is saved is B A - B0 A0 = [B, -B0] [A; A0], an ordinary LoRA of twice the rank for
+the unchanged base. It contains A0 and B0, so that a resumed run subtracts the same part, bit for bit.
 """
 
 import copy
@@ -28,25 +28,33 @@ from caption_train.families.base import Batch
 from caption_train.system.devices import model_dtype, move_batch
 
 DATA_IMAGES = 32
-"""Images that EVA looks at: their patches are thousands of inputs for every layer."""
+"""How many images EVA uses. Their patches are thousands of inputs for every layer."""
 
 OVERSAMPLED = 8
-"""Directions looked for beyond those wanted; so many make a randomized SVD close to the exact one."""
+"""Directions computed in addition to those wanted, so that a randomized SVD is close to the exact one."""
 
 FLAG = "--init_lora_weights"
 
 
 def start_from_weights(model: PeftModel, init: str, device: torch.device) -> None:
-    """Start every Linear's LoRA as the principal part of its weight, and leave the rest of it in the base.
+    """Initialize each Linear's LoRA with the principal part of its weight, and subtract that from the base.
 
-    A Conv2d's starts as ever. Raises UsageError where a weight has fewer directions than the rank, or is used
-    elsewhere too, where the missing part would be missed.
+    The LoRA of a Conv2d is initialized as usual.
+
+    Args:
+        model: the model with LoRA.
+        init: the value of `--init_lora_weights`.
+        device: where to decompose the weights.
+
+    Raises:
+        UsageError: a weight has fewer dimensions than the rank, or other modules share it and would lack the
+            part.
     """
     for _, layer in _linear_layers(model, init):
         weight = layer.get_base_layer().weight
         rank, scaling = layer.r["default"], layer.scaling["default"]
         lora_a, lora_b = find_principal(weight.to(device, torch.float32), rank, init)
-        # The LoRA is scaled where it is added; PiSSA's share of each side is the root, OLoRA's is all of B A.
+        # The LoRA's output is scaled by s. PiSSA divides by the root of s on each side, OLoRA does not.
         root = scaling**0.5 if init.startswith("pissa") else 1.0
         layer.lora_A["default"].weight.data.copy_(lora_a / root)
         layer.lora_B["default"].weight.data.copy_(lora_b / root)
@@ -55,11 +63,16 @@ def start_from_weights(model: PeftModel, init: str, device: torch.device) -> Non
 
 
 def find_principal(weight: torch.Tensor, rank: int, init: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A [rank, in] and B [out, rank] of a weight [out, in] in float32.
+    """Return A [rank, in] and B [out, rank], whose product is the principal part of a weight.
 
-    PiSSA (arXiv 2404.02948): the largest singular vectors, each times the root of its value; `_niter_16`
-    finds them by 16 subspace iterations, which is faster. OLoRA (arXiv 2406.01775): the first columns and
-    rows of a QR decomposition.
+    PiSSA (arXiv 2404.02948) takes the largest singular vectors, each times the root of its singular value;
+    `_niter_16` finds them by 16 subspace iterations, which is faster. OLoRA (arXiv 2406.01775) takes the
+    first columns and rows of a QR decomposition.
+
+    Args:
+        weight: [out, in], float32.
+        rank: rank of the LoRA.
+        init: the value of `--init_lora_weights`.
     """
     if init == "olora":
         q, r = torch.linalg.qr(weight)
@@ -76,7 +89,17 @@ def find_principal(weight: torch.Tensor, rank: int, init: str) -> tuple[torch.Te
 def resume_start(
     model: PeftModel, weights: Mapping[str, torch.Tensor], init: str, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Take the part out of the base that a saved adapter says was taken; return the adapter as trained."""
+    """Subtract the part from the base that a saved adapter contains.
+
+    Args:
+        model: the model with LoRA.
+        weights: the saved adapter.
+        init: the value of `--init_lora_weights`.
+        device: where to compute.
+
+    Returns:
+        The adapter as it was trained, with half the saved rank.
+    """
     trained, model.lora_start = {}, {}
     for name, tensor in weights.items():
         trained[name] = tensor
@@ -89,7 +112,7 @@ def resume_start(
 
 
 def join_start(model: PeftModel, weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Any]:
-    """Return the tensors and the configuration of an ordinary LoRA for the untouched base."""
+    """Return tensors and configuration of an ordinary LoRA for the unchanged base; its rank is doubled."""
     config = copy.copy(model.peft_config["default"])
     config.r *= 2
     config.lora_alpha *= 2**0.5 if config.use_rslora else 2
@@ -105,11 +128,14 @@ def join_start(model: PeftModel, weights: Mapping[str, torch.Tensor]) -> tuple[d
 
 @torch.no_grad()
 def start_from_inputs(model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
-    """Start every Linear's A as the directions in which its inputs vary most (EVA, arXiv 2410.07170).
+    """Initialize each Linear's A with the directions in which its inputs vary most (EVA, arXiv 2410.07170).
 
-    Those are the largest right singular vectors of all inputs [N, in], of which only their product with the
-    singular values is kept from one batch to the next. Every layer keeps its rank: EVA's rho is 1. The
-    batches must have no padding.
+    These are the largest right singular vectors of all inputs [N, in]. Between batches, only the singular
+    vectors times their values are kept. All layers have the same rank, as in EVA with rho 1.
+
+    Args:
+        model: the model with LoRA.
+        batches: keyword arguments of its forward, without padding.
     """
     kept: dict[str, torch.Tensor] = {}
     handles = [
@@ -136,13 +162,13 @@ def _keep_directions(kept: dict[str, torch.Tensor], name: str, layer: Any, input
     rank = layer.r["default"]
     rows = torch.cat([kept[name], rows]) if name in kept else rows
     _, s, v = torch.svd_lowrank(rows, min(rank + OVERSAMPLED, *rows.shape))
-    # Inputs that vary in fewer directions than the rank leave the other rows of A as they are.
+    # If the inputs vary in fewer directions than the rank, the other rows of A stay as they are.
     s = s[:rank][s[:rank] > 1e-6 * s[0]]
     kept[name] = s[:, None] * v[:, : len(s)].T
 
 
 def _take_away(model: PeftModel, init: str, device: torch.device) -> None:
-    """Take s B0 A0 out of every Linear's weight, rounding once."""
+    """Subtract s B0 A0 from each Linear's weight, rounding only once."""
     with torch.no_grad():
         for name, layer in _linear_layers(model, init):
             weight = layer.get_base_layer().weight
@@ -187,7 +213,14 @@ def _joined_dim(name: str) -> int | None:
 def initialize_lora(
     model: PeftModel, options: TrainOptions, device: torch.device, checkpoint: Path | None
 ) -> None:
-    """Give a new LoRA its first weights, as far as data has no part in them; a resumed one those it had."""
+    """Initialize a new LoRA, unless data is needed for it; restore the LoRA of a resumed run.
+
+    Args:
+        model: the model with LoRA.
+        options: the options of the run.
+        device: where to decompose the weights.
+        checkpoint: the checkpoint of a resumed run, or None.
+    """
     init = options.init_lora_weights
     if checkpoint is None:
         if init in PRINCIPAL:
@@ -205,7 +238,14 @@ def initialize_from_data(
     pairs: Sequence[Pair],
     collate_fn: Callable[[Sequence[dict]], Batch],
 ) -> None:
-    """Start a new LoRA from images spread over the dataset, the same ones on every process."""
+    """Initialize a new LoRA from images spread over the dataset, the same images on every process.
+
+    Args:
+        model: the prepared model.
+        accelerator: the accelerator.
+        pairs: the training pairs.
+        collate_fn: the family's collator.
+    """
     device, model = accelerator.device, accelerator.unwrap_model(model)
     dtype = model_dtype(model)
     chosen = pairs[:: max(len(pairs) // DATA_IMAGES, 1)][:DATA_IMAGES]
@@ -213,6 +253,6 @@ def initialize_from_data(
     with torch.random.fork_rng([device] if device.type == "cuda" else []), accelerator.autocast():
         start_from_inputs(model, batches)
     if accelerator.num_processes > 1:
-        # A GPU's kernels need not give the same bits twice.
+        # GPU kernels may round differently on each process, but all need the same LoRA.
         for p in (p for p in model.parameters() if p.requires_grad):
             broadcast(p.data)

@@ -1,4 +1,4 @@
-"""Puts a saved adapter on its base, and refuses one whose tensors do not fit."""
+"""Loads a saved adapter onto its base, and refuses one whose tensors do not fit."""
 
 from collections import Counter
 from pathlib import Path
@@ -16,15 +16,21 @@ WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def load_adapter(model: nn.Module, folder: Path | str, family: Family) -> PeftModel:
-    """Put a saved adapter (LoRA, IA3, …) on its base, to caption with. A name left over is an error.
+    """Load a saved adapter (LoRA, IA3, …) onto its base, for captioning.
 
-    A family may know adapters of other tools by their names and convert them: its `convert_adapter`.
+    Args:
+        model: the base model.
+        folder: the adapter's folder.
+        family: the model's family; its `convert_adapter` converts adapters of other tools.
+
+    Raises:
+        CaptionTrainError: the adapter cannot be read, or its tensors do not fit this base.
     """
     from peft import PeftConfig, load_peft_weights
 
     try:
         converted = family.convert_adapter(folder, model)
-        # PEFT would look for them on the hub.
+        # Checked here, because PEFT would look for missing weights on the hub.
         if converted is None and not any((Path(folder) / name).is_file() for name in WEIGHT_FILES):
             raise OSError(f"there are no weights: none of {', '.join(WEIGHT_FILES)}")
         config, weights = converted or (
@@ -39,10 +45,19 @@ def load_adapter(model: nn.Module, folder: Path | str, family: Family) -> PeftMo
 
 
 def fill_adapter(model: PeftModel, weights: dict[str, torch.Tensor], folder: Path | str) -> PeftModel:
-    """Load an adapter's tensors into the modules made for them; a name over or missing is an error."""
+    """Load an adapter's tensors into the modules made for them.
+
+    Args:
+        model: the model with an adapter of the same configuration.
+        weights: name → tensor.
+        folder: where they come from, for messages.
+
+    Raises:
+        CaptionTrainError: a tensor is missing, left over or of another shape.
+    """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    # PEFT saves the base's own embeddings along with an adapter on them; they are checked, not loaded.
+    # PEFT saves copies of the base's embeddings with an adapter on them. They are compared, not loaded.
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     copies = {name: weights[name] for name in weights if ".base_layer." in name and name not in expected}
     weights = {name: tensor for name, tensor in weights.items() if name not in copies}
@@ -60,7 +75,7 @@ def fill_adapter(model: PeftModel, weights: dict[str, torch.Tensor], folder: Pat
 
 
 def find_shared(model: PeftModel) -> list[str]:
-    """Return the names of adapted modules whose weight another module has too: merging would change both."""
+    """Return the names of adapted modules that share their weight with another: merging would change both."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 

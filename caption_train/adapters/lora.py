@@ -1,4 +1,4 @@
-"""The LoRA around a model: what it trains, whether all of it is alive, and whose base it belongs to."""
+"""Puts LoRA around a model, counts its parameters and saves it; record.py shows the saved folder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,11 +24,22 @@ def wrap_with_lora(
     parts: Sequence[str] = (),
     init: str | None = None,
 ) -> PeftModel:
-    """Freeze `model` and put LoRA on each Linear and Conv2d whose name is, or ends in, a target's.
+    """Freeze `model` and put LoRA on each Linear and Conv2d whose name is, or ends with, a target.
 
-    `parts` are regular expressions of module names; if there are any, only what one matches is trained.
-    `init` is `--init_lora_weights`; those that look at weights or data come later, see lora_init.
-    Raises UsageError when a target matches nothing; PEFT itself says nothing as long as another one matches.
+    Args:
+        model: the base model.
+        target_modules: names, or ends of names, of modules.
+        rank: rank of the LoRA.
+        alpha: the LoRA's output is scaled by alpha / rank, or by alpha / √rank with `rslora`.
+        dropout: probability of dropping an input of the LoRA.
+        rslora: see `alpha`.
+        dora: whether to use DoRA.
+        parts: regular expressions of module names; if there are any, only matching modules are trained.
+        init: the value of `--init_lora_weights`. Initialization from weights or data follows later, in
+            initialization.py.
+
+    Raises:
+        UsageError: a target matches no module. PEFT says nothing as long as another target matches.
     """
     check_targets(model, target_modules)
     config = LoraConfig(
@@ -45,18 +56,21 @@ def wrap_with_lora(
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return how many parameters are trained, and how many there are; packed 4-bit ones count unpacked."""
+    """Return how many parameters are trained, and how many there are; packed 4-bit ones count as unpacked."""
     counts = [(p.requires_grad, _numel(p)) for p in model.parameters()]
     return sum(n for trained, n in counts if trained), sum(n for _, n in counts)
 
 
 def save_adapter(model: PeftModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
-    """Write an adapter that fits the base as it was before training, whatever the LoRA started from.
+    """Write an adapter for the unchanged base, however the LoRA was initialized.
 
-    weights: the trained ones, where the model itself holds only a part of each.
+    Args:
+        model: the model with LoRA.
+        folder: the folder to write to.
+        weights: the trained weights, if the model itself holds only a shard of each.
     """
     if getattr(model, "lora_start", None) is None:
-        # Without this PEFT asks the hub whether the vocabulary grew.
+        # save_embedding_layers=False: otherwise PEFT asks the hub whether the vocabulary has grown.
         model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
         return
     from peft import get_peft_model_state_dict

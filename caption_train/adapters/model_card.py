@@ -1,4 +1,4 @@
-"""What a saved LoRA or model says of itself: training.json for programs, README.md for people. No torch."""
+"""Writes what a saved LoRA or model says about itself: training.json and the model card. No torch."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,13 +10,19 @@ from caption_train.system.files import write_atomically
 
 
 def write_card(folder: Path, record: TrainingRecord, extra: Mapping[str, Any]) -> None:
-    """Write training.json and a model card in the hub's format into `folder`."""
+    """Write training.json and README.md, a model card in the hub's format.
+
+    Args:
+        folder: the folder of the adapter or model.
+        record: where it comes from.
+        extra: further entries: step, epoch, loss.
+    """
     write_atomically(folder / TRAINING_FILE, record.to_json(**extra))
     write_atomically(folder / "README.md", _card(record, extra))
 
 
 def name_flag(train_method: str) -> str:
-    """Return the flag of the inference scripts that takes what this method makes."""
+    """Return the inference scripts' flag for what this `--train_method` produces."""
     return "--peft_model" if train_method == "lora" else "--base_model"
 
 

@@ -1,4 +1,4 @@
-"""Holding the frozen base in 4 or 8 bits with bitsandbytes."""
+"""Loads the frozen base in 4 or 8 bits with bitsandbytes."""
 
 import logging
 from collections.abc import Mapping
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HEADS = ("lm_head", "predictions.decoder")
-"""Ends of the names of output heads, whose weights are the embedding's and stay in full precision."""
+"""Ends of the names of output heads. They share the embedding's weights, so they are not quantized."""
 
-# Its warning about a kernel for another processor is printed on import of peft or bitsandbytes.
+# bitsandbytes warns of a kernel for other processors as soon as peft or bitsandbytes is imported.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
@@ -24,8 +24,13 @@ def make_quantization_config(
 ) -> "BitsAndBytesConfig | None":
     """Return what `from_pretrained` needs to quantize, or None without `--quantize`.
 
-    4 bits are NF4 with the constants quantized again (QLoRA, arXiv 2305.14314), multiplied in the dtype of
-    `mixed_precision` (as the accelerator resolved it; the flag's if not given). `parts` are the family's.
+    4 bits are NF4 with quantized constants (QLoRA, arXiv 2305.14314).
+
+    Args:
+        options: the options of the run.
+        mixed_precision: the precision of matrix products, as the accelerator resolved it; by default the
+            flag's.
+        parts: the family's parts, for `--quantize_parts`.
     """
     if options.quantize is None:
         return None
@@ -33,7 +38,7 @@ def make_quantization_config(
 
     skipped = None
     if options.quantize_parts:
-        # Naming any module to skip makes transformers forget that it would have skipped the head.
+        # If any module to skip is named, transformers no longer skips the head by itself.
         kept = [pattern for name, pattern in parts.items() if name not in options.quantize_parts]
         skipped = [*kept, *HEADS]
     if options.quantize == "8bit":
@@ -48,11 +53,11 @@ def make_quantization_config(
 
 
 def prepare_quantized(model: "PreTrainedModel") -> "PreTrainedModel":
-    """Make a quantized model ready to carry adapters; a model that is not quantized comes back as it is.
+    """Make a quantized model ready for adapters; return any other model as it is.
 
-    Everything is frozen and what is not quantized (norms, embeddings, the head) is float32. Gradients through
-    checkpointed blocks are enabled where checkpointing is, not here: the usual hook on the input embeddings
-    breaks models that add to them in place.
+    All weights are frozen, and those that are not quantized (norms, embeddings, head) become float32.
+    Gradients through checkpointed blocks are enabled where gradient checkpointing is. PEFT's usual hook on
+    the input embeddings does not work for models that add to them in place.
     """
     if not (getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)):
         return model
@@ -62,8 +67,8 @@ def prepare_quantized(model: "PreTrainedModel") -> "PreTrainedModel":
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            # On a CPU with AVX512-BF16 an evaluation would repack the weights for itself, in place; training
-            # afterwards fails and merging afterwards is silently wrong.
+            # On a CPU with AVX512-BF16, evaluation would repack the weights in place. Later training would
+            # fail, and later merging would be silently wrong.
             module.support_avx512bf16_for_cpu = False
         elif isinstance(module, Linear8bitLt):
             module.register_forward_hook(_forget_input)
@@ -71,9 +76,10 @@ def prepare_quantized(model: "PreTrainedModel") -> "PreTrainedModel":
 
 
 def _forget_input(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-    """Drop the input that bitsandbytes keeps for the gradient of a weight, which is frozen here.
+    """Drop the input that bitsandbytes keeps for the gradient of a weight, because here the weight is frozen.
 
-    It keeps it as an attribute, out of reach of gradient checkpointing, which then saves next to nothing.
+    bitsandbytes keeps it as an attribute, where gradient checkpointing cannot free it, and so would save
+    little.
     """
     node = output.grad_fn
     if hasattr(node, "A"):  # as trained on a CPU

@@ -1,4 +1,15 @@
-"""What an adapter's or a trained model's folder says of itself, before anything is loaded. No torch."""
+"""Reads and writes what the folder of an adapter or a trained model says about itself. No torch.
+
+The folder of a LoRA:
+
+    my-lora/
+    ├── adapter_config.json        PEFT: rank, target modules, base model
+    ├── adapter_model.safetensors  the weights of the LoRA
+    ├── training.json              TrainingRecord: family, base model, prompt, options, dataset, versions
+    ├── README.md                  the model card
+    ├── processor_config.json      processor and tokenizer, as in the base
+    └── tokenizer.json, tokenizer_config.json
+"""
 
 import json
 import platform
@@ -21,7 +32,7 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "flor
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What an adapter folder says of itself; None where it does not say."""
+    """What an adapter folder says about itself; None for what it does not say."""
 
     folder: Path
     base_model: str | None
@@ -32,7 +43,12 @@ class AdapterInfo:
 
 
 def read_adapter(folder: Path | str) -> AdapterInfo:
-    """Read an adapter's own account of its base from training.json and adapter_config.json; no weights."""
+    """Read training.json and adapter_config.json of an adapter, without its weights.
+
+    Raises:
+        UsageError: there is no such folder, or it holds no PEFT adapter.
+        CaptionTrainError: one of the files is damaged.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise UsageError(f"--peft_model {folder}: there is no such folder")
@@ -54,11 +70,15 @@ def read_adapter(folder: Path | str) -> AdapterInfo:
 
 @dataclass(frozen=True)
 class Base:
-    """The model that a command works with, and what it is asked.
+    """The model that a command works with, and its prompt.
 
-    model_id: a hub id or a folder. revision: of the hub; None is its newest. prompt: what the model is given
-    with every image. facts: what config.json says. settings: for `Family.configure`. changes: a line for each
-    thing that is asked for otherwise than it was trained with.
+    Attributes:
+        model_id: a hub id or a folder.
+        revision: on the hub; None is the newest.
+        prompt: what the model is given with every image.
+        facts: what config.json says.
+        settings: what `Family.configure` applies to the processor.
+        changes: a line for each setting that differs from what the model was trained with.
     """
 
     model_id: str
@@ -79,10 +99,10 @@ def resolve_base(
     settings: Mapping[str, Any] | None = None,
     flag: str = "--base_model",
 ) -> Base:
-    """Decide with which base, revision and prompt to train, caption, plan or export; nothing is loaded.
+    """Decide which base, revision and prompt to train, caption, plan or export with. Nothing is loaded.
 
-    What the user gives wins, then what the adapter says of itself, then what a model in a folder says, then
-    the family's defaults. An empty prompt is a prompt.
+    What the user gives comes first, then what the adapter says, then what a model in a folder says, then the
+    family's defaults. An empty prompt counts as given.
 
     Args:
         family: whose model it is.
@@ -103,7 +123,7 @@ def resolve_base(
         check_base(adapter, family.name, model_id, family.base_models)
         revision = revision or (adapter.revision if model_id == adapter.base_model else None)
     if model_id == family.model_id:
-        # The pinned release is the default model's; another id or folder has releases of its own.
+        # The family's revision belongs to its default model; other models have other revisions.
         revision = revision or family.revision
     trained = _read_base_settings(model_id, family.name, flag)
     if adapter is not None:
@@ -136,7 +156,7 @@ def read_request(options: Any, family: Family) -> tuple[str | None, dict[str, An
 def _read_base_settings(base_model: str, family: str, flag: str) -> dict[str, Any]:
     """Return prompt and settings that a model in a local folder was trained with, as far as it says.
 
-    Raises UsageError when it is of another family.
+    Raises UsageError if the model is of another family.
     """
     training = _read_json(Path(base_model) / TRAINING_FILE) or {}
     _check_family(f"{flag} {base_model}", training.get("family"), family)
@@ -144,9 +164,15 @@ def _read_base_settings(base_model: str, family: str, flag: str) -> dict[str, An
 
 
 def check_base(adapter: AdapterInfo, family: str, base_model: str, base_models: Iterable[str]) -> None:
-    """Raise UsageError when the adapter was trained on another base than `base_model`, before anything loads.
+    """Raise UsageError if the adapter was trained on another base, before anything is loaded.
 
-    A base that is a folder may have been moved, so only two ids of the hub are known to differ.
+    A base in a folder may have been moved, so only two ids on the hub are known to differ.
+
+    Args:
+        adapter: what the adapter says about itself.
+        family: the name of the family to load it with.
+        base_model: the base to load it onto.
+        base_models: the family's official models.
     """
     _check_family(f"--peft_model {adapter.folder}", adapter.family, family)
     if base_model == adapter.base_model and Path(base_model).is_absolute() and not Path(base_model).is_dir():
@@ -179,7 +205,7 @@ _TEXTS = ("base_model", "base_model_name_or_path", "family", "revision", "prompt
 
 @dataclass
 class TrainingRecord:
-    """Where a LoRA or a model comes from: enough to load it, to resume it, and to refuse the wrong base."""
+    """Where a LoRA or model comes from: enough to load it, to resume it and to refuse the wrong base."""
 
     family: str
     base_model: str
@@ -195,13 +221,13 @@ class TrainingRecord:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self, **extra: Any) -> str:
-        """Return training.json's text, with `extra` (step, epoch, loss) beside the fields."""
+        """Return the text of training.json; `extra` (step, epoch, loss) is added to the fields."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return json.dumps(values | extra, indent=2, ensure_ascii=False) + "\n"
 
 
 def find_versions() -> dict[str, str]:
-    """Return the versions of all that can change a run's numbers."""
+    """Return the versions of everything that can change a run's numbers."""
     versions = {"caption-train": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -212,6 +238,6 @@ def find_versions() -> dict[str, str]:
 
 
 def describe_options(options: TrainOptions) -> dict[str, Any]:
-    """Return the options by name, paths as text."""
+    """Return the options by name, with paths as text."""
     values = {f.name: getattr(options, f.name) for f in fields(options) if "help" in f.metadata}
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}

@@ -1,5 +1,7 @@
-"""Training some parts of a model only: vision, projector, language. A part is a regular expression of its
-modules' names."""
+"""Chooses which modules to train: by name, or in some parts only (vision, projector, language).
+
+A part is a regular expression that matches the names of its modules.
+"""
 
 import difflib
 import re
@@ -13,9 +15,17 @@ TRAINABLE_KINDS = (nn.Linear, nn.Conv2d)
 
 
 def choose_targets(model: nn.Module, targets: Sequence[str], parts: Sequence[str]) -> list[str]:
-    """Return the LoRA's targets for `parts`: those given, and every Linear of a part that holds none of them.
+    """Return the LoRA's targets: the given ones, and all Linear layers of each part without any given target.
 
-    Raises UsageError for a part that has no Linear. PEFT is to be told what `outside` the parts to leave out.
+    PEFT must also be told to leave out the modules `outside` of the parts.
+
+    Args:
+        model: the base model.
+        targets: names, or ends of names, of modules.
+        parts: regular expressions of module names.
+
+    Raises:
+        UsageError: a part has no Linear.
     """
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     chosen = list(targets)
@@ -29,12 +39,12 @@ def choose_targets(model: nn.Module, targets: Sequence[str], parts: Sequence[str
 
 
 def outside(parts: Sequence[str]) -> str | None:
-    """Return a regular expression of the modules that are in none of `parts`; None if there are no parts."""
+    """Return a regular expression that matches the modules outside of all `parts`, or None without parts."""
     return rf"(?!(?:{'|'.join(parts)})$).*" if parts else None
 
 
 def freeze_outside(model: nn.Module, parts: Sequence[str]) -> None:
-    """Freeze every parameter whose module is in none of `parts`, if any are given."""
+    """Freeze every parameter whose module is outside of all `parts`; without parts, freeze nothing."""
     if not parts:
         return
     excluded = outside(parts)
@@ -44,7 +54,7 @@ def freeze_outside(model: nn.Module, parts: Sequence[str]) -> None:
 
 
 def check_targets(model: nn.Module, target_modules: Sequence[str]) -> None:
-    """Raise UsageError for a target that matches no Linear or Conv2d, with the closest names there are."""
+    """Raise UsageError for a target that matches no Linear or Conv2d; the message names similar ones."""
     names = [name for name, module in model.named_modules() if isinstance(module, TRAINABLE_KINDS)]
     endings = sorted({ending for name in names for ending in _endings(name)})
     for target in target_modules:

@@ -1,0 +1,1 @@
+"""The captioning command: finds images, generates captions and writes them."""

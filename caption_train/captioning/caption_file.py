@@ -1,4 +1,4 @@
-"""All captions of a run in one file that survives a kill. Standard library only."""
+"""Writes all captions of a run to one file, so that a killed run loses none. Standard library only."""
 
 import csv
 import errno
@@ -16,14 +16,18 @@ from caption_train.system.files import open_atomically, parse_json
 from caption_train.system.lock import OutputLock
 
 Row = dict[str, Any]
-"""`file_name`, `text`, where there are any `answer` (boxes) and `remarks`; other columns stay as found"""
+"""`file_name`, `text` and, if there are any, `answer` (boxes) and `remarks`; other columns stay as found."""
 
 
 class CaptionFile:
-    """All captions in one `.jsonl` or `.csv` file, a row an image; `metadata.jsonl` is a dataset's own.
+    """All captions in one `.jsonl` or `.csv` file, one row per image; `metadata.jsonl` is a dataset's own.
 
-    Rows go to a journal beside the file as soon as they exist, one for each process, and `merge` writes the
-    file from the rows it held, the journals and an order. A killed run leaves its journals to the next one.
+    New rows go at once to a journal beside the file, one journal per process. `merge` writes the file from
+    its old rows and the journals. The next run reads the journals that a killed run has left.
+
+    Args:
+        path: the file.
+        rank: the rank of this process, which names its journal.
     """
 
     def __init__(self, path: Path, rank: int = 0) -> None:
@@ -36,15 +40,19 @@ class CaptionFile:
         self._prefixes: dict[Path, str] = {}
 
     def lock(self) -> None:
-        """Keep other runs away, which would remove these journals; CaptionTrainError if one is at work."""
+        """Keep other runs from removing these journals; raise CaptionTrainError if one is already running."""
         self._lock.acquire()
 
     def unlock(self) -> None:
-        """Let other runs in."""
+        """Allow other runs to write to the file."""
         self._lock.release()
 
     def name_of(self, image: Path) -> str:
-        """Return what `file_name` says: relative to the file's folder for images in it, else absolute."""
+        """Return an image's `file_name`: relative for images below the file's folder, otherwise absolute.
+
+        Raises:
+            UsageError: no row can name this image.
+        """
         if image.parent not in self._prefixes:
             self._prefixes[image.parent] = self._prefix_of(image.parent)
         name = self._prefixes[image.parent] + image.name
@@ -58,7 +66,7 @@ class CaptionFile:
         return name
 
     def read(self) -> dict[str, str]:
-        """Return the captions that exist by `file_name`: the file's, then those that killed runs left."""
+        """Return `file_name` → caption, from the file and then from journals that killed runs have left."""
         captions = {}
         for row in (*self._read_file(), *self._read_journals().values()):
             texts = (row[column] for column in TEXT_COLUMNS if isinstance(row.get(column), str))
@@ -67,7 +75,14 @@ class CaptionFile:
         return captions
 
     def append(self, image: Path, text: str, *, answer: Any = None, remarks: Iterable[str] = ()) -> None:
-        """Put a caption into the journal."""
+        """Write a caption to the journal.
+
+        Args:
+            image: the image.
+            text: its caption.
+            answer: boxes or polygons in it, if any.
+            remarks: keys of REMARKS.
+        """
         row = {"file_name": self.name_of(image), "text": text, "answer": answer, "remarks": list(remarks)}
         if self.is_dataset:
             row = {"file_name": row["file_name"], "text": text}
@@ -75,7 +90,7 @@ class CaptionFile:
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
         try:
             if self._journal is None:
-                # Unbuffered: what could not be written now would fail again when it is closed.
+                # Unbuffered: data that could not be written would raise again when the file is closed.
                 self._journal = self._journal_path.open("ab", buffering=0)
                 line = b"\n" + line  # A killed process may have left half a line.
             if self._journal.write(line) < len(line):
@@ -84,9 +99,9 @@ class CaptionFile:
             raise CaptionTrainError(f"{self._journal_path}: {error.strerror or error}") from error
 
     def merge(self, images: Iterable[Path] = ()) -> None:
-        """Write the file: rows of other images as they stood, then those of `images` in their order.
+        """Write the file: first the rows of other images as they were, then those of `images` in their order.
 
-        An image may have several rows; a new caption goes into all of them.
+        An image may have several rows; all of them get its new caption.
         """
         new, rows = self._read_journals(), []
         for row in self._read_file():
@@ -106,13 +121,13 @@ class CaptionFile:
             raise CaptionTrainError(f"--output {self.path}: {error.strerror or error}") from error
 
     def take_over(self) -> None:
-        """Merge what runs that were cut short have left, and remove their journals."""
+        """Merge the journals of interrupted runs into the file, and remove them."""
         if self._journals():
             self.merge()
             self.discard_journals()
 
     def discard_journals(self) -> None:
-        """Remove the journals of this and of earlier runs."""
+        """Remove the journals of this run and of earlier ones."""
         if self._journal is not None:
             self._journal.close()
             self._journal = None

@@ -1,4 +1,4 @@
-"""Copies of the captioned images with what was found drawn on them."""
+"""Saves copies of the captioned images with their answers drawn on them."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 class Drawings:
-    """A folder that mirrors the images': the same names, folders and formats."""
+    """The folder of `--visualize`, with the same names, subfolders and formats as the images.
+
+    Raises UsageError if a drawing would replace one of the images.
+    """
 
     def __init__(self, folder: Path, images: Sequence[Path]) -> None:
         self.folder = folder
@@ -31,12 +34,12 @@ class Drawings:
                 )
 
     def path(self, image: Path) -> Path:
-        """Return where the drawing on an image goes."""
+        """Return where the drawing of an image is saved."""
         path = self.folder / image.absolute().relative_to(self._root)
         return path if path.suffix.lower() in IMAGE_SUFFIXES else path.with_name(path.name + ".png")
 
     def save(self, image: Path, draw: Callable[["Image"], "Image"]) -> None:
-        """Save what `draw` makes of an image file's pixels."""
+        """Open an image, draw on it with `draw`, and save the result."""
         from PIL.Image import registered_extensions
 
         from caption_train.data.images import open_image

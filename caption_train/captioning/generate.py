@@ -1,4 +1,4 @@
-"""Images in, captions out, a batch at a time. It knows no family."""
+"""Generates captions for image files, batch by batch, with a model of any family."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CaptionResult:
-    """One image that was captioned. size: its width and height in pixels, upright."""
+    """A captioned image. size: its (width, height) in pixels, upright."""
 
     image: Path
     size: tuple[int, int]
@@ -38,7 +38,7 @@ class CaptionResult:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """One image that could not be captioned, and why, in a line that begins with its path."""
+    """An image that could not be captioned. reason: one line that begins with its path."""
 
     image: Path
     reason: str
@@ -48,8 +48,11 @@ class Unreadable:
 class Generation:
     """How captions are generated.
 
-    settings: transformers' generation arguments. make_sampler: makes `logits_processor` for the images of a
-    batch, by their names.
+    Attributes:
+        prompt: what the model is given with every image.
+        settings: generation arguments of transformers.
+        make_sampler: makes the `logits_processor` of a batch from the names of its images; None without
+            sampling.
     """
 
     prompt: str
@@ -58,7 +61,7 @@ class Generation:
 
 
 def make_generation(options: CaptionOptions, prompt: str) -> Generation:
-    """Return how captions are generated. Without a temperature a caption is a function of its image."""
+    """Return how captions are generated. Without a temperature, an image always gets the same caption."""
     settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": options.max_token_length}
     if options.beams:
         settings["num_beams"] = options.beams
@@ -93,10 +96,22 @@ def caption_images(
     batch_size: int = 4,
     num_workers: int = 0,
 ) -> Iterator[CaptionResult | Unreadable]:
-    """Yield what became of every image, a file or one in memory, in order, as soon as its batch is done.
+    """Caption images.
 
-    `num_workers` processes decode and encode ahead of the model. Raises CaptionTrainError, naming the flags
-    that help, when the device's memory does not suffice.
+    Args:
+        family: the model's family.
+        model: the model, on its device.
+        processor: the model's processor.
+        images: files, or images in memory.
+        generation: prompt and settings.
+        batch_size: images per batch.
+        num_workers: processes that open and encode images ahead of the model.
+
+    Yields:
+        A result for each image, in order, as soon as its batch is done.
+
+    Raises:
+        CaptionTrainError: out of memory; names the flags that help.
     """
     loader = DataLoader(
         ImageFiles(images),
@@ -145,7 +160,7 @@ class ImageFiles(Dataset):
 
 @dataclass
 class Encode:
-    """Items of ImageFiles → `items` without their pixels, and `inputs` as a family's `encode` makes them."""
+    """Turns items of ImageFiles into `inputs` by the family's `encode`, and `items` without pixels."""
 
     family: Family
     processor: Any
@@ -155,7 +170,7 @@ class Encode:
         try:
             inputs = self._encode(items)
         except CaptionTrainError as error:
-            # Raised in a worker it would arrive with the worker's traceback in its message.
+            # Returned: an error raised in a worker arrives with the worker's traceback in its message.
             return {"items": items, "inputs": {}, "error": error}
         finally:
             for item in items:
@@ -219,7 +234,7 @@ def _generate(
 
 @contextmanager
 def out_of_memory_explained(device: torch.device, batch_size: int) -> Iterator[None]:
-    """Turn a lack of memory into one line that names the flags that help."""
+    """Turn an out-of-memory error into one line that names the flags that help."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

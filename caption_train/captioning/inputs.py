@@ -1,4 +1,4 @@
-"""Which images `--images` means: files, folders, globs and list files. Standard library only."""
+"""Finds the images that `--images` names: files, folders, globs and list files. Standard library only."""
 
 import glob
 import os
@@ -16,10 +16,12 @@ LIST_SUFFIXES = frozenset({".txt", ".lst", ".list"})
 
 @dataclass
 class Inputs:
-    """The images to caption, each once, in the order given; folders and globs in natural order.
+    """The images to caption.
 
-    missing: lines of list files that name no file, with the list they stand in; folders that cannot be read,
-    and links named like an image that lead nowhere.
+    Attributes:
+        images: each image once, in the order given; folders and globs in natural order.
+        missing: one line per line of a list file that names no file, folder that cannot be read, and broken
+            link with an image's name.
     """
 
     images: list[Path] = field(default_factory=list)
@@ -27,7 +29,22 @@ class Inputs:
 
 
 def find_inputs(patterns: Sequence[str], *, recursive: bool = False) -> Inputs:
-    """Resolve the values of `--images`. Raises UsageError where one names nothing, or no image is found."""
+    """Find the images that `--images` names.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> for name in ("10.png", "9.png", "9.txt"):
+    ...     (folder / name).touch()
+    >>> [path.name for path in find_inputs([str(folder)]).images]
+    ['9.png', '10.png']
+
+    Args:
+        patterns: files, folders, globs, and .txt files that list one image per line.
+        recursive: whether to look into subfolders.
+
+    Raises:
+        UsageError: a value names nothing, or no image is found.
+    """
     inputs = Inputs()
     for pattern in _without_sidecars(patterns):
         inputs.images += _resolve(pattern, recursive, inputs.missing)
@@ -40,7 +57,7 @@ def find_inputs(patterns: Sequence[str], *, recursive: bool = False) -> Inputs:
 
 
 def _without_sidecars(patterns: Sequence[str]) -> list[str]:
-    """Return the values without what a shell's `photos/*` adds to images: their captions, metadata.jsonl."""
+    """Return the values without the caption files and metadata.jsonl that a shell's `photos/*` includes."""
     if len(patterns) == 1:
         return list(patterns)
     images = [path for path in map(Path, patterns) if path.suffix.lower() in IMAGE_SUFFIXES]
@@ -58,12 +75,12 @@ def _is_sidecar(path: Path, captions: Collection[Path]) -> bool:
 
 def _resolve(pattern: str, recursive: bool, missing: list[str]) -> list[Path]:
     path = _expand_home(pattern)
-    # os.path's tests are False for what is too long for a name, too; Path's raise.
+    # os.path, because it returns False for a name that is too long, where Path raises.
     if os.path.isdir(path):  # noqa: PTH112
         return _scan(path, recursive, missing)
     if os.path.isfile(path):  # noqa: PTH113
         return _read_list(path, missing) if path.suffix.lower() in LIST_SUFFIXES else [path]
-    # Only now: a name that exists may hold brackets and be no pattern.
+    # Checked last, because the name of an existing file may contain brackets.
     if glob.has_magic(pattern):
         return _expand(str(path), recursive, missing)
     raise UsageError(f"--images {escape_unprintable(pattern)}: there is no such file or folder")
@@ -84,7 +101,7 @@ def _scan(root: Path, recursive: bool, missing: list[str]) -> list[Path]:
 
 
 def _expand_home(name: str) -> Path:
-    """Return a path with `~` or `~user` replaced; where there is no such user it is a file's name."""
+    """Return a path with `~` or `~user` replaced; if there is no such user, it is the name of a file."""
     try:
         return Path(name).expanduser()
     except RuntimeError:
@@ -93,7 +110,7 @@ def _expand_home(name: str) -> Path:
 
 def _expand(pattern: str, recursive: bool, missing: list[str]) -> list[Path]:
     images = []
-    # Path.glob takes no absolute pattern.
+    # Not Path.glob, which accepts no absolute pattern.
     for name in sorted(glob.glob(pattern, recursive=True), key=natural_key):  # noqa: PTH207
         path = Path(name)
         if path.is_dir() and recursive:
@@ -104,7 +121,7 @@ def _expand(pattern: str, recursive: bool, missing: list[str]) -> list[Path]:
 
 
 def _read_list(path: Path, missing: list[str]) -> list[Path]:
-    """Return the files that a list names, relative to the current folder or to the list's own."""
+    """Return the files that a list names, relative to the current folder or to the folder of the list."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

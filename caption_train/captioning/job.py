@@ -1,6 +1,6 @@
-"""A folder of images → captions: what is left to do, the model and its adapter, the work, the summary.
+"""Captions images with one or several processes, from the plan to the printed summary.
 
-It knows no family and needs torch only when there is an image to caption.
+torch is imported only if there is an image to caption.
 """
 
 from __future__ import annotations
@@ -33,11 +33,15 @@ if TYPE_CHECKING:
 
 
 def caption_folder(options: CaptionOptions, family: Family) -> int:
-    """Caption what `options.images` names and print a summary; return the exit code.
+    """Caption the images that `options.images` names, and print a summary.
 
-    1: an image could not be read; all others are captioned. 130 or 143: Ctrl-C or SIGTERM; what was finished
-    is written, and the same command goes on from there. Raises UsageError before anything is loaded, and
-    CaptionTrainError.
+    Returns:
+        The exit code. 0: all is well. 1: an image could not be read, all others are captioned. 130 or 143:
+        Ctrl-C or SIGTERM; finished captions are written, and the same command continues from there.
+
+    Raises:
+        UsageError: the options cannot work; raised before a model is loaded.
+        CaptionTrainError: the model cannot be loaded, or a caption cannot be written.
     """
     job = CaptionJob(options, family)
     try:
@@ -56,7 +60,7 @@ def caption_folder(options: CaptionOptions, family: Family) -> int:
 
 
 class CaptionJob:
-    """One process's part in captioning; the main process plans it and sums it up."""
+    """One process's share of captioning. The main process also makes the plan and prints the summary."""
 
     def __init__(self, options: CaptionOptions, family: Family) -> None:
         self.options = options
@@ -73,7 +77,7 @@ class CaptionJob:
             self.tally.unreadable += self.plan.missing
 
     def run(self) -> int:
-        """Caption this process's share, wait for the others, write what is common; return the exit code."""
+        """Caption this process's share, wait for the others, write common files; return the exit code."""
         share = self.plan.pending[self.processes.rank :: self.processes.count]
         if share:
             self._caption(share)
@@ -84,17 +88,17 @@ class CaptionJob:
             for _, line in sorted(line for part in lines for line in part):
                 print(line)
             print("\n".join(total.lines()), file=sys.stderr)
-        # Launchers end all processes when one fails, which must not be before the main one is done.
+        # Only the main process returns 1: launchers end all processes as soon as one of them fails.
         return 1 if total.unreadable and self.processes.is_main else 0
 
     def keep_finished(self) -> None:
-        """Write what was finished before an interrupt or an error; other processes may still be at work."""
+        """Write what was finished before an interrupt or error. Other processes may still be running."""
         if self.processes.is_main and self.tally.written:
             with suppress(CaptionTrainError):
                 self.outputs.finish(self.plan.images, complete=self.processes.count == 1)
 
     def say_interrupted(self) -> None:
-        """Say what is done, and how to go on."""
+        """Print what is done, and how to continue."""
         kept = "written; the same command goes on from there" if self.outputs.exist else "printed"
         if self.options.overwrite and self.outputs.exist:
             kept = "written; without --overwrite the same command captions those that have none yet"
@@ -134,7 +138,7 @@ class CaptionJob:
             num_workers=self.options.num_workers,
         )
         start = time.monotonic()
-        # Without a terminal a bar would be a line for every image.
+        # disable=None hides the bar without a terminal, where it would print one line per image.
         with tqdm(total=len(share), unit="image", disable=None if main else True) as bar:
             for number, result in enumerate(results):
                 line = self._handle(result)
@@ -149,7 +153,7 @@ class CaptionJob:
                     self.lines.append((number * self.processes.count + self.processes.rank, line))
 
     def _handle(self, result: CaptionResult | Unreadable) -> str:
-        """Write and count what became of one image; return it as a line."""
+        """Write and count the result of one image; return it as a line."""
         from caption_train.captioning.generate import Unreadable
 
         if isinstance(result, Unreadable):

@@ -1,4 +1,4 @@
-"""Where captions go: files beside the images, one file for all, the terminal. No torch."""
+"""Writes captions to files beside the images and to one common file. No torch."""
 
 import os
 from collections import Counter
@@ -15,7 +15,12 @@ from caption_train.system.files import write_atomically
 
 
 class Outputs:
-    """All that `--save_captions` and `--output` ask for, as one process writes it."""
+    """All that `--save_captions` and `--output` ask for, as one process writes it.
+
+    Args:
+        options: the options of the run.
+        rank: the rank of this process.
+    """
 
     def __init__(self, options: CaptionOptions, rank: int = 0) -> None:
         self._extension = "." + options.caption_extension.lstrip(".")
@@ -26,14 +31,17 @@ class Outputs:
 
     @property
     def exist(self) -> bool:
-        """False when captions only go to the terminal."""
+        """Whether captions are written to files; if not, they are only printed."""
         return self._saves or self._file is not None
 
     def find_pending(self, images: Sequence[Path]) -> list[Path]:
-        """Return the images without a caption, all of them under `--overwrite`; call it once, before writing.
+        """Return the images without a caption, or all with `--overwrite`. Call it once, before writing.
 
-        A caption that only one of the two outputs has is copied to the other. Raises UsageError where nothing
-        can be written, before any work is done, and CaptionTrainError where another run is at the same file.
+        A caption that only one of the two outputs has is copied to the other.
+
+        Raises:
+            UsageError: an output cannot be written; raised before any work is done.
+            CaptionTrainError: another run is writing to the same file.
         """
         self._check_writable(images)
         if self._file is None and not self._saves:
@@ -47,31 +55,47 @@ class Outputs:
             raise
 
     def write(self, image: Path, text: str, *, answer: Any = None, remarks: Iterable[str] = ()) -> None:
-        """Put one caption where it goes."""
+        """Write one caption to all outputs; for `answer` and `remarks` see `CaptionFile.append`."""
         if self._saves:
             _write_caption(self.caption_path(image), text)
         if self._file:
             self._file.append(image, text, answer=answer, remarks=remarks)
 
     def finish(self, images: Sequence[Path], *, complete: bool = True) -> None:
-        """Write the one file, in the order of `images`; unless `complete`, others may yet add to it."""
+        """Write the common file.
+
+        Args:
+            images: all images of the run, which give the order of rows.
+            complete: False if other processes may still add captions.
+        """
         if self._file:
             self._file.merge(images)
             if complete:
                 self._file.discard_journals()
 
     def close(self) -> None:
-        """Let other runs write to the one file."""
+        """Allow other runs to write to the common file."""
         if self._file:
             self._file.unlock()
 
     def caption_path(self, image: Path) -> Path:
-        """Return where an image's caption goes: `a.txt`; `a.png.txt` if that exists or there is an `a.jpg`.
+        """Return the path of an image's caption file.
 
-        Training reads `a.png.txt` before `a.txt` too. So `a.png.webp` beside `a.png` gets `a.png.webp.txt`.
+        >>> import tempfile
+        >>> from caption_train.config.captioning import CaptionOptions
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for name in ("cat.png", "dog.png", "dog.jpg"):
+        ...     (folder / name).touch()
+        >>> outputs = Outputs(CaptionOptions(save_captions=True))
+        >>> [outputs.caption_path(folder / name).name for name in ("cat.png", "dog.png", "dog.jpg")]
+        ['cat.txt', 'dog.png.txt', 'dog.jpg.txt']
+
+        It is `a.txt`, or `a.png.txt` if that exists or another image has the same stem. Training prefers
+        `a.png.txt` too. `a.png.webp` beside `a.png` gets `a.png.webp.txt`, because `a.png.txt` belongs to
+        `a.png`.
         """
         full = image.with_name(image.name + self._extension)
-        # os.path's test is False for what is too long for a name, too; Path's raises.
+        # os.path, because it returns False for a name that is too long, where Path raises.
         if os.path.exists(full) or self._twins.has(image):  # noqa: PTH110
             return full
         return image.with_name(image.stem + self._extension)
@@ -117,18 +141,18 @@ class Outputs:
 
 
 class _Twins:
-    """Which images do not have their stem to themselves in their folder. Each folder is listed once."""
+    """Finds images that share their stem with another image in their folder. Each folder is listed once."""
 
     def __init__(self) -> None:
         self._images: dict[Path, tuple[set[str], Counter[str]]] = {}
 
     def has(self, image: Path) -> bool:
-        """Tell whether there is another image of this stem, or one whose name it is."""
+        """Tell whether another image has this stem, or this stem as its full name."""
         _, stems = self._list(image.parent)
         return stems[image.stem] > 1 or self.is_named_as_another(image)
 
     def is_named_as_another(self, image: Path) -> bool:
-        """Tell whether the stem is another image's name, as for `a.png.webp` beside `a.png`."""
+        """Tell whether the stem is another image's full name, as for `a.png.webp` beside `a.png`."""
         names, _ = self._list(image.parent)
         return image.stem in names
 
@@ -140,7 +164,19 @@ class _Twins:
 
 
 def wrap_caption(text: str, *, prefix: str = "", suffix: str = "", trigger: str | None = None) -> str:
-    """Return prefix, caption and suffix as given, after `trigger, ` unless the trigger is a word of them."""
+    """Put prefix, suffix and trigger around a caption.
+
+    >>> wrap_caption("a cat", prefix="photo of ", trigger="mystyle")
+    'mystyle, photo of a cat'
+    >>> wrap_caption("a mystyle cat", trigger="mystyle")
+    'a mystyle cat'
+
+    Args:
+        text: the caption.
+        prefix: put before it, without a space.
+        suffix: put after it, without a space.
+        trigger: put first with a comma, unless it is a word of the text already.
+    """
     text = f"{prefix}{text}{suffix}".strip()
     if not trigger or f" {trigger} " in f" {text.replace(',', ' ')} ":
         return text

@@ -1,4 +1,4 @@
-"""Decides what is left to caption, with which model and prompt, before anything is loaded."""
+"""Decides which images to caption, with which model and prompt, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ from caption_train.families.base import Family
 class CaptionPlan:
     """What a captioning run works on.
 
-    images: all that were asked for, in order. pending: those of them to caption now. missing: a line for each
-    that is not there. base: the model, and the prompt it is given.
+    Attributes:
+        images: all images that were asked for, in order.
+        pending: those of them that are captioned now.
+        missing: one line per image that is not there.
+        base: the model and its prompt.
     """
 
     images: Sequence[Path]
@@ -30,12 +33,12 @@ class CaptionPlan:
 
 
 def make_plan(options: CaptionOptions, family: Family, outputs: Outputs) -> CaptionPlan:
-    """Find the images and the model; UsageError for what cannot work."""
+    """Find images and model; raise UsageError if something cannot work."""
     inputs = find_inputs(options.images, recursive=options.recursive)
     if options.visualize:
         if not family.draws_answers:
             raise UsageError(f"--visualize: {family.title} gives no boxes to draw")
-        # Refuses a folder that holds some of the images.
+        # Made only to check that no drawing would replace an image.
         Drawings(options.visualize, inputs.images)
     adapter = read_adapter(options.peft_model) if options.peft_model else None
     prompt, settings = read_request(options, family)

@@ -1,4 +1,4 @@
-"""Sampling that depends on the image and the seed alone, not on the batch, the process or the order."""
+"""Samples captions that depend on image and seed alone, not on batch, process or order."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,10 +8,10 @@ from transformers import LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
 
 class GumbelNoise(LogitsProcessor):
-    """Adds each row's own Gumbel noise to its logits, so that the greedy choice is a sample.
+    """Adds Gumbel noise to the logits, from one generator per row, so that the greedy choice is a sample.
 
     argmax(logits + Gumbel noise) is distributed as softmax(logits): the Gumbel-max trick (Gumbel 1954;
-    Maddison et al. 2014, arXiv:1411.0030). `transformers`' own sampling draws a batch from one generator.
+    Maddison et al. 2014, arXiv:1411.0030). transformers' own sampling uses one generator for a whole batch.
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
@@ -37,8 +37,15 @@ class Temperature(LogitsProcessor):
 
 
 def make_sampler(names: Sequence[str], *, temperature: float, top_p: float, seed: int) -> LogitsProcessorList:
-    """Return logits processors under which greedy search samples; row i by `seed` and `names[i]`."""
-    # A file's name need not be UTF-8.
+    """Return logits processors with which greedy search samples.
+
+    Args:
+        names: the names of a batch's images; row i depends on the seed and `names[i]` alone.
+        temperature: logits are divided by it.
+        top_p: sample from the likeliest tokens that sum to this probability.
+        seed: the seed.
+    """
+    # surrogatepass: the name of a file need not be UTF-8.
     keys = [f"{seed} {name}".encode(errors="surrogatepass") for name in names]
     seeds = [int.from_bytes(hashlib.sha256(key).digest()[:7]) for key in keys]
     warpers = [TopPLogitsWarper(top_p)] if top_p < 1 else []

@@ -1,4 +1,4 @@
-"""What became of every image, and captions that want a second look. Standard library only."""
+"""Counts what happened to every image, and lists captions worth checking. Standard library only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,15 @@ MOST_NAMES = 5
 
 @dataclass
 class CaptioningSummary:
-    """Counts of a run, or of one process of it. Lists hold names of images, `unreadable` with the reason."""
+    """Counts of a run, or of one of its processes.
+
+    Attributes:
+        written: images captioned.
+        kept: images that had a caption already.
+        unreadable: images that could not be read, each with the reason.
+        remarked: remark → names of images.
+        seconds: time spent captioning.
+    """
 
     written: int = 0
     kept: int = 0
@@ -26,7 +34,7 @@ class CaptioningSummary:
             self.remarked[remark].append(escape_unprintable(name))
 
     def __add__(self, other: "CaptioningSummary") -> "CaptioningSummary":
-        """Return the tally of both, which ran side by side."""
+        """Return the counts of two processes that ran at the same time."""
         return CaptioningSummary(
             self.written + other.written,
             self.kept + other.kept,
@@ -36,7 +44,7 @@ class CaptioningSummary:
         )
 
     def lines(self) -> list[str]:
-        """Return the summary as lines to print: all unreadable images by name, the first few of the rest."""
+        """Return the summary as lines: all unreadable images, and the first few names of other kinds."""
         rate = (
             f" in {self.seconds:.1f} s ({self.written / self.seconds:.2f} images/s)"
             if self.written and self.seconds

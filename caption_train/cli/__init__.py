@@ -1,0 +1,1 @@
+"""Turns command lines into options, and exceptions into exit codes."""

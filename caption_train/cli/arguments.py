@@ -1,4 +1,4 @@
-"""A command line from a dataclass: parser, `--config file.yaml`, checks. Only a config file needs PyYAML."""
+"""Makes a command line from a dataclass: parser, `--config file.yaml`, checks."""
 
 import argparse
 import sys
@@ -24,10 +24,20 @@ def parse_options(
     omit: Sequence[str] = (),
     choices: Mapping[str, Sequence[str]] | None = None,
 ) -> Any:
-    """Return an `options_class`: the command line wins, then `--config`, then `defaults`, then the class.
+    """Read the flags of a command: the command line wins, then `--config`, `defaults` and the class.
 
-    positionals: fields that may also be given by position. omit: fields this script has no flag for.
-    choices: what a field's help offers here. Raises UsageError with all that is wrong, a line each.
+    Args:
+        options_class: the dataclass whose fields are flags.
+        argv: the flags; by default those of this process.
+        prog: name of the script, for `--help`.
+        description: text above the flags in `--help`.
+        positionals: fields that may also be given by position.
+        defaults: name → default that replaces the field's.
+        omit: fields that are not flags of this command.
+        choices: name → allowed values that replace the field's.
+
+    Raises:
+        UsageError: lists everything that is wrong, one line each.
     """
     flags = {f.name: f for f in fields(options_class) if "help" in f.metadata and f.name not in omit}
     defaults = {name: _default_of(f) for name, f in flags.items()} | dict(defaults or {})
@@ -95,7 +105,7 @@ _CONFIG_HELP = "YAML file of flags, by their names without dashes; the command l
 
 
 def _argument(flag: Field, hint: Any, default: Any, choices: Sequence[str] | None) -> dict[str, Any]:
-    """Return argparse's keywords for one field. Nothing given leaves nothing behind: defaults come later."""
+    """Return argparse's arguments for one field. A flag not given is left out; defaults are added later."""
     shown = " ".join(default) if isinstance(default, list) else default
     help = flag.metadata["help"].replace("%", "%%")
     if shown not in (None, False, ""):
@@ -125,7 +135,7 @@ def _default_of(flag: Field) -> Any:
 
 
 def _complete_bare_flags(argv: Sequence[str], flags: Mapping[str, Field]) -> list[str]:
-    """Write `--quantize DIR` as `--quantize=4bit DIR`: what follows a switch need not be its value."""
+    """Write `--quantize DIR` as `--quantize=4bit DIR`: what follows such a flag may not be its value."""
     switches = {f"--{f.name}": f.metadata for f in flags.values() if f.metadata["const"]}
     completed = list(argv)
     for index, token in enumerate(argv):

@@ -1,6 +1,6 @@
 """The commands: what the scripts at the root, `caption-train` and `python -m caption_train` call.
 
-Nothing heavy is imported before the flags are read, so `--help` answers at once.
+Nothing heavy is imported before the flags are read, so that `--help` answers at once.
 """
 
 import sys
@@ -202,7 +202,7 @@ def _start(launcher: str, prog: str) -> str:
 
 
 def _family_flags(family: Family) -> dict[str, Any]:
-    """Return what the family offers as `--task`, and the flags it has no use for."""
+    """Return the family's values of `--task`, and the flags that do not apply to the family."""
     absent = {
         "task": not family.tasks,
         "visualize": not family.draws_answers,

@@ -15,6 +15,20 @@ from caption_train.errors import UsageError
 def read_config_file(
     path: Path, options_class: type, flags: Mapping[str, Field], choices: Mapping[str, Sequence[str] | None]
 ) -> dict[str, Any]:
+    """Read the file of `--config`.
+
+    Args:
+        path: a YAML file.
+        options_class: the dataclass with the types of the flags.
+        flags: name → field, for the flags of this command.
+        choices: name → allowed values; None allows all.
+
+    Returns:
+        Name → value, converted to the type of the flag.
+
+    Raises:
+        UsageError: the file cannot be read, or lists flags or values that do not exist; names all of them.
+    """
     import yaml
 
     try:
@@ -44,10 +58,10 @@ def read_config_file(
 
 
 def _convert(value: Any, hint: Any, flag: Field, choices: Sequence[str] | None) -> Any:
-    """Turn a YAML value into the field's type; ValueError or TypeError where it is none."""
+    """Convert a YAML value to the type of the flag; raise ValueError or TypeError if that is impossible."""
     kind = kind_of(hint)
     if value is False and "no" in (choices or ()):
-        # What YAML reads as false the user wrote as no.
+        # YAML reads `no` as False.
         return "no"
     if value is None:
         if kind is hint and flag.default is not None:

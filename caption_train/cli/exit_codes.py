@@ -14,11 +14,11 @@ from caption_train.errors import CaptionTrainError, is_out_of_memory
 from caption_train.system.processes import end_at_once, is_one_of_several
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
-"""What a disk answers to a write that no room of ours explains, such as a tracker's."""
+"""Errors of the disk, for writes whose error is not explained elsewhere, such as a tracker's."""
 
 
 def run(work: Callable[[], int]) -> int:
-    """Do the work; turn what a user can cause into one line and an exit code, never a traceback."""
+    """Do the work, return its exit code; errors that a user can cause become one line, never a traceback."""
     if not is_one_of_several():
         return _run(work)
     try:
@@ -34,7 +34,7 @@ def run(work: Callable[[], int]) -> int:
 def _run(work: Callable[[], int]) -> int:
     _quiet_libraries()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Captions may hold characters that the terminal does not know.
+        # Captions may contain characters that the terminal's encoding lacks.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return work()
@@ -43,7 +43,8 @@ def _run(work: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:
-        # The reader of our output went away; what is left to say has nobody to hear it.
+        # The program that read our output has ended. Output to come goes to /dev/null, or Python would raise
+        # again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
@@ -68,7 +69,7 @@ def _advise_savers() -> str:
 
 
 def _quiet_libraries() -> None:
-    """Keep advice that is meant for a library's callers, not for its users' users, off the screen."""
+    """Hide warnings of libraries that are meant for programmers, not for users of this program."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -77,7 +78,7 @@ def _quiet_libraries() -> None:
 
 
 def _fail(message: str, exit_code: int) -> int:
-    # What all have to say the first one says; what another one says is its own.
+    # Errors of all processes are printed by rank 0 only, so another rank's line is about that rank.
     rank = os.environ.get("RANK", "0")
     speaker = program_name() if rank == "0" else f"{program_name()}: process {rank}"
     for line in message.splitlines():

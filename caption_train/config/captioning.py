@@ -1,4 +1,4 @@
-"""What an inference script is asked to do; see options.py. Standard library only."""
+"""Defines the flags of the inference scripts; config/training.py explains the form. Standard library only."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +14,7 @@ _output = partial(flag, group="output")
 
 @dataclass(frozen=True)
 class CaptionOptions:
-    """What an inference script is asked to do."""
+    """The flags of an inference script."""
 
     images: list[str] = _input(
         [], "images to caption: files, folders, globs, or a .txt file that lists one image a line"
@@ -61,10 +61,10 @@ class CaptionOptions:
     )
 
     sources: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
-    """Where each value that is no default came from: field name → "command line" or the config file."""
+    """Where each value that is not a default came from: field name → "command line" or the config file."""
 
     def check(self) -> list[str]:
-        """Return what is wrong with these options, one line each."""
+        """Return everything that is wrong with these options, one line each."""
         problems = [] if self.images else ["--images is required"]
         problems += ["--images is empty; is a variable not set?"] if "" in self.images else []
         problems += find_above(self, LARGEST_SEED, "seed")

@@ -1,4 +1,4 @@
-"""Which savers go together: what is not refused here is supported and tested. Standard library only."""
+"""Lists which flags cannot be combined; all other combinations are supported and tested. No torch."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -6,14 +6,17 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 PRINCIPAL = ("pissa", "pissa_niter_16", "olora")
-"""Values of `--init_lora_weights` that take a part out of the base's weights."""
+"""Values of `--init_lora_weights` that subtract a part from the base's weights."""
 SHARDED = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed"}
-"""Ways to hold only a part of what is trained in each process, and their names."""
+"""Kinds of parallelism in which each process holds only a shard, and their names in messages."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run combines. device, precision and processes are None while only the flags are known."""
+    """The settings of a run that may exclude each other.
+
+    device, precision and distributed are None while only the flags are known.
+    """
 
     optimizer_name: str
     accumulation_compression: bool
@@ -34,12 +37,13 @@ class Setup:
 
     @property
     def sharded(self) -> str | None:
+        """The name of the sharding that is used, or None."""
         return SHARDED.get(self.distributed)
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A combination that cannot work. `sentence` names the flags; its {fields} are the setup's."""
+    """A combination that cannot work. The {fields} in `sentence` are replaced by those of the Setup."""
 
     applies: Callable[[Setup], bool]
     sentence: str
@@ -156,10 +160,16 @@ REFUSALS = (
 def check(
     options: Any, *, device: str | None = None, precision: str | None = None, distributed: str | None = None
 ) -> list[str]:
-    """Return a sentence for everything in `options` (TrainOptions) that does not go together.
+    """Return a sentence for everything in `options` that cannot be combined.
 
-    Called with the flags alone before anything is imported, and again with the device type, precision and
-    distributed type that accelerate resolved, before the model loads.
+    It is called with the flags alone before anything is imported, and again with what accelerate resolved,
+    before the model is loaded.
+
+    Args:
+        options: TrainOptions.
+        device: type of the device; by default the flag's.
+        precision: mixed precision; by default the flag's.
+        distributed: accelerate's name for the kind of parallelism.
     """
     flags = {
         field.name: getattr(options, field.name) for field in fields(Setup) if hasattr(options, field.name)
@@ -194,7 +204,7 @@ _PLAIN = Setup(
     distributed="NO",
 )
 _COMPRESSED = {"optimizer_name": "Flora", "accumulation_compression": True}
-# What a choice needs, which gives way to the other choice of a pair, and what it sets.
+# Choice → (settings that it needs, which the other choice of a pair may override; settings that define it).
 _CHOICES: dict[str, tuple[dict, dict]] = {
     "AdamW": ({}, {"optimizer_name": "AdamW"}),
     "AdamW8bit": ({}, {"optimizer_name": "AdamW8bit"}),
@@ -222,7 +232,7 @@ _CHOICES: dict[str, tuple[dict, dict]] = {
 
 
 def make_table() -> str:
-    """Return all pairs of choices as a Markdown table, and the reasons of those that are refused."""
+    """Return all pairs of choices as a Markdown table, with the reasons of those that are refused."""
     reasons: list[Refusal] = []
 
     def verdict(row: str, column: str) -> str:

@@ -1,4 +1,4 @@
-"""What compile_captions.py is asked to do; see options.py. Standard library only."""
+"""Defines the flags of compile_captions.py; config/training.py explains the form. Standard library only."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +14,7 @@ _written = partial(flag, group="what is written")
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """What compile_captions.py is asked to do."""
+    """The flags of compile_captions.py."""
 
     dataset_dir: Path = _pairs(None, "folder of images and caption files, at any depth")
     output_dir: Path | None = _written(
@@ -49,10 +49,10 @@ class CompileOptions:
     list_all: bool = _written(False, "name every file in the summary, not the first 20 of a kind")
 
     sources: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
-    """Where each value that is no default came from: field name → "command line" or the config file."""
+    """Where each value that is not a default came from: field name → "command line" or the config file."""
 
     def check(self) -> list[str]:
-        """Return what is wrong with these options, one line each."""
+        """Return everything that is wrong with these options, one line each."""
         problems = [] if self.dataset_dir else ["dataset_dir is required: the folder of images and captions"]
         problems += find_below(self, 0, "seed")
         if not 0 <= self.validation_split < 1:

@@ -1,4 +1,4 @@
-"""The flags of export_adapter.py. Standard library only."""
+"""Defines the flags of export_adapter.py; config/training.py explains the form. Standard library only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _proof = partial(flag, group="checking the result")
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What export_adapter.py is asked to do."""
+    """The flags of export_adapter.py."""
 
     source: Path = _source(None, "adapter folder, or a model: a folder or hub id")
     output_dir: Path = _source(None, "write the result to this folder")
@@ -45,14 +45,14 @@ class ExportOptions:
     prompt: str | None = _proof(None, "text the model is given with it (default: the adapter's)")
 
     sources: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
-    """Where each value that is no default came from: field name → "command line" or the config file."""
+    """Where each value that is not a default came from: field name → "command line" or the config file."""
 
     def check(self) -> list[str]:
-        """Return what is wrong with these options, one line each."""
+        """Return everything that is wrong with these options, one line each."""
         return [f"{name} is required" for name in ("source", "output_dir") if getattr(self, name) is None]
 
     def check_paths(self) -> None:
-        """Raise UsageError with all that cannot work with what is on disk, one line each."""
+        """Raise UsageError with everything that does not fit the files on disk, one line each."""
         problems = []
         if not self.is_adapter and (self.merge or self.base_model):
             used = "--merge" if self.merge else "--base_model"

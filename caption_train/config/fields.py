@@ -1,4 +1,4 @@
-"""What a flag is: a dataclass field with its help, and how its text becomes a value. No torch."""
+"""Makes dataclass fields that are command-line flags, and parses their values. No torch."""
 
 import argparse
 import math
@@ -22,8 +22,16 @@ def flag(
 ) -> Any:
     """Make a dataclass field that is a command-line flag.
 
-    const: the value of the flag given alone. repeated: a list is given as the flag several times, one value
-    each, instead of several values after one flag.
+    Args:
+        default: value if the flag is not given.
+        help: text of the flag in `--help`.
+        group: heading of the flag in `--help`.
+        choices: allowed values; None allows all.
+        aliases: other spellings of the flag.
+        const: value if the flag is given without one.
+        metavar: placeholder of the value in `--help`.
+        repeated: for lists: the flag is given several times, with one value each, instead of once with
+            several.
     """
     metadata = {
         "help": help,
@@ -40,8 +48,8 @@ def flag(
 
 
 def path(value: str) -> Path | str:
-    """Return the path that a flag names. Empty text is no path: it comes from a variable that is not set."""
-    # argparse sends the default of an absent positional through here, and looks for this very object.
+    """Return the path that a flag names. Empty text is refused: it comes from a variable that is not set."""
+    # argparse passes the default of a missing positional through here, and then compares it by identity.
     if value is argparse.SUPPRESS:
         return value
     if not value:
@@ -50,7 +58,7 @@ def path(value: str) -> Path | str:
 
 
 def number(value: Any) -> float:
-    """Return a finite number; ValueError for anything else."""
+    """Return a finite number; raise ValueError for anything else."""
     if not math.isfinite(result := float(value)):
         raise ValueError(value)
     return result
@@ -58,11 +66,11 @@ def number(value: Any) -> float:
 
 PARSERS = {Path: path, float: number}
 LARGEST_SEED = 2**31 - 1
-"""numpy takes 32 bits, and every process adds its number to the seed."""
+"""numpy accepts 32 bits, and every process adds its rank to the seed."""
 
 
 def kind_of(hint: Any) -> Any:
-    """Return the type behind `X | None`."""
+    """Return the type X of `X | None`."""
     if isinstance(hint, types.UnionType):
         return next(a for a in typing.get_args(hint) if a is not type(None))
     return hint

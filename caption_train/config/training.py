@@ -1,7 +1,7 @@
-"""What a training script is asked to do, with the checks that need no model. Standard library only.
+"""Defines the flags of the training scripts, with the checks that need no model. Standard library only.
 
-A field is a flag of the same name; its type parses the value, its metadata is the help. `check()` returns all
-that is wrong at once, one line each, naming the flags.
+A field is a flag of the same name: its type parses the value, its metadata holds the help. `check()` returns
+everything that is wrong, one line each, naming the flags.
 """
 
 import re
@@ -29,7 +29,7 @@ _save = partial(flag, group="saving, samples and logs")
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What a training script is asked to do. Defaults are the reference's; a family may override some."""
+    """The flags of a training script. A family may have other defaults for some."""
 
     dataset_dir: Path = _data(None, "folder with metadata.jsonl, or with image/caption pairs")
     output_dir: Path = _data(None, "save the LoRA to this folder")
@@ -161,10 +161,10 @@ class TrainOptions:
     seed: int = _save(42, "seed of all random numbers")
 
     sources: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
-    """Where each value that is no default came from: field name → "command line" or the config file."""
+    """Where each value that is not a default came from: field name → "command line" or the config file."""
 
     def check(self) -> list[str]:
-        """Return what is wrong with these options, one line each."""
+        """Return everything that is wrong with these options, one line each."""
         problems = [
             f"--{name} is required" for name in ("dataset_dir", "output_dir") if getattr(self, name) is None
         ]
@@ -239,7 +239,11 @@ _COUNTS = (
 
 
 def parse_bytes(text: str) -> int | None:
-    """Return the bytes that "8GB", "7.5 GiB" or "900MB" says; None where it says none."""
+    """Return the number of bytes in a size, or None if the text is not a size.
+
+    >>> parse_bytes("8GB"), parse_bytes("7.5 GiB"), parse_bytes("a lot")
+    (8000000000, 8053063680, None)
+    """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([GM])(i?)B", text.strip(), re.IGNORECASE)
     if found is None:
         return None

@@ -1,6 +1,6 @@
-"""An adapter or a model written in another form: merged, or as the legacy tools load it; and checked.
+"""Writes an adapter or a model in another form (merged, or in the legacy layout), and checks it.
 
-Knows no family: a family that has a second layout brings `save_legacy`, `save_adapter` and `prepare_merge`.
+A family with a second layout provides `save_legacy`, `save_adapter` and `prepare_merge`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 ABOUT = ("training.json", "README.md")
-"""What a trained adapter or model says of itself."""
+"""Files in which a trained adapter or model describes itself."""
 
 
 def find_family(options: ExportOptions) -> str:
-    """Return the name of the family asked for, or the adapter's own, or that of what does not say its own."""
+    """Return the family asked for, else the adapter's own, else the one whose legacy layout names none."""
     if options.family is None and options.is_adapter:
         from caption_train.adapters.record import read_adapter
 
@@ -37,17 +37,25 @@ def find_family(options: ExportOptions) -> str:
 
 
 def export(options: ExportOptions, family: Family) -> str:
-    """Write what `options` ask for, prove it, and return what to tell the user.
+    """Write what `options` ask for, check it, and return what to tell the user.
 
-    The result is written beside its place, loaded again and compared by the tokens it generates; only then it
-    is renamed to `output_dir`. Raises CaptionTrainError when the tokens differ. With --dtype auto, a merge
-    that its base's precision rounds to other tokens is written in float32 instead.
+    The result is written to a temporary folder, loaded again, and compared by the tokens it generates. Only
+    then is it renamed to `output_dir`. With --dtype auto, if rounding to the base's precision changes the
+    tokens of a merge, it is written in float32 instead.
+
+    Args:
+        options: what to export.
+        family: the model's family.
+
+    Raises:
+        UsageError: the options do not fit this source or family.
+        CaptionTrainError: the result generates other tokens; nothing is written.
     """
     options.check_paths()
     if options.layout == "legacy" and not family.has_legacy_layout:
         raise UsageError(f"--layout legacy: {family.title} has one layout only")
     base = _resolve_base(options, family)
-    # What is a link stays one: the folder behind it is replaced.
+    # Resolved, so that a link stays and the folder that it points to is replaced.
     output_dir, folder = options.output_dir.resolve(), Path(base.model_id).resolve()
     if folder.is_dir() and output_dir in (folder, *folder.parents):
         raise UsageError(f"output_dir {options.output_dir} is, or holds, the base: choose another")
@@ -95,7 +103,7 @@ def _load(family: Family, base: Base) -> tuple[Any, Any]:
 
 
 def _put_in_place(folder: Path, target: Path) -> None:
-    """Rename `folder` to `target`; what is there is removed once the new one has its name."""
+    """Rename `folder` to `target`; remove the old `target` after that."""
     if not target.exists():
         folder.rename(target)
         return
@@ -117,7 +125,7 @@ def _resolve_base(options: ExportOptions, family: Family) -> Base:
 def _write_model(
     options: ExportOptions, family: Family, model: Any, processor: Any, folder: Path, base: Base
 ) -> None:
-    # The inference scripts find the prompt in training.json; an adapter's README.md is none of a model's.
+    # training.json holds the prompt for inference. An adapter's README.md would be wrong for a merged model.
     _copy_beside(options.source, folder, *(["training.json"] if options.is_adapter else ABOUT))
     if options.is_adapter:
         from caption_train.adapters.load import find_shared
@@ -137,7 +145,7 @@ def _write_model(
 
 
 def _write_adapter(options: ExportOptions, family: Family, model: Any, folder: Path) -> None:
-    """Write the adapter that `model` carries, and what lay beside the one it came from."""
+    """Write the adapter in `options.source` with other names, and copy the files beside it."""
     _copy_beside(options.source, folder, *ABOUT)
     family.save_adapter(model.get_base_model(), options.source, folder, legacy=options.layout == "legacy")
 

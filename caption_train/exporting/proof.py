@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 
 
 def caption_once(family: Family, model: Any, processor: Any, image: Image.Image, prompt: str) -> Generated:
+    """Return the caption of one image, found by greedy search, at most 40 tokens long."""
     batch = family.encode(processor, [image], [prompt])
     (result,) = family.generate(model, processor, batch, num_beams=1, do_sample=False, max_new_tokens=40)
     return result
 
 
 def check_same_tokens(before: Generated, after: Generated, options: ExportOptions) -> None:
+    """Raise CaptionTrainError if the captions before and after the export have different tokens."""
     if before.token_ids == after.token_ids:
         return
     advice = "" if options.dtype == "float32" or not options.merge else "; --dtype float32 rounds nothing"
@@ -30,6 +32,7 @@ def check_same_tokens(before: Generated, after: Generated, options: ExportOption
 
 
 def open_proof_image(path: Path | None) -> Image.Image:
+    """Return the image that is captioned before and after: the one at `path`, or a drawn one."""
     if path is None:
         return _draw_image()
     from caption_train.data.images import open_image
@@ -38,7 +41,7 @@ def open_proof_image(path: Path | None) -> Image.Image:
 
 
 def _draw_image() -> Image.Image:
-    """Return a house under a sun: enough for every model to say something."""
+    """Draw a house under a sun, which is enough for every model to generate some text."""
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", (640, 480), "#8ecae6")

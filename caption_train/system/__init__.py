@@ -1,0 +1,1 @@
+"""What a process asks of its machine: files, locks, signals, devices, memory, launchers, the screen."""

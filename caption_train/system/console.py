@@ -1,4 +1,4 @@
-"""Writes to the screen: lines printed once for all processes, names made printable, lists cut short."""
+"""Prints lines once for all processes, makes names printable, and shortens lists."""
 
 from __future__ import annotations
 
@@ -21,12 +21,28 @@ def print_once(accelerator: Accelerator, *lines: str) -> None:
 
 
 def escape_unprintable(text: object) -> str:
-    """Return text that takes one line and can be printed: control and lone surrogate characters escaped."""
+    r"""Return text on one line that can be printed: control characters and lone surrogates are escaped.
+
+    >>> escape_unprintable("two\nlines")
+    'two\\nlines'
+    """
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
 def summarize(headline: str, problems: Sequence[str], limit: int | None = 20) -> str:
-    """Return a headline with the first problems, or all of them, below it, one line each."""
+    """Return a headline with problems below it, one per line.
+
+    >>> print(summarize("3 bad rows", ["row 1", "row 5", "row 8"], limit=2))
+    3 bad rows
+      row 1
+      row 5
+      … and 1 more
+
+    Args:
+        headline: the first line.
+        problems: one line each.
+        limit: how many problems are shown; None shows all.
+    """
     lines = [f"  {escape_unprintable(problem)}" for problem in problems[:limit]]
     more = [f"  … and {len(problems) - limit} more"] if limit and len(problems) > limit else []
     return "\n".join([headline, *lines, *more])

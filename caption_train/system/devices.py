@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def open_device(name: str) -> torch.device:
-    """Return the device that `--device` names; UsageError where this machine cannot use it."""
+    """Return the device that `--device` names; raise UsageError if this machine cannot use it."""
     import torch
 
     try:
@@ -25,7 +25,16 @@ def open_device(name: str) -> torch.device:
 
 
 def choose_device(name: str | None, *, local_rank: int = 0, processes: int = 1) -> torch.device:
-    """Return the device called `name`, or the best there is for this process; UsageError if there is none."""
+    """Return the device for this process.
+
+    Args:
+        name: the value of `--device`; None means the best device of this machine.
+        local_rank: this process's number on its machine, which chooses among several GPUs.
+        processes: how many processes there are in all.
+
+    Raises:
+        UsageError: this machine cannot use the device `name`.
+    """
     import torch
 
     if name is not None:
@@ -38,9 +47,12 @@ def choose_device(name: str | None, *, local_rank: int = 0, processes: int = 1) 
 
 
 def move_batch(batch: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the batch on `device`, pixels and other floating-point tensors in the model's `dtype`.
+    """Move a batch to a device.
 
-    What is no tensor stays as it is.
+    Args:
+        batch: name → tensor, or anything else, which is not changed.
+        device: the device.
+        dtype: precision of the model; pixels and other floating-point tensors are converted to it.
     """
 
     import torch
@@ -54,5 +66,5 @@ def move_batch(batch: Mapping[str, Any], device: torch.device, dtype: torch.dtyp
 
 
 def model_dtype(model: torch.nn.Module) -> torch.dtype:
-    """Return the dtype that `model` takes its pixels in: its first floating-point weight's."""
+    """Return the dtype of the model's first floating-point weight, in which it expects pixels."""
     return next(p.dtype for p in model.parameters() if p.is_floating_point())

@@ -23,15 +23,21 @@ TEMPORARY = ".tmp"
 
 @contextmanager
 def open_atomically(path: Path | str, mode: str = "w", encoding: str | None = "utf-8") -> Iterator[IO]:
-    """Open a temporary file beside `path`; on success sync it and rename it over `path`, else remove it.
+    """Open a temporary file beside `path`; rename it to `path` if the `with` block ends without an error.
 
-    The rename is atomic because both names are in one folder. An existing file's permissions are kept.
+    The rename is atomic because both names are in one folder. The file is flushed to the disk first. An
+    existing file's permissions are kept.
+
+    Args:
+        path: the file to write.
+        mode: "w" or "wb".
+        encoding: of text.
     """
     path = Path(path)
-    # A rename replaces a symlink itself; people who link their captions mean the file behind the link.
+    # Resolved, because a rename would replace a symbolic link, not the file that it points to.
     path = path.resolve() if path.is_symlink() else path
     binary = "b" in mode
-    # A name may have 255 bytes, a character four.
+    # Shortened, because a file name may have 255 bytes, and a character up to four.
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:50]}.", suffix=TEMPORARY, dir=path.parent)
     try:
         with os.fdopen(
@@ -48,25 +54,25 @@ def open_atomically(path: Path | str, mode: str = "w", encoding: str | None = "u
 
 
 def write_atomically(path: Path | str, content: str | bytes) -> None:
-    """Write text (UTF-8, newlines as given) or bytes to `path`, all of it or nothing."""
+    """Write text (as UTF-8, with its line ends unchanged) or bytes to `path`, completely or not at all."""
     with open_atomically(path, "wb") as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 def copy_atomically(source: Path | str, path: Path | str) -> None:
-    """Copy a file's bytes to `path`, all of them or nothing, a piece at a time: a model may be large."""
+    """Copy a file to `path`, completely or not at all, in pieces, because a model may be large."""
     with Path(source).open("rb") as content, open_atomically(path, "wb") as file:
         shutil.copyfileobj(content, file, _PIECE)
 
 
 def clear_temporary(folder: Path) -> None:
-    """Delete what writes that were cut short have left in `folder`."""
+    """Delete the temporary files in `folder` that interrupted writes have left."""
     for path in folder.glob(f".*.{'?' * 8}{TEMPORARY}"):
         path.unlink(missing_ok=True)
 
 
 def find_free_name(path: Path) -> Path:
-    """Return `path`, with a number behind it where something is there."""
+    """Return `path`, with a number appended if it exists."""
     names = itertools.chain([path], (path.with_name(f"{path.name}-{count}") for count in itertools.count(2)))
     return next(name for name in names if not os.path.lexists(name))
 
@@ -171,9 +177,9 @@ def hash_file(path: Path | str) -> str:
 
 
 def fingerprint_model(folder: Path | str) -> str | None:
-    """Return a hash of the model in a folder that is the same wherever it lies; None for what is no folder.
+    """Return a hash of the model in a folder, independent of the folder's path; None if it is no folder.
 
-    Of large files only a megabyte at either end and the size count: other weights differ there too.
+    Of large files, only the size and a megabyte at each end are hashed: other weights differ there too.
     """
     if not Path(folder).is_dir():
         return None
@@ -192,7 +198,7 @@ _PIECE = 1 << 20
 
 
 def find_commit(model_id: str, revision: str | None = None) -> str | None:
-    """Return the commit that the hub's cache holds of a model, None for a folder. Asks no network."""
+    """Return the commit of a model in the hub's cache, or None for a folder. Uses no network."""
     if Path(model_id).is_dir():
         return None
     from huggingface_hub import try_to_load_from_cache
@@ -204,6 +210,7 @@ def find_commit(model_id: str, revision: str | None = None) -> str | None:
 def _mode_of(path: Path) -> int:
     if path.exists():
         return path.stat().st_mode & 0o7777
+    # The umask can only be read by setting it.
     umask = os.umask(0)
     os.umask(umask)
     return 0o666 & ~umask

@@ -1,4 +1,4 @@
-"""The process that launched this one: how many it was asked for, and what becomes of us when it dies."""
+"""Finds out how this process was launched: by accelerate or torchrun, and with how many processes."""
 
 import ctypes
 import os
@@ -13,7 +13,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def notice_launcher(num_processes: int) -> None:
-    """Say when `accelerate launch` started fewer processes than asked for, and end when it is ended."""
+    """React to `accelerate launch`: end when it ends, warn if it started fewer processes than asked for."""
     command = read_command(os.getppid())
     if not _is_accelerate(command):
         return
@@ -23,7 +23,7 @@ def notice_launcher(num_processes: int) -> None:
 
 
 def asks_for(kind: str) -> bool:
-    """Tell whether accelerate's configuration asks for a way to share the work: FSDP, DEEPSPEED, …"""
+    """Tell whether accelerate's configuration asks for a kind of parallelism: FSDP, DEEPSPEED, …"""
     return os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true"
 
 
@@ -38,9 +38,15 @@ def read_command(process_id: int) -> list[str]:
 
 
 def relaunch_command(script: str, command: list[str], own: Sequence[str] = ("python",)) -> list[str]:
-    """Return what stands before `script` to start it as it was: by the parent, whose command line this is.
+    """Return what to write before `script` to start it in the same way again.
 
-    own: what stood before it on this process's command line, for one that nothing launched.
+    >>> relaunch_command("train.py", ["torchrun", "--nproc_per_node", "2", "train.py", "--epochs", "1"])
+    ['torchrun', '--nproc_per_node', '2']
+
+    Args:
+        script: the script, as on the command line.
+        command: the command line of the parent process, which may be a launcher.
+        own: what is before `script` on this process's own command line, used if no launcher started it.
     """
     if script not in command or not (_is_accelerate(command) or is_torchrun(command)):
         return [_as_typed(own[0]), *own[1:]]
@@ -52,15 +58,15 @@ def relaunch_command(script: str, command: list[str], own: Sequence[str] = ("pyt
 
 
 def _as_typed(program: str) -> str:
-    """Return a program's bare name where the shell finds this very one by it, else the path."""
+    """Return a program's bare name if the shell finds this same program by it, otherwise its path."""
     found = shutil.which(Path(program).name)
     return Path(program).name if found and Path(found).absolute() == Path(program).absolute() else program
 
 
 def describe_missing_processes(command: list[str], num_processes: int) -> str | None:
-    """Return a line when `accelerate launch` was asked for more processes than run, None if all is well.
+    """Return a line if `accelerate launch` was asked for more processes than are running, else None.
 
-    On CPUs it starts one, whatever `--num_processes` says, unless it goes through MPI.
+    On CPUs it starts one process, whatever `--num_processes` says, unless it uses MPI.
     """
     asked = re.search(r" --num[_-]processes[ =](\d+)", " ".join(command))
     if asked is None or int(asked[1]) <= num_processes:
@@ -79,7 +85,7 @@ def _end_with_parent() -> None:
 
 
 def is_torchrun(command: list[str]) -> bool:
-    """Tell whether a command line is torchrun's, which passes on the signals that it gets."""
+    """Tell whether a command line is torchrun's, which forwards the signals that it gets."""
     return any(Path(part).name in ("torchrun", "torch.distributed.run") for part in command[:4])
 
 

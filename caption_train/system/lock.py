@@ -1,4 +1,4 @@
-"""One run at a time in an output folder, or at an output file."""
+"""Lets only one run at a time write to an output folder or an output file."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from caption_train.system.files import parse_json
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks, and goes without
+except ImportError:  # Windows has no such locks, so nothing is locked there
     fcntl = None
 
 LOCK_FILE = ".lock"
@@ -22,15 +22,20 @@ LOCK_FILE = ".lock"
 
 BEAT_SECONDS = 20.0
 SILENCE_SECONDS = 120.0
-"""A holder on another host touches its file every BEAT_SECONDS; one this long silent is taken for dead."""
+"""A holder touches its file every BEAT_SECONDS. On another host, a file this old counts as stale."""
 
 
 class OutputLock:
-    """A lock file with the holder's process id and host, held through the system's record lock.
+    """A lock file with the holder's process id and host, and the system's record lock on it.
 
-    The system drops the record lock with its process, however that ends, and forked workers do not inherit
-    it: a file that nobody holds is stale. A host that shares the folder but not its locks, as one that a
-    preempted job comes back on may, goes by the file's age.
+    The system releases the record lock when its process ends in any way, and forked workers do not inherit
+    it. So a file without a record lock is stale. Another host may share the folder but not the record locks,
+    for example when a preempted job is restarted there. For such a host, the file's age decides.
+
+    Args:
+        output_dir: the folder of the lock file.
+        name: the name of the lock file.
+        output: the flag and value to name in messages.
     """
 
     def __init__(self, output_dir: Path, name: str = LOCK_FILE, output: str | None = None) -> None:
@@ -41,9 +46,13 @@ class OutputLock:
         self.released = Event()
 
     def acquire(self) -> str | None:
-        """Make the folder, take the lock; return a line about a stale one taken over, or None.
+        """Make the folder and take the lock.
 
-        Raises CaptionTrainError naming the run that holds it.
+        Returns:
+            A line about a stale lock that was taken over, or None.
+
+        Raises:
+            CaptionTrainError: another run holds the lock; names it.
         """
         self.made_folder = not self.path.parent.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +63,7 @@ class OutputLock:
             locked = _lock(file)
             if locked is False:
                 raise CaptionTrainError(self._refusal(_read_soon(file)))
-            # Its last holder may have deleted it between the opening and the locking.
+            # The last holder may have deleted the file after it was opened here and before it was locked.
             if self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
                 self.file = file
         holder = _read(self.file)
@@ -66,7 +75,7 @@ class OutputLock:
         return f"{self.path}: left behind by {_name(holder)}; taken over" if holder else None
 
     def release(self) -> None:
-        """Let the next run in."""
+        """Release the lock, so that another run can take it."""
         if self.file is not None:
             self.released.set()
             self.path.unlink(missing_ok=True)
@@ -76,11 +85,11 @@ class OutputLock:
     def _is_alive(self, holder: dict, locked: bool | None) -> bool:
         if holder.get("host", socket.gethostname()) != socket.gethostname():
             return self._silence() < SILENCE_SECONDS
-        # Where there are no record locks, the process itself is asked.
+        # Without record locks, check whether the process in the file is running.
         return bool(holder) and locked is None and _is_running(holder["pid"])
 
     def _silence(self) -> float:
-        """Return for how many seconds nobody touched the file, by the clock of the disk it lies on."""
+        """Return how many seconds ago the lock file was last touched, by the clock of the file system."""
         with tempfile.NamedTemporaryFile(dir=self.path.parent, prefix=LOCK_FILE) as now:
             return os.fstat(now.fileno()).st_mtime - os.fstat(self.file.fileno()).st_mtime
 
@@ -101,7 +110,7 @@ class OutputLock:
                 os.utime(descriptor)
 
     def abandon(self) -> None:
-        """Leave nothing behind of a run that did not start: no lock, and no empty folder that it made."""
+        """Undo `acquire` for a run that did not start: remove the lock, and the folder if this made it."""
         self.release()
         if self.made_folder:
             with suppress(OSError):
@@ -120,7 +129,7 @@ def _name(holder: dict) -> str:
 
 
 def _lock(file) -> bool | None:
-    """Return whether the record lock was taken, None on a file system that has none."""
+    """Return whether the record lock was taken; None on a file system without record locks."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -141,7 +150,7 @@ def _is_running(process_id: int) -> bool:
 
 
 def _read_soon(file) -> dict:
-    """Return what the file says; whoever has only just taken it gets a moment to sign it."""
+    """Return what the lock file says; wait a moment if its new holder has not written it yet."""
     for _ in range(20):
         if holder := _read(file):
             return holder

@@ -1,6 +1,7 @@
-"""What glibc keeps after it was freed, and would hold beside what comes next. Elsewhere nothing is done.
+"""Returns freed memory from glibc's heap to the system, and measures memory. Skipped for other C libraries.
 
-Its heap shrinks only from its end, so what lies below one small tensor that lives on stays with the process.
+glibc's heap shrinks only from its end. So freed memory below one small tensor that is still in use stays with
+the process, in addition to everything allocated later.
 """
 
 from __future__ import annotations
@@ -17,25 +18,25 @@ if TYPE_CHECKING:
     import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""glibc's names for how much free heap it keeps, and from which size an allocation has pages of its own."""
+"""glibc's parameters: how much free heap it keeps, and from which size an allocation has its own pages."""
 
 VARIABLES = {M_TRIM_THRESHOLD: "MALLOC_TRIM_THRESHOLD_", M_MMAP_THRESHOLD: "MALLOC_MMAP_THRESHOLD_"}
 NO_GLIBC = (OSError, AttributeError, TypeError)
-"""Raised where there is another C library, or another system."""
+"""Errors of these calls with another C library or on another system."""
 
 
 def trim_heap() -> None:
-    """Give every whole free page back to the system. Pages cost time when they are needed again."""
+    """Return all free pages of the heap to the system. Taking them again later costs time."""
     with suppress(*NO_GLIBC):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager
 def trimming_heap() -> Iterator[None]:
-    """Have glibc give back at once what is freed, as weights are read and quantized one after the other.
+    """Let glibc return freed memory at once inside the `with` block, while weights are read and quantized.
 
-    Left to itself it keeps so much that a quantized base took more on a CPU than a whole one. Afterwards it
-    is as it was: in training, memory that it keeps makes steps twice as fast.
+    By default glibc keeps so much that a quantized base needed more memory on a CPU than a full one.
+    Afterwards the defaults are restored: in training, memory that glibc keeps makes steps twice as fast.
     """
     try:
         library = ctypes.CDLL(None)
@@ -46,7 +47,7 @@ def trimming_heap() -> Iterator[None]:
         yield
     finally:
         if library is not None:
-            # What the user asked for, or what it comes to by itself.
+            # Restore what the user set in the environment, or the value that glibc adapts to by itself.
             for name, by_itself in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**26)):
                 asked = os.environ.get(VARIABLES[name], "")
                 library.mallopt(name, int(asked) if asked.isdecimal() else by_itself)
@@ -54,10 +55,14 @@ def trimming_heap() -> Iterator[None]:
 
 
 class HeapTrimmer:
-    """Holds little that is freed around optimizer steps, where they and backward passes free a model's size.
+    """Trims glibc's heap around optimizer steps of full training on a CPU.
 
-    The first step makes the optimizer's state: between what steps free it would keep the heap from ever
-    shrinking. applies: only to every weight trained on a CPU; a LoRA's steps free little and would be slower.
+    There, backward pass and step free about as much as the model's size. The first step makes the optimizer's
+    state; placed among freed memory, the state would keep the heap from shrinking ever again.
+
+    Args:
+        applies: whether all weights are trained on a CPU. The steps of a LoRA free little, and would be
+            slower.
     """
 
     def __init__(self, applies: bool) -> None:
@@ -65,7 +70,7 @@ class HeapTrimmer:
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
-        """Run the optimizer's step without what the backward pass freed."""
+        """Run the optimizer step inside the `with` block, after returning what the backward pass freed."""
         if not self.applies:
             yield
             return
@@ -75,19 +80,19 @@ class HeapTrimmer:
         self.has_state = True
 
     def stepped(self) -> None:
-        """Give back the gradients, which are gone by now."""
+        """Return the memory of the gradients, which are freed by now."""
         if self.has_state:
             trim_heap()
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes this process has held: allocated on a GPU, resident on a CPU."""
+    """Return the most bytes that this process has held: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated(device)
     try:
-        # getrusage would also count what the process held that started this one.
+        # Not getrusage, which includes the memory of the process that forked this one.
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
     except (OSError, StopIteration):

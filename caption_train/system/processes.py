@@ -1,4 +1,7 @@
-"""Several processes on one job, as torchrun and `accelerate launch` start them. No torch for a single one."""
+"""Lets several processes share one job, as torchrun and `accelerate launch` start them.
+
+A single process needs no torch for this.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ from caption_train.errors import CaptionTrainError
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)
-"""How long a process waits for the others. They share no step, so a slow one may be hours behind."""
+"""How long a process waits for others. They only meet at start and end: a slow one may be hours behind."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among its peers: `rank` 0 … `count` - 1, `local_rank` on its machine."""
+    """This process among all: `rank` 0 … `count` - 1, and `local_rank` on its machine."""
 
     rank: int = 0
     count: int = 1
@@ -27,11 +30,11 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """True in the one process that speaks and writes what is common."""
+        """Whether this is the one process that prints and writes for all."""
         return self.rank == 0
 
     def share(self, make: Callable[[], T]) -> T:
-        """Call `make` in the main process and return its result, or end with its error, in every process."""
+        """Call `make` in the main process; return its result, or end with its error, in every process."""
         if self.count == 1:
             return make()
         from torch.distributed import broadcast_object_list
@@ -45,11 +48,11 @@ class Processes:
         broadcast_object_list(box)
         if box[1] is None:
             return box[0]
-        # One process says what is wrong; the others end with the same exit code.
+        # The main process reports the error; the others end with the same exit code.
         raise box[1] if self.is_main else SystemExit(box[1].exit_code)
 
     def gather(self, value: T) -> list[T]:
-        """Wait for all processes and return the value of each, by rank."""
+        """Wait for all processes and return the value of each, in rank order."""
         if self.count == 1:
             return [value]
         from torch.distributed import all_gather_object
@@ -62,7 +65,7 @@ class Processes:
         return values
 
     def leave(self) -> None:
-        """Leave the group. A process that ends inside it can be aborted by its threads at exit."""
+        """Leave the group. A process that ends inside of it can be aborted by the group's threads at exit."""
         if self.count > 1:
             from torch import distributed
 
@@ -75,10 +78,10 @@ _kept: list[Any] = []
 
 
 def keep_groups() -> None:
-    """Hold on to this process's groups until it ends; call it before they are left.
+    """Keep references to this process's groups until it ends. Call it before they are destroyed.
 
-    Freeing a gloo group waits for its threads with Python's lock in hand, which one of them may be waiting
-    for to free what it has just gathered: a run of two processes that was done hung there.
+    Freeing a gloo group waits for its threads while holding Python's global lock, but a thread may need that
+    lock to free what it has gathered. A finished run of two processes hung like this.
     """
     from torch.distributed import distributed_c10d, is_initialized
 
@@ -87,21 +90,21 @@ def keep_groups() -> None:
 
 
 def is_one_of_several() -> bool:
-    """Tell whether a launcher has started this process as one of several."""
+    """Tell whether a launcher started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def end_at_once(code: int) -> NoReturn:
-    """End this process without freeing anything, its groups above all."""
+    """End this process without freeing anything, because freeing its groups can hang."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def join_processes() -> Processes:
-    """Join the group that the environment names (RANK, WORLD_SIZE, …), or be the only process.
+    """Join the group that the environment describes (RANK, WORLD_SIZE, …), or be the only process.
 
-    The group talks over gloo on any device: it exchanges lists of names, never tensors.
+    The group uses gloo on any device, because it exchanges lists of names, never tensors.
     """
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count == 1:

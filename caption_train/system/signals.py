@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, a lost terminal and Slurm's SIGUSR1: finish the step, save, leave as the shell expects."""
+"""Handles Ctrl-C, SIGTERM, a lost terminal and Slurm's SIGUSR1: finishes the step, saves and exits."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
 )
 ECHO_SECONDS = 1.0
-"""torchrun and mpirun pass on what the terminal sent to everyone: under them signals this close are one."""
+"""torchrun and mpirun forward a signal that the terminal sent to all; so two this close count as one."""
 
 
 class Interrupted(CaptionTrainError):
-    """The run was asked to stop and has saved itself; the exit code is 128 + the signal's number."""
+    """The run was asked to stop and has saved itself. The exit code is 128 + the signal's number."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
@@ -35,7 +35,7 @@ class Interrupted(CaptionTrainError):
 
 
 class Interrupts:
-    """Notes the first signal, for the loop to act on after its step; a second one ends the process."""
+    """Records the first signal, which the loop acts on after its step. A second signal ends the process."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -48,7 +48,7 @@ class Interrupts:
     def __enter__(self) -> Self:
         self.previous = {}
         for number in SIGNALS:
-            # A run under nohup has asked not to hear of its terminal.
+            # Under nohup, SIGHUP is ignored, and must stay so.
             if number != getattr(signal, "SIGHUP", None) or signal.getsignal(number) != signal.SIG_IGN:
                 self.previous[number] = signal.signal(number, self._note)
         return self
@@ -58,7 +58,7 @@ class Interrupts:
             signal.signal(number, handler)
 
     def agreed(self) -> bool:
-        """Return whether any process got a signal: every process gets the same answer at the same step."""
+        """Return whether any process got a signal; all processes get the same answer at the same step."""
         if self.accelerator.num_processes > 1:
             import torch
 
@@ -67,7 +67,7 @@ class Interrupts:
         return self.number != 0
 
     def leave(self, checkpoint: Path) -> None:
-        """Raise Interrupted, naming the command that goes on from here."""
+        """Raise Interrupted with the command that continues from this checkpoint."""
         name = signal.Signals(self.number).name
         own = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv)] or ["python"]
         # `python -m caption_train` is started by the package's name.
@@ -82,21 +82,21 @@ class Interrupts:
                 os._exit(128 + number)
             return
         self.number, self.noted, self.parent = number, time.monotonic(), os.getppid()
-        # Not print(), whose lock this may have interrupted.
+        # os.write, because the signal may have interrupted a print() that holds the lock of stderr.
         words = f"\n{signal.Signals(number).name}: finishing this step, then saving; once more to leave now\n"
         os.write(2, words.encode())
 
     def _is_echo(self, number: int) -> bool:
-        """Tell what a launcher passes on, or is told by its death, from a second signal of the user's."""
+        """Tell whether a signal is only the first one again, forwarded by a launcher, not the second."""
         if os.getppid() != self.parent:
-            # The same Ctrl-C ended `accelerate launch`, and the system says so with a SIGTERM, once.
+            # The same Ctrl-C ended `accelerate launch`, after which the system sends SIGTERM once.
             self.parent = os.getppid()
             return number == signal.SIGTERM
         return self.has_echo and time.monotonic() - self.noted <= ECHO_SECONDS
 
 
 def ignore_in_worker(worker_id: int) -> None:
-    """Leave the signals to the process that trains: it needs its workers until its step is done."""
+    """Ignore signals in a DataLoader worker: the training process needs it until its step is finished."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -111,7 +111,7 @@ def _without_resume(arguments: list[str]) -> list[str]:
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    # Ctrl-C reaches the workers too, but it is the main process that ends them.
+    """Ignore Ctrl-C in a DataLoader worker, which gets it too; the main process ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -122,7 +122,7 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def raising_terminated() -> Iterator[None]:
-    """Make SIGTERM end the work as Ctrl-C does."""
+    """Let SIGTERM end the `with` block as Ctrl-C does."""
 
     def terminate(number: int, frame: Any) -> None:
         raise Terminated

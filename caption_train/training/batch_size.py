@@ -1,4 +1,4 @@
-"""Making a training step fit into memory, and saying what to do when it does not."""
+"""Finds a batch size that fits into memory, by trying the largest step before training."""
 
 import gc
 from collections.abc import Callable, Sequence
@@ -34,16 +34,24 @@ def fit_batch_size(
     collate_fn: Callable[[Sequence[dict]], Batch],
     data: TrainingData,
 ) -> TrainOptions:
-    """Try the worst step, of the longest captions and largest images, and print its peak.
+    """Try a step with the longest captions and the largest images, and print its peak memory.
 
-    Nothing is learned from it. Under `--auto_batch_size` a batch that does not fit is made smaller and the
-    accumulation longer until one does; the effective batch stays as it was.
+    The weights do not change. With `--auto_batch_size`, a batch that does not fit is made smaller and
+    accumulation longer until one fits; the effective batch size stays the same.
+
+    Args:
+        options: the options of the run.
+        accelerator: the accelerator.
+        model: the prepared model.
+        optimizer: its optimizer.
+        collate_fn: the family's collator.
+        data: the training data.
 
     Returns:
-        The options with the batch that fits.
+        The options with a batch size that fits.
 
     Raises:
-        CaptionTrainError: none fits.
+        CaptionTrainError: no batch size fits.
     """
     tried: list[int] = []
     while True:
@@ -52,7 +60,7 @@ def fit_batch_size(
         fits = _try_step(accelerator, model, collate_fn, items, count_room(options, model, optimizer))
         optimizer.zero_grad()
         if not fits and parallelism(accelerator) in SHARDED:
-            # The others cannot be asked: they are in the middle of the step, waiting for this one's part.
+            # No gather here: the other processes are inside the step, waiting for this one's shard.
             raise CaptionTrainError(advise_savers(options, accelerator, tried))
         if all(gather_object([fits])):
             break
@@ -84,7 +92,7 @@ def _try_step(
     items: Sequence[dict],
     state: int,
 ) -> bool:
-    """Return whether a step fits, with room for `state` bytes of the optimizer's beside it."""
+    """Return whether a step fits while `state` bytes are set aside for the optimizer's state."""
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     model.train()
     inputs = room = None
@@ -100,7 +108,7 @@ def _try_step(
         fits = False
     else:
         fits = True
-    # Outside the handler, whose traceback would keep the step's tensors alive.
+    # Outside of the except block, where the traceback would keep the step's tensors alive.
     if not fits:
         del inputs, room
         gc.collect()
@@ -110,13 +118,13 @@ def _try_step(
 
 
 def count_room(options: TrainOptions, model: torch.nn.Module, optimizer: Any) -> int:
-    """Return the bytes of state that this process's optimizer keeps: where it is sharded, of its part."""
+    """Return the bytes of optimizer state in this process; of a sharded optimizer, only its shard."""
     changed = [p for group in optimizer.param_groups for p in group["params"]]
     return count_state(options, changed, find_embeddings(model))
 
 
 def _open_worst(count: int, data: TrainingData) -> list[dict]:
-    """Return the `count` items that need the most memory; a small dataset is repeated."""
+    """Return the `count` items that need the most memory; items of a small dataset are repeated."""
     items = list(open_items(data.find_worst(count)))
     if not items:
         raise CaptionTrainError("none of the largest images can be read any more")

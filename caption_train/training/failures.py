@@ -1,4 +1,4 @@
-"""Explains in one line what ended a run: memory, a lost process."""
+"""Explains in one line what ended a run: out of memory, or a lost process."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,11 +18,11 @@ from caption_train.training.memory.savers import find_savers
 
 @contextmanager
 def explain_lost_process(output_dir: Path) -> Iterator[None]:
-    """Say in one line that another process is gone; torch raises it from wherever this one waits for it."""
+    """Turn the error that torch raises when another process is gone into one line."""
     try:
         yield
     except RuntimeError as error:
-        # gloo raises no type of its own, but begins with the file that the error is from.
+        # gloo has no error type of its own, but its messages begin with the path of its source file.
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
             raise
         raise CaptionTrainError(
@@ -33,7 +33,7 @@ def explain_lost_process(output_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def explain_out_of_memory(options: TrainOptions, accelerator: Accelerator) -> Iterator[None]:
-    """Turn a want of memory into one line with what was tried and the flags that help."""
+    """Turn an out-of-memory error into one line with what was tried and the flags that help."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -43,6 +43,13 @@ def explain_out_of_memory(options: TrainOptions, accelerator: Accelerator) -> It
 
 
 def advise_savers(options: TrainOptions, accelerator: Accelerator, tried: Sequence[int]) -> str:
+    """Return a message for a run that is out of memory, with the memory savers that it could still use.
+
+    Args:
+        options: the options of the run.
+        accelerator: the accelerator.
+        tried: the batch sizes that did not fit.
+    """
     unused = [
         saver.flags
         for saver in find_savers(options)

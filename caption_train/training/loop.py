@@ -1,4 +1,4 @@
-"""The training loop. It knows no family: a batch has a loss, and that is all it asks for."""
+"""Trains a model of any family: the loop over steps, and what one step does."""
 
 import math
 import sys
@@ -31,11 +31,20 @@ from caption_train.training.run.run import TrainingRun
 from caption_train.training.saving import CheckpointSaver
 
 LEAST_SCALE = 1.0
-"""fp16's loss scaling halves at every overflow; below this it is not the scaling that overflows."""
+"""fp16's loss scale is halved at every overflow. Below this, the scale is not what overflows."""
 
 
 class Trainer:
-    """Trains a `Run`, from where its progress stands to the end of its plan."""
+    """Trains a run from the step in its progress to the end of its plan.
+
+    Args:
+        run: everything that was prepared.
+        evaluator: validates.
+        sampler: captions previews.
+        saver: saves checkpoints.
+        log: writes numbers.
+        lock: the lock on the output folder, released at the end.
+    """
 
     def __init__(
         self,
@@ -54,8 +63,8 @@ class Trainer:
         self.heap = HeapTrimmer(run.options.train_method == "full" and run.accelerator.device.type == "cpu")
 
     def train(self) -> dict[str, Any]:
-        """Run the loop, save the LoRA to `output_dir`, and return the summary saved beside it."""
-        # What can befall one process alone lies outside of report_once: no other would tell it.
+        """Run the loop, save the result to `output_dir`, and return the summary, which is saved beside it."""
+        # Errors that only one process may have are handled outside of report_once, or none would print them.
         with (
             explain_out_of_memory(self.run.options, self.run.accelerator),
             self._explain_dead_worker(),
@@ -93,7 +102,7 @@ class Trainer:
                 bar.update()
                 self.evaluator.after_step(step)
                 self.sampler.after_step(step)
-                # Before the save, which then holds it; its own time is the next step's.
+                # Measured before the save, so that it is in the checkpoint. The save counts to the next step.
                 progress.wall_seconds += time.perf_counter() - began
                 began = time.perf_counter()
                 self.saver.after_step(step)
@@ -101,10 +110,16 @@ class Trainer:
                     interrupts.leave(self.saver.save_interrupted())
 
     def update(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, float]:
-        """Take one optimizer step; return the loss over its tokens on all processes, and the gradient's norm.
+        """Take one optimizer step.
 
-        Each micro-batch's mean loss weighs as many tokens as it has, so the gradient is that of the mean over
-        the whole effective batch, however it is cut into micro-batches and processes.
+        The mean loss of each micro-batch is weighed by its number of tokens. So the gradient is that of the
+        mean over the whole effective batch, however it is divided into micro-batches and processes.
+
+        Args:
+            micro_batches: this process's micro-batches of the step.
+
+        Returns:
+            The loss per token over all processes, and the norm of the gradient.
         """
         run, accelerator = self.run, self.run.accelerator
         tokens, losses = self._count(micro_batches), []
@@ -114,9 +129,9 @@ class Trainer:
                 loss = run.model(**inputs).loss.float()
                 loss = loss * (micro_batch.label_tokens / max(tokens, 1))
                 losses.append(loss.detach())
-                # DistributedDataParallel takes the mean over processes where the sum is meant.
+                # DistributedDataParallel averages gradients over processes, but here the sum is needed.
                 accelerator.backward(loss * accelerator.num_processes)
-        # Where no image of the step can be read any more there is nothing to learn and no loss.
+        # Without tokens, no image of this step could be read, so there is no loss.
         loss = accelerator.reduce(torch.stack(losses).sum()).item() if tokens else math.nan
         grad_norm = float(accelerator.clip_grad_norm_(self.parameters, run.options.max_grad_norm or math.inf))
         self._step(micro_batches, loss, grad_norm)
@@ -126,9 +141,9 @@ class Trainer:
         run, scaled = self.run, self.run.accelerator.scaler is not None
         good = self.health.is_good(loss, grad_norm)
         if not good:
-            # The scaler would take a step without a loss, of gradients that are zero, for a good one.
+            # Without a loss, gradients may be zero and finite, and fp16's scaler would take the step.
             run.optimizer.zero_grad()
-        # Under fp16 an overflow is ordinary: the scaler skips the step itself and lowers its scale.
+        # Under fp16, overflows are normal: the scaler skips the step by itself and lowers its scale.
         if good or scaled:
             with self.heap.stepping():
                 run.optimizer.step()
@@ -144,7 +159,7 @@ class Trainer:
         self.heap.stepped()
 
     def _count(self, micro_batches: Sequence[MicroBatch]) -> int:
-        """Note what this step reads and leaves out on all processes; return how many label tokens."""
+        """Record images read and left out in this step on all processes; return how many label tokens."""
         accelerator, progress = self.run.accelerator, self.run.progress
         errors = [error for m in micro_batches for error in m.errors]
         tokens, images = sum(m.label_tokens for m in micro_batches), sum(len(m.files) for m in micro_batches)
@@ -160,7 +175,7 @@ class Trainer:
 
     @contextmanager
     def _explain_dead_worker(self) -> Iterator[None]:
-        """Tell in one line that a worker died; torch raises it from wherever the loop happens to be."""
+        """Turn the error that torch raises when a DataLoader worker died into one line."""
         try:
             yield
         except RuntimeError as error:

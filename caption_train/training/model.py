@@ -51,15 +51,17 @@ def load_trainable(
     accelerator: Accelerator,
     checkpoint: Path | None = None,
 ) -> tuple[nn.Module, Any]:
-    """Load the base and make trainable what `--train_method` names.
+    """Load the base, and make trainable what `--train_method` names.
 
     Args:
-        options, family, facts: what to load and what of it to train.
+        options: what to train.
+        family: the model's family.
+        facts: what the checkpoint's config.json says.
         accelerator: decides precision and device.
-        checkpoint: where the trained weights come from, if the run goes on from one.
+        checkpoint: where the trained weights come from, if the run is resumed.
 
     Returns:
-        The model on the CPU (quantized: on the device) and its processor.
+        The model, on the CPU unless it is quantized, and its processor.
     """
     half = {"bf16": "bfloat16", "fp16": "float16"}.get(accelerator.mixed_precision, "float32")
     is_lora = options.train_method == "lora"
@@ -96,9 +98,9 @@ def load_trainable(
 
 
 def make_record(options: TrainOptions, family: Family, base: Base, data: TrainingData) -> TrainingRecord:
-    """Return what the saved LoRA will say of where it comes from; parameters are counted later.
+    """Return what the saved LoRA will say about where it comes from; parameters are counted later.
 
-    Raises UsageError for a row's prompt that the family cannot read.
+    Raises UsageError for the prompt of a row that the family cannot read.
     """
     _check_prompts(family, data.train + data.validation)
     return TrainingRecord(
@@ -122,7 +124,7 @@ def _check_prompts(family: Family, pairs: Sequence[Pair]) -> None:
 
 
 def _base_name(options: TrainOptions) -> str:
-    """Return the base as others can find it: the hub's id, or the absolute path of a folder."""
+    """Return the base's name by which others find it: the hub id, or the absolute path of a folder."""
     folder = Path(options.model_id)
     return str(folder.resolve()) if folder.is_dir() else options.model_id
 

@@ -1,4 +1,4 @@
-"""`--plan`: print what a run would hold in memory, and what would make it fit `--memory_budget`."""
+"""Runs `--plan`: prints the memory that a run would need, and flags with which it fits `--memory_budget`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -39,7 +39,7 @@ ROWS = {
 
 
 def plan_training(options: TrainOptions, family: Family) -> int:
-    """Print the plan for these options and return the exit code: 1 when nothing fits the budget."""
+    """Print the estimate for these options; return the exit code, 1 if nothing fits the budget."""
     planner, options = make_planner(options, family)
     plan = planner.plan(options)
     console = Console(markup=False, highlight=False, quiet=not PartialState().is_main_process)
@@ -61,7 +61,7 @@ def plan_training(options: TrainOptions, family: Family) -> int:
 
 
 def print_plan(plan: MemoryEstimate, console: Console) -> None:
-    """Print the parts that are not nothing, and the most that is held at once."""
+    """Print the parts of an estimate that are not zero, and the peak."""
     for f in fields(plan):
         if (
             f.name in ROWS
@@ -96,7 +96,7 @@ def make_planner(options: TrainOptions, family: Family) -> tuple[Planner, TrainO
     batch = collate_fn([_find_longest(pairs)])
     on_cpu = accelerator.device.type == "cpu"
     held = sum(p.nbytes for p in model.parameters())
-    # Nothing, where the file's pages are the weights: those are read when they are first used.
+    # Zero if the weights are mapped from the file: their pages are read only when they are first used.
     copied = peak_memory(torch.device("cpu")) - before - held
     planner = Planner(
         model,
@@ -113,7 +113,7 @@ def make_planner(options: TrainOptions, family: Family) -> tuple[Planner, TrainO
 def _measure(
     model: torch.nn.Module, parts: Mapping[str, str], batch: dict[str, Any], options: TrainOptions
 ) -> dict[str, Activations]:
-    """Return one image's activations as each set of flags would hold them that may be planned."""
+    """Return the activations of one image for each precision that may be planned."""
     model.train()
     measured = {}
     if options.mixed_precision not in HALF:

@@ -1,4 +1,4 @@
-"""Makes a trainer from options: data, where to start from, model and LoRA, optimizer, loader, monitors."""
+"""Makes a trainer from options: reads data, finds the checkpoint, loads the model, makes a run's parts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,14 +45,20 @@ from caption_train.training.saving import CheckpointSaver
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts from: a checkpoint, or None for the base alone; and what it will say of itself."""
+    """What a run starts from.
+
+    Attributes:
+        options: the options, with a resumed run's batch size.
+        record: what the saved model will say about where it comes from.
+        checkpoint: the checkpoint to resume from, or None.
+    """
 
     options: TrainOptions
     record: TrainingRecord
     checkpoint: Path | None
 
     def list_facts(self) -> dict[str, Any]:
-        """Return what must be the same in every process, beside its flags: machines may differ in these."""
+        """Return what must be equal in every process besides the flags, because machines may differ in it."""
         return {
             **{f"dataset's {name}": value for name, value in self.record.dataset.items()},
             **self.record.versions,
@@ -61,14 +67,14 @@ class Start:
 
 
 def prepare_training(options: TrainOptions, family: Family) -> Trainer:
-    """Make everything a run needs. Cheap checks come first: flags and data before the model loads.
+    """Prepare everything that a run needs. Cheap checks of flags and data come before the model is loaded.
 
     Args:
         options: as the user gave them.
-        family: whose model is trained.
+        family: the model's family.
 
     Returns:
-        A trainer that holds the lock on the output folder until it is done.
+        A trainer, which holds the lock on the output folder until it is finished.
 
     Raises:
         UsageError, CaptionTrainError: in every process of the run, whichever of them failed.
@@ -151,7 +157,7 @@ def _make_run(
     optimizer = make_optimizer(options, model)
     lr_scheduler = make_lr_scheduler(options, optimizer, plan.total_steps)
     model, optimizer = prepare(accelerator, model, optimizer)
-    # The LoRA starts the same on every process; dropout must not.
+    # Until here all processes had the same seed, for equal LoRAs. Dropout must differ between them.
     set_seed(options.seed + accelerator.process_index)
     if line := data.describe_cut(processor.tokenizer, options.max_length):
         print_once(accelerator, line)
@@ -166,7 +172,7 @@ def _make_run(
 
 
 def _open_output_dir(options: TrainOptions, accelerator: Accelerator) -> OutputLock:
-    """Make the output folder and keep other runs out of it; the main process does it for all."""
+    """Make the output folder and lock it against other runs; the main process does this for all."""
     lock = OutputLock(options.output_dir)
     if Path(options.model_id).is_dir() and options.output_dir.resolve() == Path(options.model_id).resolve():
         raise UsageError(

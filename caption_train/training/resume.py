@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, whether it is still the same run, and putting it where it stood."""
+"""Finds the checkpoint to resume from, checks that it is the same run, and restores the run."""
 
 import math
 import shutil
@@ -43,7 +43,7 @@ MAY_CHANGE = {
     *("save_every_n_epochs", "save_every_n_steps", "sample_every_n_epochs", "sample_every_n_steps"),
     *("eval_every_n_epochs", "eval_every_n_steps", "early_stopping_patience", "load_best_at_end"),
 }
-"""Options that a resumed run may change and still be the run it was; the data is known by its content."""
+"""Options that a resumed run may change and still be the same run; data is compared by its content."""
 
 FACTS = ("family", "revision", "prompt")
 
@@ -51,17 +51,18 @@ FIXED = {
     *("family", "--train_method", "--train_parts", "--target_modules", "--rank", "--dora"),
     *("--optimizer_name", "--optimizer_rank", "--accumulation_compression", "--accumulation_rank"),
 }
-"""What decides which weights and what optimizer state there are: with another one nothing fits."""
+"""Settings that decide which weights and optimizer state exist; with others, the saved ones do not fit."""
 
 
 def find_resume_point(options: TrainOptions) -> tuple[Path | None, list[str]]:
-    """Find the checkpoint that `--resume` means.
+    """Find the checkpoint that `--resume` names.
 
     Returns:
-        The checkpoint, or None to start anew; and lines to print, which name damaged ones.
+        The checkpoint, or None to start a new run; and lines to print, which name damaged checkpoints.
 
     Raises:
-        UsageError: `--resume PATH` is no checkpoint. CaptionTrainError: it is damaged.
+        UsageError: `--resume PATH` is not a checkpoint.
+        CaptionTrainError: it is damaged.
     """
     if options.resume is None:
         found = list_checkpoints(options.output_dir)
@@ -88,7 +89,7 @@ def find_resume_point(options: TrainOptions) -> tuple[Path | None, list[str]]:
 
 
 def resume_run(run: TrainingRun, checkpoint: Path) -> None:
-    """Put a prepared run where its checkpoint stood. Random numbers come last, when the loop starts."""
+    """Restore a prepared run from a checkpoint; random states are restored later, when the loop starts."""
     options, accelerator, plan = run.options, run.accelerator, run.plan
     for line in check_same_model(checkpoint, run.record, options.resume_anyway):
         print_once(accelerator, line)
@@ -125,11 +126,11 @@ def resume_run(run: TrainingRun, checkpoint: Path) -> None:
 
 
 SCHEDULE = ("epochs", "learning_rate", "scheduler", "warmup_steps", "weight_decay", "lora_plus_ratio")
-"""What the optimizer's rates follow from, beside the number of steps."""
+"""Settings that determine the optimizer's rates, together with the number of steps."""
 
 
 def _settle(run: TrainingRun, checkpoint: Path) -> None:
-    """Have `last` and `best` point at what they did at this checkpoint, brought along from another folder."""
+    """Point `last` and `best` to what they were at this checkpoint, copied from another folder if needed."""
     accelerator, progress, output_dir = run.accelerator, run.progress, run.options.output_dir
     best = None
     with raise_on_all_ranks(accelerator):
@@ -153,9 +154,9 @@ def _settle(run: TrainingRun, checkpoint: Path) -> None:
 
 
 def _bring(checkpoint: Path, output_dir: Path, *, is_newest: bool = False) -> Path:
-    """Return a checkpoint in `output_dir`, under a name of its own: this one, or a copy of it.
+    """Return a checkpoint in `output_dir` under its own name: this one or a copy of it.
 
-    is_newest: it must be what `--resume auto` finds, even if this run is killed before it saves.
+    is_newest: whether `--resume auto` must find it, even if this run is killed before it saves.
     """
     is_pointer = checkpoint.name in (LAST, BEST)
     if checkpoint.parent.resolve() == output_dir.resolve() and not is_pointer:
@@ -187,17 +188,29 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
 
 
 def adopt_batch_size(options: TrainOptions, checkpoint: Path) -> TrainOptions:
-    """Return the options with the batch that `--auto_batch_size` found when the run started."""
+    """Return the options with the batch size that `--auto_batch_size` found when the run was started."""
     saved = read_record(checkpoint)["options"]
     found = saved["batch_size"], saved["gradient_accumulation_steps"]
-    # Another effective batch is another run, and refused as one.
+    # With another effective batch size it is another run, which `check_same_run` refuses.
     if math.prod(found) != options.batch_size * options.gradient_accumulation_steps:
         return options
     return replace(options, batch_size=found[0], gradient_accumulation_steps=found[1])
 
 
 def check_same_run(checkpoint: Path, record: TrainingRecord, anyway: bool) -> list[str]:
-    """Refuse to resume with another base, data or settings, naming each; return what is only to be said."""
+    """Check that a checkpoint was saved with the same base, data and settings.
+
+    Args:
+        checkpoint: the checkpoint to resume from.
+        record: of this run.
+        anyway: whether differences are allowed (`--resume_anyway`), if the weights still fit.
+
+    Returns:
+        Lines to print, about differences that are allowed.
+
+    Raises:
+        UsageError: names the differences that are not allowed.
+    """
     saved, lines = read_record(checkpoint), []
     for name in sorted(record.versions.keys() | saved["versions"].keys()):
         was, now = saved["versions"].get(name), record.versions.get(name)
@@ -212,20 +225,23 @@ def check_same_run(checkpoint: Path, record: TrainingRecord, anyway: bool) -> li
 
 
 def check_same_model(checkpoint: Path, record: TrainingRecord, anyway: bool) -> list[str]:
-    """Refuse to resume when the hub has another base by now, or another number of parameters is trained."""
+    """Check, once the model is loaded, that the base is the same and as many parameters are trained.
+
+    Args, return value and errors are those of `check_same_run`.
+    """
     saved = read_record(checkpoint)
     was, now = saved["trainable_parameters"], record.trainable_parameters
     differences = [] if was == now else [f"{was:,} parameters were trained, now it is {now:,}"]
     was, now = saved.get("base_commit"), record.base_commit
-    # A model trained whole goes on from its checkpoint alone.
+    # A fully trained model is resumed from its checkpoint alone, without the base.
     if was and now and was != now and record.options["train_method"] == "lora":
         differences.append(f"the commit of {record.base_model} was {was}, is {now}: add --revision {was}")
     return _refuse(checkpoint, differences, anyway)
 
 
 def list_differences(saved: dict[str, Any], record: TrainingRecord) -> dict[str, str]:
-    """Return name → what differs between a saved record and this run's. Flags new to either pass."""
-    # Of a base in a folder what is in it counts, not where it lies.
+    """Return name → what differs between a saved record and this run's; flags that only one has pass."""
+    # A base in a folder is compared by its content, not by its path.
     by_content = bool(saved.get("base_fingerprint") and record.base_fingerprint)
     was, now = _list_facts(saved, by_content), _list_facts(vars(record), by_content)
     if record.revision is not None and record.revision == saved.get("base_commit"):

@@ -1,4 +1,4 @@
-"""When a run saves, and what: checkpoints, `last` and `best`, and the finished LoRA in `output_dir`."""
+"""Decides when a run saves, and saves checkpoints, `last`, `best` and the finished LoRA."""
 
 import json
 import math
@@ -26,7 +26,7 @@ SUMMARY_FILE = "summary.json"
 
 
 class CheckpointSaver:
-    """Saves a run. Unless a `--save_every_…` asks for more it saves every epoch and keeps the newest only."""
+    """Saves a run. Without a `--save_every_…` it saves every epoch, and keeps only the newest checkpoint."""
 
     def __init__(self, run: TrainingRun) -> None:
         self.run = run
@@ -37,7 +37,7 @@ class CheckpointSaver:
                 self._check_room()
 
     def after_step(self, step: int) -> None:
-        """Save if the 0-based optimizer step just taken is due, the best so far, or the last one."""
+        """Save if it is due after this 0-based optimizer step, if this is the best so far, or the last."""
         options, plan, done = self.run.options, self.run.plan, step + 1
         progress, epoch = self.run.progress, plan.epoch_of(step)
         ends_epoch = done % plan.steps_per_epoch == 0
@@ -52,9 +52,14 @@ class CheckpointSaver:
             self.save(f"step-{done:06d}{self._suffix()}", is_best)
 
     def save(self, name: str, is_best: bool = False) -> None:
-        """Write the checkpoint `output_dir/name`, which loads as an adapter and resumes as a run.
+        """Write the checkpoint `output_dir/name`, which can be loaded as an adapter and resumed as a run.
 
-        `--name` goes before it, so that checkpoints of several runs can be told apart when they are moved.
+        The run's `--name` is put before `name`, so that checkpoints of several runs can be moved to one
+        folder.
+
+        Args:
+            name: the folder name of the checkpoint.
+            is_best: whether `best` shall point to it too.
         """
         run = self.run
         name = f"{run.options.name}-{name}" if run.options.name else name
@@ -77,20 +82,20 @@ class CheckpointSaver:
         self.saved_step = run.progress.global_step
 
     def save_interrupted(self) -> Path:
-        """Save where the run stands, unless it just did; return that checkpoint."""
+        """Save the current step, unless it was saved just now; return the checkpoint."""
         if self.saved_step != self.run.progress.global_step:
             self.save(f"step-{self.run.progress.global_step:06d}-interrupted")
         return self.output_dir / LAST
 
     def finish(self) -> dict[str, Any]:
-        """Put the finished LoRA into `output_dir`; write the summary beside it and return it."""
+        """Copy the finished LoRA to `output_dir`, write the summary beside it, and return the summary."""
         run, progress = self.run, self.run.progress
         summary = {
             "global_step": progress.global_step,
             "epochs": run.plan.epoch_of(max(progress.global_step - 1, 0)),
             "loss": progress.last_loss,
             "loss_running_mean": progress.loss_mean,
-            # Not-a-number, as of a validation without images, is no JSON.
+            # JSON has no not-a-number, which validation returns if no image could be read.
             **{f"validation_{k}": v if math.isfinite(v) else None for k, v in progress.evaluation.items()},
             "best_step": progress.best_step,
             f"best_{run.options.metric_for_best}": progress.best_value,
@@ -113,7 +118,7 @@ class CheckpointSaver:
         return summary
 
     def _check_room(self) -> None:
-        """Refuse a disk that cannot hold one checkpoint now, not at the end of the first epoch."""
+        """Refuse a disk without space for one checkpoint now, not at the end of the first epoch."""
         options = self.run.options
         trained = [p for p in self.run.model.parameters() if p.requires_grad]
         saved = trained if options.train_method == "lora" else list(self.run.model.parameters())
