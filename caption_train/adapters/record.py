@@ -239,5 +239,5 @@ def find_versions() -> dict[str, str]:
 
 def describe_options(options: TrainOptions) -> dict[str, Any]:
     """Return the options by name, with paths as text."""
-    values = {f.name: getattr(options, f.name) for f in fields(options) if "help" in f.metadata}
+    values = {f.name: getattr(options, f.name) for f in fields(options) if f.metadata.get("recorded")}
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}

@@ -5,7 +5,6 @@ torch is imported only if there is an image to caption.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,7 +20,7 @@ from caption_train.config.captioning import CaptionOptions
 from caption_train.errors import CaptionTrainError
 from caption_train.families.base import Family
 from caption_train.metrics.output_health import find_remarks
-from caption_train.system.console import escape_unprintable
+from caption_train.system.console import ProgressBar, escape_unprintable, print_line, print_result
 from caption_train.system.launcher import notice_launcher
 from caption_train.system.processes import join_processes
 from caption_train.system.signals import Terminated, raising_terminated
@@ -86,8 +85,8 @@ class CaptionJob:
         if self.processes.is_main:
             self.outputs.finish(self.plan.images)
             for _, line in sorted(line for part in lines for line in part):
-                print(line)
-            print("\n".join(total.lines()), file=sys.stderr)
+                print_result(line)
+            print_line(*total.lines())
         # Only the main process returns 1: launchers end all processes as soon as one of them fails.
         return 1 if total.unreadable and self.processes.is_main else 0
 
@@ -105,11 +104,9 @@ class CaptionJob:
         alone = self.processes.count == 1
         count = f"{self.tally.written} of {len(self.plan.pending)}" if alone else "finished"
         if self.processes.is_main:
-            print(f"Interrupted: {count} captions are {kept}", file=sys.stderr)
+            print_line(f"Interrupted: {count} captions are {kept}")
 
     def _caption(self, share: Sequence[Path]) -> None:
-        from tqdm import tqdm
-
         from caption_train.captioning.generate import (
             Unreadable,
             caption_images,
@@ -123,11 +120,11 @@ class CaptionJob:
             self.options.device, local_rank=self.processes.local_rank, processes=self.processes.count
         )
         if main:
-            print(self._describe(device), file=sys.stderr)
+            print_line(self._describe(device))
         model, processor = load_captioner(self.family, self.plan.base, self.options, device)
         if main:
             for line in (*self.plan.base.changes, *self.family.describe_inputs(processor)):
-                print(line, file=sys.stderr)
+                print_line(line)
         results = caption_images(
             self.family,
             model,
@@ -138,17 +135,15 @@ class CaptionJob:
             num_workers=self.options.num_workers,
         )
         start = time.monotonic()
-        # disable=None hides the bar without a terminal, where it would print one line per image.
-        with tqdm(total=len(share), unit="image", disable=None if main else True) as bar:
+        with ProgressBar(len(share), "captioning", "image", shown=main) as bar:
             for number, result in enumerate(results):
                 line = self._handle(result)
                 self.tally.seconds = time.monotonic() - start
-                bar.set_postfix_str(line[-60:], refresh=False)
-                bar.update()
+                bar.update(escape_unprintable(result.image.name)[:40])
                 if self.outputs.exist or isinstance(result, Unreadable):
                     continue
                 if self.processes.count == 1:
-                    bar.write(line, file=sys.stdout)
+                    print_result(line)
                 else:
                     self.lines.append((number * self.processes.count + self.processes.rank, line))
 

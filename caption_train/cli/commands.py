@@ -16,6 +16,7 @@ from caption_train.config.training import TrainOptions
 from caption_train.errors import UsageError
 from caption_train.families import FAMILIES, get_family
 from caption_train.families.base import Family
+from caption_train.system.console import set_quiet
 
 TRAIN = """Train a LoRA for {title} on your own captions.
 
@@ -113,6 +114,7 @@ def train_main(family_name: str, argv: Sequence[str] | None = None, prog: str | 
             },
             **_family_flags(family),
         )
+        set_quiet(options.quiet)
         family.cache_converted = options.cache_converted
         if options.plan:
             from caption_train.training.plan_command import plan_training
@@ -149,6 +151,7 @@ def caption_main(family_name: str, argv: Sequence[str] | None = None, prog: str 
             ),
             **_family_flags(family),
         )
+        set_quiet(options.quiet)
         family.cache_converted = options.cache_converted
         from caption_train.captioning.job import caption_folder
 
@@ -168,6 +171,7 @@ def compile_main(argv: Sequence[str] | None = None, prog: str | None = None) -> 
             description=COMPILE,
             positionals=("dataset_dir", "output_dir"),
         )
+        set_quiet(options.quiet)
         from caption_train.compiling.compile import compile_captions
 
         return compile_captions(options)
@@ -190,6 +194,7 @@ def export_main(argv: Sequence[str] | None = None, prog: str | None = None) -> i
             positionals=("source", "output_dir"),
             choices={"family": tuple(FAMILIES)},
         )
+        set_quiet(options.quiet)
         print(export(options, get_family(find_family(options))))
         return 0
 

@@ -30,7 +30,8 @@ def print_summary(compiled: "Compiled", options: CompileOptions) -> None:
         lines += _next_commands(compiled, options)
     elif options.dry_run and compiled.rows:
         lines += [f"Nothing written (--dry_run); this would go to {escape_unprintable(target)}"]
-    _print(lines)
+    if not options.quiet:
+        _print(lines)
 
 
 def describe_nothing(compiled: "Compiled") -> str:

@@ -59,6 +59,7 @@ class CaptionOptions:
     visualize: Path | None = _output(
         None, "draw the boxes and labels of answers on copies of the images in this folder"
     )
+    quiet: bool = _output(False, "print errors and results only", recorded=False)
 
     sources: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     """Where each value that is not a default came from: field name → "command line" or the config file."""

@@ -47,6 +47,7 @@ class CompileOptions:
     overwrite: bool = _written(False, "replace a metadata.jsonl even where its captions differ")
     dry_run: bool = _written(False, "find and check everything, write nothing")
     list_all: bool = _written(False, "name every file in the summary, not the first 20 of a kind")
+    quiet: bool = _written(False, "print errors and results only", recorded=False)
 
     sources: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     """Where each value that is not a default came from: field name → "command line" or the config file."""

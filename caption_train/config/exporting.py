@@ -43,6 +43,7 @@ class ExportOptions:
 
     image: Path | None = _proof(None, "caption this image before and after (default: a drawn one)")
     prompt: str | None = _proof(None, "text the model is given with it (default: the adapter's)")
+    quiet: bool = _proof(False, "print errors and results only", recorded=False)
 
     sources: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     """Where each value that is not a default came from: field name → "command line" or the config file."""

@@ -19,6 +19,7 @@ def flag(
     const: str | None = None,
     metavar: str | None = None,
     repeated: bool = False,
+    recorded: bool = True,
 ) -> Any:
     """Make a dataclass field that is a command-line flag.
 
@@ -32,6 +33,7 @@ def flag(
         metavar: placeholder of the value in `--help`.
         repeated: for lists: the flag is given several times, with one value each, instead of once with
             several.
+        recorded: whether a trained LoRA keeps the value in its training.json.
     """
     metadata = {
         "help": help,
@@ -41,6 +43,7 @@ def flag(
         "const": const,
         "metavar": metavar,
         "repeated": repeated,
+        "recorded": recorded,
     }
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)

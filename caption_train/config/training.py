@@ -159,6 +159,7 @@ class TrainOptions:
     log_with: str | None = _save(None, "log to this tracker", choices=("all", "wandb", "tensorboard"))
     name: str | None = _save(None, "name of the run, in logs and at the start of checkpoint names")
     seed: int = _save(42, "seed of all random numbers")
+    quiet: bool = _save(False, "print errors and results only", recorded=False)
 
     sources: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     """Where each value that is not a default came from: field name → "command line" or the config file."""

@@ -12,11 +12,10 @@ from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from tqdm import tqdm
 
 from caption_train.data.pairs import Pair
 from caption_train.errors import CaptionTrainError
-from caption_train.system.console import escape_unprintable
+from caption_train.system.console import ProgressBar, escape_unprintable
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
 BACKGROUND = (255, 255, 255)
@@ -193,15 +192,14 @@ def check_images(
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
-            results = tqdm(
-                pool.map(try_one, images),
-                total=len(images),
-                desc="checking images",
-                # None: no bar where there is no terminal.
-                disable=None if show_progress else True,
-                leave=False,
-            )
-            return list(results)
+            found = []
+            with ProgressBar(
+                len(images), "checking images", "image", shown=show_progress, leave=False
+            ) as bar:
+                for result in pool.map(try_one, images):
+                    found.append(result)
+                    bar.update()
+            return found
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from caption_train.system.console import print_line
+
 PR_SET_PDEATHSIG = 1
 
 
@@ -19,7 +21,7 @@ def notice_launcher(num_processes: int) -> None:
         return
     _end_with_parent()
     if line := describe_missing_processes(command, num_processes):
-        print(line, file=sys.stderr)
+        print_line(line)
 
 
 def asks_for(kind: str) -> bool:

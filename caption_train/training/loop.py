@@ -1,7 +1,6 @@
 """Trains a model of any family: the loop over steps, and what one step does."""
 
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,9 +8,9 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from tqdm import tqdm
 
 from caption_train.errors import CaptionTrainError
+from caption_train.system.console import ProgressBar, print_once
 from caption_train.system.devices import model_dtype, move_batch
 from caption_train.system.lock import OutputLock
 from caption_train.system.memory import HeapTrimmer
@@ -98,8 +97,7 @@ class Trainer:
                 progress.seconds += time.perf_counter() - started
                 values = {"loss": loss, "learning_rate": rate, "grad_norm": grad_norm}
                 self.log.write(step + 1, plan.epoch_of(step), values)
-                bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.2e}", refresh=False)
-                bar.update()
+                bar.update(f"loss {loss:.4f}, learning rate {rate:.2e}")
                 self.evaluator.after_step(step)
                 self.sampler.after_step(step)
                 # Measured before the save, so that it is in the checkpoint. The save counts to the next step.
@@ -168,8 +166,7 @@ class Trainer:
             counts = accelerator.reduce(counts)
         tokens, images, failed = counts.tolist()
         for error in progress.note_errors(gather_object(errors)) if failed else ():
-            if accelerator.is_main_process:
-                tqdm.write(f"skipped {error}", file=sys.stderr)
+            print_once(accelerator, f"skipped {error}")
         progress.images += images
         return tokens
 
@@ -187,12 +184,6 @@ class Trainer:
                 f"little memory; use fewer; {describe_latest(options.output_dir)}"
             ) from error
 
-    def _progress_bar(self) -> tqdm:
-        plan, accelerator = self.run.plan, self.run.accelerator
-        return tqdm(
-            total=plan.total_steps,
-            initial=plan.first_step,
-            desc="training",
-            unit="step",
-            disable=not accelerator.is_local_main_process,
-        )
+    def _progress_bar(self) -> ProgressBar:
+        plan, shown = self.run.plan, self.run.accelerator.is_local_main_process
+        return ProgressBar(plan.total_steps, "training", "step", initial=plan.first_step, shown=shown)

@@ -6,13 +6,13 @@ from dataclasses import fields
 from typing import Any
 
 from accelerate import Accelerator
-from rich.console import Console
 from rich.table import Table
 
 from caption_train.adapters.model_card import name_flag
 from caption_train.adapters.record import TrainingRecord
 from caption_train.config.compatibility import SHARDED
 from caption_train.config.training import TrainOptions
+from caption_train.system.console import count_things, print_line, print_rich
 from caption_train.training.distributed.fsdp import parallelism
 from caption_train.training.run.batch_plan import BatchPlan
 
@@ -34,18 +34,24 @@ def print_settings(
             table.add_row(f.name, shown, options.sources[f.name])
         elif value not in (None, False, [], ""):
             defaults.append(f"{f.name} {shown}")
-    console = Console(stderr=True, markup=False, highlight=False)
-    console.print(table)
-    console.print("defaults: " + " · ".join(defaults), style="dim")
+    print_rich(table)
+    print_rich("defaults: " + " · ".join(defaults), style="dim")
     way = SHARDED.get(parallelism(accelerator))
     sharded = f", sharded by {way}" if way else ""
     share = record.trainable_parameters / record.total_parameters
-    console.print(
+    batch = " × ".join(
+        [
+            count_things(plan.batch_size, "image"),
+            count_things(plan.accumulation_steps, "micro-batch", "micro-batches"),
+            count_things(plan.num_processes, "process", "processes"),
+        ]
+    )
+    print_rich(
         f"{record.trainable_parameters:,} of {record.total_parameters:,} parameters are trained "
         f"({share:.2%})\n"
-        f"{record.dataset['pairs']:,} image/caption pairs, effective batch size {plan.effective_batch_size} "
-        f"({plan.batch_size} images × {plan.accumulation_steps} micro-batches × {plan.num_processes} "
-        f"processes), {plan.total_steps:,} steps in {plan.epochs} epochs\n"
+        f"{count_things(record.dataset['pairs'], 'image/caption pair')}, effective batch size "
+        f"{plan.effective_batch_size} ({batch}), {count_things(plan.total_steps, 'step')} in "
+        f"{count_things(plan.epochs, 'epoch')}\n"
         f"on {accelerator.device}{sharded}, mixed precision {accelerator.mixed_precision}, "
         f"prompt {record.prompt or 'none'}"
     )
@@ -53,23 +59,21 @@ def print_settings(
 
 def print_summary(summary: Mapping[str, Any], options: TrainOptions, script: str) -> None:
     """Print how the run ended, and the command that captions with the result."""
-    # soft_wrap: a command that rich breaks into lines cannot be pasted into a shell.
-    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     loss = "" if summary["loss"] is None else f"last loss {summary['loss']:.4f}, "
-    console.print(
-        f"{summary['global_step']:,} steps in {summary['wall_seconds']:,.1f} s, "
+    print_line(
+        f"{count_things(summary['global_step'], 'step')} in {summary['wall_seconds']:,.1f} s, "
         f"{summary['images_per_second']:.1f} images/s, {loss}"
         f"peak memory {summary['peak_memory_bytes'] / GIB:.2f} GiB"
     )
     if summary["best_step"] is not None:
         name = options.metric_for_best
-        console.print(f"best validation {name} {summary[f'best_{name}']:.4f}, at step {summary['best_step']}")
+        print_line(f"best validation {name} {summary[f'best_{name}']:.4f}, at step {summary['best_step']}")
     if summary["skipped_steps"]:
-        console.print(f"{summary['skipped_steps']} steps were skipped: loss or gradient was not finite")
+        print_line(f"{summary['skipped_steps']} steps were skipped: loss or gradient was not finite")
     for reason in summary["skipped_files"]:
-        console.print(f"skipped {reason}")
+        print_line(f"skipped {reason}")
     folder = options.output_dir
     command = shlex.join(
         ["python", script, name_flag(options.train_method), str(folder), "--images", "FOLDER"]
     )
-    console.print(f"saved to {folder}; caption with:\n  {command}")
+    print_line(f"saved to {folder}; caption with:\n  {command}")

@@ -1,9 +1,9 @@
 """Draws a run's losses and learning rate."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from caption_train.system.console import print_line
 from caption_train.system.files import open_atomically, parse_json
 from caption_train.training.monitor.log import LOG_FILE
 
@@ -21,7 +21,7 @@ def draw_curve(output_dir: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print(f"{CURVE_FILE} is not drawn: matplotlib is not installed", file=sys.stderr)
+        print_line(f"{CURVE_FILE} is not drawn: matplotlib is not installed")
         return
     lines = [parse_json(line) for line in (output_dir / LOG_FILE).read_text("utf-8").splitlines()]
     taken = [line for line in lines if line.get("loss") is not None]

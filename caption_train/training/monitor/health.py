@@ -1,7 +1,6 @@
 """Checks whether a run learns: finds untrained LoRA modules, losses that are not finite and sudden jumps."""
 
 import math
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +8,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from caption_train.errors import CaptionTrainError
+from caption_train.system.console import print_once
 from caption_train.training.checkpoints.find import describe_latest
 from caption_train.training.run.batches import MicroBatch
 from caption_train.training.run.run import TrainingRun
@@ -103,8 +103,7 @@ class Health:
         return ", ".join(gather_object([file for m in micro_batches for file in m.files]))
 
     def _say(self, line: str) -> None:
-        if self.run.accelerator.is_main_process:
-            print(f"\n{line}", file=sys.stderr)
+        print_once(self.run.accelerator, line)
 
 
 def copy_lora_b(model: nn.Module) -> dict[str, torch.Tensor]:

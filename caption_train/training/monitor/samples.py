@@ -4,12 +4,12 @@ import textwrap
 from collections.abc import Sequence
 
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 
 from caption_train.data.images import ImageError, open_image
 from caption_train.data.pairs import Pair
 from caption_train.families.base import Family
+from caption_train.system.console import print_rich
 from caption_train.training.distributed.fsdp import unsharded
 from caption_train.training.monitor.log import RunLog, Sample
 from caption_train.training.monitor.validation import caption_images
@@ -75,4 +75,4 @@ def print_samples(title: str, samples: Sequence[Sample]) -> None:
     table = Table("file", "reference", "generated", title=title, title_justify="left")
     for sample in samples:
         table.add_row(*(textwrap.shorten(t, 160) for t in (sample.file, sample.reference, sample.generated)))
-    Console(stderr=True, markup=False).print(table)
+    print_rich(table)

@@ -1,7 +1,6 @@
 """Measures the model in training on images that it is not trained on, and decides when to stop early."""
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,12 +9,12 @@ import torch
 from accelerate.utils import gather_object
 from PIL import Image
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from caption_train.data.images import ImageError, open_image
 from caption_train.data.pairs import Pair
 from caption_train.families.base import Batch, Family
 from caption_train.metrics.coco import score_captions
+from caption_train.system.console import print_once
 from caption_train.system.devices import model_dtype, move_batch
 from caption_train.system.signals import ignore_in_worker
 from caption_train.training.distributed.fsdp import unsharded
@@ -90,8 +89,7 @@ class Evaluator:
 
     def _note_errors(self, errors: Sequence[str]) -> None:
         for error in self.run.progress.note_errors(errors):
-            if self.run.accelerator.is_main_process:
-                tqdm.write(f"skipped {error}", file=sys.stderr)
+            print_once(self.run.accelerator, f"skipped {error}")
 
     def _score(self) -> dict[str, float]:
         """Caption the first `--metric_samples` images, and compare each with all captions that it has."""
@@ -136,16 +134,14 @@ class Evaluator:
         return is_best
 
     def _say(self, step: int, values: dict[str, float], is_best: bool) -> None:
-        if not self.run.accelerator.is_main_process:
-            return
         scores = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-        tqdm.write(f"step {step}: validation {scores}{' (best so far)' if is_best else ''}", file=sys.stderr)
+        lines = [f"step {step}: validation {scores}{' (best so far)' if is_best else ''}"]
         if self.run.progress.stopped_early:
-            tqdm.write(
+            lines.append(
                 f"--early_stopping_patience: {self.run.options.metric_for_best} was best at step "
-                f"{self.run.progress.best_step}; stopping",
-                file=sys.stderr,
+                f"{self.run.progress.best_step}; stopping"
             )
+        print_once(self.run.accelerator, *lines)
 
 
 @contextmanager
