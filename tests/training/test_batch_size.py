@@ -17,20 +17,9 @@ from caption_train.training.optim.state_size import count_state, find_embeddings
 from caption_train.training.prepare import prepare_training
 from caption_train.training.run.data import TrainingData
 from tests.fixtures.forked import start
-from tests.fixtures.runs import assert_same_run, make_options, train, write_pairs
+from tests.fixtures.runs import assert_same_run, train
 
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    return write_pairs(tmp_path_factory.mktemp("pairs"), 12)
-
-
-@pytest.fixture
-def make(base, pairs, tmp_path):
-    def make(output="out", **changes):
-        return make_options("blip", base, pairs, tmp_path / output, **{"epochs": 1, **changes})
-
-    return make
+PAIRS, RUN = 12, {"epochs": 1}
 
 
 @pytest.fixture

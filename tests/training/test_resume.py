@@ -17,20 +17,7 @@ from caption_train.training.loop import Trainer
 from caption_train.training.optim.optimizer import make_lr_scheduler, make_optimizer
 from caption_train.training.prepare import prepare_training
 from tests.fixtures.forked import start, start_ranks
-from tests.fixtures.runs import assert_same_run, make_options, read_log, train, write_pairs
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    return write_pairs(tmp_path_factory.mktemp("pairs"), 10)
-
-
-@pytest.fixture
-def make(base, pairs, tmp_path):
-    def make(output="out", **changes):
-        return make_options("blip", base, pairs, tmp_path / output, **changes)
-
-    return make
+from tests.fixtures.runs import assert_same_run, make_options, read_log, train
 
 
 @pytest.fixture(scope="module")

@@ -13,21 +13,10 @@ from caption_train.families import get_family
 from caption_train.training.checkpoints.find import find_latest, follow, list_checkpoints, point
 from caption_train.training.monitor.validation import Evaluator
 from caption_train.training.prepare import prepare_training
-from tests.fixtures.runs import make_options, read_log, train, write_pairs
+from tests.fixtures.runs import read_log, train
 
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    return write_pairs(tmp_path_factory.mktemp("pairs"), 6)
-
-
-@pytest.fixture
-def make(base, pairs, tmp_path):
-    def make(output="out", **changes):
-        settings = {"epochs": 1, "save_every_n_steps": 1, "validation_split": 0.2, **changes}
-        return make_options("blip", base, pairs, tmp_path / output, eval_every_n_steps=1, **settings)
-
-    return make
+PAIRS = 6
+RUN = {"epochs": 1, "save_every_n_steps": 1, "validation_split": 0.2, "eval_every_n_steps": 1}
 
 
 @pytest.fixture

@@ -13,17 +13,7 @@ from caption_train.errors import UsageError
 from caption_train.families.moondream.image_processor import cut_fixed_crops
 from caption_train.families.moondream.legacy.names import to_official
 from caption_train.training.monitor.health import copy_lora_b, find_dead_modules
-from tests.fixtures.moondream import FAMILY, answer, collate, encode, make_items, make_small_model
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    return make_small_model()
-
-
-@pytest.fixture
-def items():
-    return make_items()
+from tests.fixtures.moondream import FAMILY, answer, collate, encode, make_small_model
 
 
 def test_labels_are_caption_and_end_only(loaded, items):

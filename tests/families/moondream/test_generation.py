@@ -4,17 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.fixtures.moondream import PROMPTS, answer, encode, make_items, make_small_model
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    return make_small_model()
-
-
-@pytest.fixture
-def items():
-    return make_items()
+from tests.fixtures.moondream import PROMPTS, answer, encode, make_small_model
 
 
 def test_a_batch_answers_as_each_of_its_rows_alone(loaded, items):

@@ -8,7 +8,7 @@ import pytest
 
 from tests.fixtures.forked import start, start_ranks
 from tests.fixtures.kills import HARD, die_at
-from tests.fixtures.runs import assert_same_run, make_options, train, write_pairs
+from tests.fixtures.runs import assert_same_run, train
 
 OPTIMIZERS = {
     "AdamW with workers": {"num_workers": 2},
@@ -22,19 +22,6 @@ OPTIMIZERS = {
         "accumulation_rank": 2,
     },
 }
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    return write_pairs(tmp_path_factory.mktemp("pairs"), 10)
-
-
-@pytest.fixture
-def make(base, pairs, tmp_path):
-    def make(output="out", **changes):
-        return make_options("blip", base, pairs, tmp_path / output, **changes)
-
-    return make
 
 
 def kill_and_resume(options, moments, log: Path) -> None:

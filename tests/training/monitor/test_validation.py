@@ -18,10 +18,7 @@ from caption_train.training.prepare import prepare_training
 from tests.fixtures.forked import start_ranks
 from tests.fixtures.runs import make_options, read_log, train, write_pairs
 
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    return write_pairs(tmp_path_factory.mktemp("pairs"), 8)
+PAIRS = 8
 
 
 @pytest.fixture(scope="module")
