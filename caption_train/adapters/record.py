@@ -223,6 +223,8 @@ class TrainingRecord:
     def to_json(self, **extra: Any) -> str:
         """Return the text of training.json; `extra` (step, epoch, loss) is added to the fields."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if not self.settings:
+            del values["settings"]
         return json.dumps(values | extra, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -239,5 +241,10 @@ def find_versions() -> dict[str, str]:
 
 def describe_options(options: TrainOptions) -> dict[str, Any]:
     """Return the options by name, with paths as text."""
-    values = {f.name: getattr(options, f.name) for f in fields(options) if f.metadata.get("recorded")}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    kept = {f.name: f.metadata.get("recorded", False) for f in fields(options)}
+    values = {name: getattr(options, name) for name, recorded in kept.items() if recorded}
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in values.items()
+        if kept[name] is True or value is not None
+    }

@@ -6,7 +6,7 @@ import types
 import typing
 from dataclasses import MISSING, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 
 def flag(
@@ -19,7 +19,7 @@ def flag(
     const: str | None = None,
     metavar: str | None = None,
     repeated: bool = False,
-    recorded: bool = True,
+    recorded: bool | Literal["if given"] = True,
 ) -> Any:
     """Make a dataclass field that is a command-line flag.
 

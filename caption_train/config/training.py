@@ -69,13 +69,16 @@ class TrainOptions:
     cache_converted: bool = _model(False, "keep a native copy of a checkpoint in the legacy layout")
     prompt: str | None = _model(None, "text the model is given with every image")
     task: str | None = _model(None, "task token to train, instead of --prompt")
-    preset: str | None = _model(None, "a prompt by its name, instead of --prompt")
+    preset: str | None = _model(None, "a prompt by its name, instead of --prompt", recorded="if given")
     system_prompt: str | None = _model(
-        None, "what the model is told before every prompt (default: the checkpoint's own)"
+        None,
+        "what the model is told before every prompt (default: the checkpoint's own)",
+        recorded="if given",
     )
     max_pixels: int | None = _model(
         None,
         "make images smaller that have more pixels (default: the checkpoint's, or 1048576)",
+        recorded="if given",
     )
     device: str | None = _model(
         None, "device to run on, such as cuda, cuda:1, mps or cpu (found if not given)"

@@ -257,7 +257,9 @@ def _list_facts(record: Mapping[str, Any], by_content: bool) -> dict[str, Any]:
     base = {"base_model's content": "base_fingerprint"} if by_content else {"base_model": "base_model"}
     facts = {shown: record.get(name) for shown, name in ({name: name for name in FACTS} | base).items()}
     facts |= {f"dataset's {name}": value for name, value in (record.get("dataset") or {}).items()}
-    return facts | {f"--{name}": v for name, v in record["options"].items() if name not in MAY_CHANGE}
+    facts |= {f"--{name}": v for name, v in record["options"].items() if name not in MAY_CHANGE}
+    # A setting in effect counts, whether it was given or is the checkpoint's own.
+    return facts | {f"--{name}": value for name, value in (record.get("settings") or {}).items()}
 
 
 def _refuse(checkpoint: Path, differences: list[str], anyway: bool) -> list[str]:
