@@ -7,15 +7,16 @@ examples.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from caption_train.version import __version__
+
 if TYPE_CHECKING:
     from caption_train.api import caption, compile_dataset, export, load_family, train
     from caption_train.errors import CaptionTrainError, UsageError
 
-__version__ = "0.1.0"
-
 __all__ = [
     "CaptionTrainError",
     "UsageError",
+    "__version__",
     "caption",
     "compile_dataset",
     "export",

@@ -19,12 +19,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from caption_train import __version__
 from caption_train.config.training import TrainOptions
 from caption_train.errors import UsageError
 from caption_train.families import name_script
 from caption_train.families.base import Family, ModelFacts
 from caption_train.system.files import read_json_object
+from caption_train.version import __version__
 
 TRAINING_FILE = "training.json"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "flora-opt", "pillow")

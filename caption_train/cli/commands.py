@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from caption_train import __version__
 from caption_train.cli.arguments import parse_options
 from caption_train.cli.exit_codes import program_name, run
 from caption_train.config.captioning import CaptionOptions
@@ -17,6 +16,7 @@ from caption_train.errors import UsageError
 from caption_train.families import FAMILIES, get_family
 from caption_train.families.base import Family
 from caption_train.system.console import set_quiet
+from caption_train.version import __version__
 
 TRAIN = """Train a LoRA for {title} on your own captions.
 
