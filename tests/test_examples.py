@@ -123,7 +123,7 @@ def test_florence_writes_what_the_prompt_asks_for(style, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["florence2-tiny", "blip-tiny", "moondream-tiny"])
-def test_no_base_speaks_the_house_style(name, monkeypatch):
+def test_no_base_writes_the_house_style_before_training(name, monkeypatch):
     family, model, processor = load_base(name, monkeypatch)
     paths = sorted((SHAPES / "heldout").glob("*.txt"))[:20]
     images = [Image.open(next(SHAPES.glob(f"heldout/{path.stem}.[pj]*g"))).convert("RGB") for path in paths]

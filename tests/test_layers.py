@@ -1,4 +1,4 @@
-"""The house as its imports draw it: arrows point down only, `--help` is light, no idle requirement."""
+"""Imports go only where CONTRIBUTING.md allows, `--help` imports nothing heavy, every requirement is used."""
 
 import ast
 import re
@@ -90,7 +90,7 @@ def is_allowed(arrow: str, allowed: list[str]) -> bool:
     return any(arrow == name or arrow.startswith(f"{name}.") for name in allowed)
 
 
-def test_the_walk_sees_the_house():
+def test_the_imports_of_all_modules_are_found():
     assert {"training.loop", "families.blip", "cli.commands"} <= ARROWS.keys()
     assert ARROWS["training.loop"] and "training.prepare" in ARROWS["cli.commands"]
 
@@ -149,7 +149,7 @@ def test_no_family_is_named_outside_the_families():
             assert not [name for name in FAMILIES if name in text], path
 
 
-def test_nobody_asks_what_a_family_can():
+def test_no_module_checks_whether_a_family_has_a_method():
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text("utf-8")
         assert not re.search(r"(hasattr|getattr)\((self\.)?family\b", text), path

@@ -112,6 +112,7 @@ class CaptionFile:
         known = {row["file_name"] for row in rows}
         rows += [row for name, row in new.items() if name not in known]
         places = {name: place for place, name in enumerate(map(self.name_of, images))}
+        # A stable sort: rows of other images (-1) come first, in their old order.
         rows.sort(key=lambda row: places.get(row["file_name"], -1))
         write = _write_csv if self.path.suffix == ".csv" else _write_jsonl
         try:

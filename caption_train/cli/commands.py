@@ -50,7 +50,7 @@ The result is read by the training scripts and by datasets.load_dataset("imagefo
 data_files={"train": "**"}). Its rows may only name images below metadata.jsonl, so with an output_dir that
 does not hold the images they are put there too, as hard links. One inside dataset_dir is refused."""
 
-EXPORT = """Write an adapter or a model in another form, and check that it still says the same.
+EXPORT = """Write an adapter or a model in another form, and check that its captions stay the same.
 
   python export_adapter.py loras/my-style merged/ --merge           the whole model, for transformers 5
   python export_adapter.py loras/my-style comfy/ --layout legacy    the adapter, for ComfyUI and others

@@ -60,7 +60,7 @@ class TrainOptions:
         [], f"score generated captions too: {', '.join(METRICS)} (COCO's, PTB-like tokens)"
     )
     metric_samples: int = _valid(64, "validation images to caption for --metrics, the same every time")
-    metric_for_best: str = _valid("loss", "what tells the best checkpoint", choices=("loss", *METRICS))
+    metric_for_best: str = _valid("loss", "metric that ranks checkpoints", choices=("loss", *METRICS))
     early_stopping_patience: int | None = _valid(None, "stop after N validations in a row without a best")
     load_best_at_end: bool = _valid(False, "put the best checkpoint into output_dir, not the last one")
 
@@ -145,7 +145,7 @@ class TrainOptions:
     activation_checkpointing: bool = _memory(
         False, "activation checkpointing together with FloraAccelerator", aliases=("-ac",)
     )
-    plan: bool = _memory(False, "print what the run would hold in memory, and end")
+    plan: bool = _memory(False, "print what the run would hold in memory, and exit")
     memory_budget: str | None = _memory(
         None, "with --plan, find the cheapest flags that fit, say, 8GB", metavar="SIZE"
     )
@@ -154,7 +154,7 @@ class TrainOptions:
     save_every_n_steps: int | None = _save(None, "save a checkpoint every N optimizer steps")
     keep_last: int | None = _save(None, "keep the newest N checkpoints (all that were asked for)")
     resume: str | None = _save(
-        None, "go on from a checkpoint folder, or from the newest whole one (auto)", metavar="auto|PATH"
+        None, "go on from a checkpoint folder, or from the newest undamaged one (auto)", metavar="auto|PATH"
     )
     resume_anyway: bool = _save(False, "with --resume, go on although data, base or settings changed")
     sample_every_n_epochs: int | None = _save(None, "caption sample images every N epochs")

@@ -37,6 +37,7 @@ def find_metadata(folder: Folder) -> Path | None:
     Raises:
         UsageError: there are several. Each of Kohya's steps leaves one, and only the user knows the last.
     """
+    # A JSON with the name of an image describes that image only, so it is not the dataset's metadata.
     stems = {name[: name.rindex(".")] for name in folder.images} | set(folder.images)
     candidates = sorted(p for p in folder.root.glob("*.json") if p.stem not in stems and p.is_file())
     found = [path for path in candidates if _looks_like_metadata(path)]

@@ -143,6 +143,7 @@ class BlipCollator:
             _text_ids(self.processor, prompt, item["caption"], self.max_length)
             for prompt, item in zip(prompts, items, strict=True)
         ]
+        # [DEC] and the prompt, without the [SEP] that `encode` puts after them.
         prompt_lengths = batch["attention_mask"].sum(dim=1) - 1
         batch |= _pad_text(self.processor, rows)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE_INDEX)

@@ -23,7 +23,7 @@ def read_shard_names(index: Path) -> list[str]:
     """Return the names of the weight files that an index.json lists, each once."""
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CaptionTrainError(f"{index} has no weight_map: copy it anew")
+        raise CaptionTrainError(f"{index} has no weight_map: copy it again")
     return list(dict.fromkeys(map(str, weight_map.values())))
 
 

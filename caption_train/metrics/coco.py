@@ -69,6 +69,7 @@ def cider(generated: Sequence[Sequence[str]], references: Sequence[Sequence[Sequ
         total = 0.0
         for ours, theirs, *norms in zip(one[0], other[0], one[1], other[1], strict=True):
             shared = ours.keys() & theirs.keys()
+            # Sorted, because the order of a set, and with it the rounding, differs from run to run.
             product = sum(min(ours[ngram], theirs[ngram]) * theirs[ngram] for ngram in sorted(shared))
             total += (product / math.prod(norms) if all(norms) else product) * penalty
         return total / ORDER

@@ -64,6 +64,7 @@ def fit_batch_size(
             raise CaptionTrainError(advise_savers(options, accelerator, tried))
         if all(gather_object([fits])):
             break
+        # Only divisors, so that the effective batch size can stay the same.
         smaller = [n for n in range(1, options.batch_size // 2 + 1) if options.batch_size % n == 0]
         if not options.auto_batch_size or not smaller:
             raise CaptionTrainError(advise_savers(options, accelerator, tried))

@@ -91,6 +91,7 @@ class Trainer:
                 if progress.stopped_early:
                     break
                 started, rate = time.perf_counter(), run.lr_scheduler.get_last_lr()[0]
+                # The loader yields this process's micro-batches in the plan's order.
                 micro_batches = [next(batches) for _ in plan.micro_batches(step)]
                 loss, grad_norm = self.update(micro_batches)
                 progress.global_step = step + 1

@@ -33,8 +33,8 @@ ROWS = {
     "gradients": "gradients",
     "state": "optimizer state",
     "activations": "activations",
-    "kept": "freed, but kept",
-    "stepping": "the optimizer's work",
+    "kept": "freed, kept by the heap",
+    "stepping": "during the optimizer step",
 }
 
 

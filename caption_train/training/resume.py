@@ -73,7 +73,7 @@ def find_resume_point(options: TrainOptions) -> tuple[Path | None, list[str]]:
         ]
     if options.resume == "auto":
         checkpoint, passed = find_latest(options.output_dir)
-        none = "none is whole" if passed else "no checkpoint yet"
+        none = "all are damaged" if passed else "no checkpoint yet"
         lines = [*passed, f"{checkpoint or none + '; starting anew'}"]
         return checkpoint, [f"--resume auto: {line}" for line in lines]
     checkpoint = follow(Path(options.resume))

@@ -1,4 +1,4 @@
-"""What a trained folder tells a person to do with it."""
+"""The model card tells users how to use the trained folder."""
 
 import pytest
 

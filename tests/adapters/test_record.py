@@ -1,4 +1,4 @@
-"""What a folder says of itself, and what is refused before anything loads."""
+"""What a folder says about itself, and what is refused before anything is loaded."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Which captions want a second look, and what the summary says."""
+"""Which captions are worth checking, and what the summary prints."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Exports say the same as what they were made from, load elsewhere, and come back bit for bit."""
+"""Exports caption as their source does, load in other tools, and convert back bit for bit."""
 
 import json
 import shutil

@@ -103,7 +103,7 @@ def test_where_no_checkpoint_is_whole_the_run_starts_anew_and_says_so(finished, 
     for path in list_checkpoints(finished):
         (path / "manifest.json").write_bytes(b"")
     assert resume(make).run.plan.first_step == 0
-    assert "--resume auto: none is whole; starting anew" in capsys.readouterr().err
+    assert "--resume auto: all are damaged; starting anew" in capsys.readouterr().err
 
 
 def test_a_folder_without_state_or_a_missing_one_is_told_in_one_line(finished, make, tmp_path):

@@ -165,6 +165,7 @@ class MoondreamCollator:
         batch = dict(self.processor([item["image"] for item in items], prompts, answers))
         labels = torch.full_like(batch["input_ids"], IGNORE_INDEX)
         lengths = batch["attention_mask"].sum(dim=1).tolist()
+        # With answers, padding is at the end, so each answer ends at the row's length.
         for label, ids, length, answer in zip(labels, batch["input_ids"], lengths, answers, strict=True):
             label[length - len(answer) : length] = ids[length - len(answer) : length]
         first = self.processor.image_seq_length

@@ -63,6 +63,7 @@ def write_state(
     """
     folder = checkpoint / STATE
     folder.mkdir()
+    # Types that `torch.load(weights_only=True)` accepts, so that a checkpoint can run no code.
     contents = {"optimizer": optimizer_state, "lr_scheduler": lr_scheduler.state_dict()}
     if scaler is not None:
         contents["scaler"] = scaler.state_dict()

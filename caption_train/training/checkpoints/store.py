@@ -82,6 +82,7 @@ def write_checkpoint(output_dir: Path, name: str, write: Callable[[Path], None],
         # A complete checkpoint is never replaced.
         final = find_free_name(output_dir / name)
         partial.rename(final)
+        # Without this, a power cut could undo the rename.
         _sync(output_dir)
         for pointer in pointers:
             point(output_dir, pointer, final)

@@ -64,6 +64,7 @@ def shard(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
         # From rank 0, as DistributedDataParallel does: nobody would notice shards of different weights.
         broadcast(tensor.detach(), 0)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    # Inner blocks first, as `fully_shard` requires.
     for block in reversed([*find_blocks(model)]):
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)

@@ -50,6 +50,7 @@ class Health:
                 f"step {progress.global_step + 1}: loss {loss:.4f} jumped from about "
                 f"{progress.loss_mean:.4f}; files: {self._list_files(micro_batches)}"
             )
+        # Exponentially weighted mean and variance of the losses so far.
         progress.loss_mean += (1 - MEMORY) * deviation
         progress.loss_variance = MEMORY * (progress.loss_variance + (1 - MEMORY) * deviation**2)
 

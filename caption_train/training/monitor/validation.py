@@ -79,6 +79,7 @@ class Evaluator:
         with evaluating(run) as model:
             for batch in loader:
                 inputs = move_batch(batch.inputs, accelerator.device, model_dtype(model))
+                # The loss is a mean over tokens; sums over batches need it times their number.
                 losses += model(**inputs).loss.item() * batch.label_tokens
                 tokens += batch.label_tokens
                 errors += batch.errors

@@ -72,6 +72,7 @@ class BatchPlan(Sampler):
         chosen = self._order(epoch)[start : start + self.effective_batch_size]
         width = self.batch_size * self.num_processes
         mine = self.process_index * self.batch_size
+        # A round holds one micro-batch of every process, side by side.
         rounds = [chosen[i : i + width] for i in range(0, len(chosen), width)]
         return [[(epoch, index) for index in r[mine : mine + self.batch_size]] for r in rounds]
 
@@ -87,6 +88,7 @@ class BatchPlan(Sampler):
     def _order(self, epoch: int) -> list[int]:
         if getattr(self, "_epoch", None) != epoch:
             self._epoch, self._permutation = epoch, list(range(self.num_samples))
+            # Every process makes the same permutation, so none has to be sent.
             random.Random(f"{self.seed} {epoch}").shuffle(self._permutation)
         return self._permutation
 

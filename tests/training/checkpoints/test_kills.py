@@ -1,4 +1,4 @@
-"""Runs killed with -9 again and again, against one that was left alone."""
+"""Runs killed with -9 and resumed again and again equal a run that was never interrupted."""
 
 import signal
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, found again, never lost to a newer one that failed."""
+"""Checkpoints are complete or absent, are found again, and are never lost to a newer one that failed."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Two processes over gloo against one."""
+"""Training with two gloo processes equals training with one."""
 
 import pytest
 

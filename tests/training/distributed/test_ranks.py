@@ -1,4 +1,4 @@
-"""Two processes of a run that do not have the same, or do not fare the same."""
+"""Two processes of a run that start from different facts, or of which only one fails."""
 
 import os
 import signal

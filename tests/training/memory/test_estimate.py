@@ -1,4 +1,4 @@
-"""Plans against what is really held."""
+"""Memory estimates against the memory that is really held."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Which samples are read when, by whom, and what becomes of them on the way to a batch."""
+"""Which process reads which samples at which step, and how items become a batch."""
 
 import math
 
