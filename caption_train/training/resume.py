@@ -122,20 +122,20 @@ def resume_run(run: TrainingRun, checkpoint: Path) -> None:
             accelerator,
             f"--early_stopping_patience {patience}: the run had stopped at step {plan.first_step}",
         )
-    _settle(run, checkpoint)
+    _restore_pointers(run, checkpoint)
 
 
 SCHEDULE = ("epochs", "learning_rate", "scheduler", "warmup_steps", "weight_decay", "lora_plus_ratio")
 """Settings that determine the optimizer's rates, together with the number of steps."""
 
 
-def _settle(run: TrainingRun, checkpoint: Path) -> None:
+def _restore_pointers(run: TrainingRun, checkpoint: Path) -> None:
     """Point `last` and `best` to what they were at this checkpoint, copied from another folder if needed."""
     accelerator, progress, output_dir = run.accelerator, run.progress, run.options.output_dir
     best = None
     with raise_on_all_ranks(accelerator):
         if accelerator.is_main_process:
-            here = _bring(checkpoint, output_dir, is_newest=True)
+            here = _copy_to_output_dir(checkpoint, output_dir, is_newest=True)
             log = checkpoint.parent / LOG_FILE
             if here.parent.resolve() != checkpoint.parent and log.is_file():
                 copy_atomically(log, output_dir / LOG_FILE)
@@ -144,16 +144,18 @@ def _settle(run: TrainingRun, checkpoint: Path) -> None:
                 found = find_step(checkpoint.parent, progress.run_id, progress.best_step)
                 best = here if progress.best_step == progress.global_step else found
             if best is not None:
-                best = _bring(best, output_dir)
+                best = _copy_to_output_dir(best, output_dir)
                 point(output_dir, BEST, best)
     if progress.best_step is not None and gather_object([best])[0] is None:
+        step = progress.best_step
         print_once(
-            accelerator, f"--resume: the best checkpoint, of step {progress.best_step}, is gone; seeking anew"
+            accelerator,
+            f"--resume: the best checkpoint, of step {step}, is gone; the next validation is the new best",
         )
         progress.best_step = progress.best_value = None
 
 
-def _bring(checkpoint: Path, output_dir: Path, *, is_newest: bool = False) -> Path:
+def _copy_to_output_dir(checkpoint: Path, output_dir: Path, *, is_newest: bool = False) -> Path:
     """Return a checkpoint in `output_dir` under its own name: this one or a copy of it.
 
     is_newest: whether `--resume auto` must find it, even if this run is killed before it saves.

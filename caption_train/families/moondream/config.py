@@ -147,21 +147,21 @@ def make_vision_config(vision: dict[str, Any]) -> SiglipVisionConfig:
     )
 
 
-def find_release(official: dict[str, Any], revision: str | None = None) -> str:
+def find_release(legacy: dict[str, Any], revision: str | None = None) -> str:
     """Return which release supplies what the official `config.json` leaves out; `revision` if it is one."""
-    of_2024 = "Moondream" in (official.get("architectures") or ())
+    of_2024 = "Moondream" in (legacy.get("architectures") or ())
     return revision if revision in REVISIONS else "2024-08-26" if of_2024 else DEFAULT_REVISION
 
 
-def native_dict(official: dict[str, Any], release: str | None = None) -> dict[str, Any]:
+def native_dict(legacy: dict[str, Any], release: str | None = None) -> dict[str, Any]:
     """Translate an official `config.json` to `MoondreamConfig` keywords.
 
     Args:
-        official: the content of config.json.
+        legacy: the content of config.json.
         release: a key of `REVISIONS`, which supplies what config.json leaves out.
     """
-    facts = REVISIONS[release or find_release(official)]
-    nested = official.get("config") or {}
+    facts = REVISIONS[release or find_release(legacy)]
+    nested = legacy.get("config") or {}
     vision, tokenizer = nested.get("vision", {}), nested.get("tokenizer", {})
     told = dict(facts)
     if "bos_id" in tokenizer:
@@ -188,12 +188,12 @@ def native_dict(official: dict[str, Any], release: str | None = None) -> dict[st
         "text_config": make_text_config(nested.get("text", {})).to_dict(),
         "vision_config": make_vision_config(vision).to_dict(),
         "region": {**REGION_2B, **{k: v for k, v in nested.get("region", {}).items() if k in REGION_2B}},
-        "dtype": official.get("dtype") or official.get("torch_dtype"),
+        "dtype": legacy.get("dtype") or legacy.get("torch_dtype"),
         **told,
     }
 
 
-def official_dict(config: MoondreamConfig, dtype: Any = "float32") -> dict[str, Any]:
+def legacy_dict(config: MoondreamConfig, dtype: Any = "float32") -> dict[str, Any]:
     """Translate a config back to an official `config.json`, with its nested dict filled in."""
     text, vision = config.text_config, config.vision_config
     tokenizer = {"bos_id": config.bos_token_id, "eos_id": config.bos_token_id}

@@ -116,9 +116,9 @@ class Moondream(Family):
         self, model: MoondreamForConditionalGeneration, processor: MoondreamProcessor, folder: Path
     ) -> None:
         """Write the model in the layout that the official code loads."""
-        from caption_train.families.moondream.legacy.checkpoint import write_official
+        from caption_train.families.moondream.legacy.checkpoint import write_legacy
 
-        write_official(folder, model.config, model.state_dict(), processor.tokenizer)
+        write_legacy(folder, model.config, model.state_dict(), processor.tokenizer)
 
     def find_stored_dtype(self, model_id: str, revision: str | None = None) -> torch.dtype:
         """Return the precision of the checkpoint's weights."""

@@ -167,18 +167,18 @@ class MoondreamForConditionalGeneration(MoondreamPreTrainedModel, MoondreamGener
     @classmethod
     def from_pretrained(cls, name: str | Path | None, *args: Any, **kwargs: Any) -> Any:
         """Load a model. Tensors of an official checkpoint are renamed, and fused projections split."""
-        from caption_train.families.moondream.legacy.checkpoint import read_official
+        from caption_train.families.moondream.legacy.checkpoint import read_legacy
 
-        official = None if kwargs.get("state_dict") is not None else read_official(name, **kwargs)
-        if official is None:
+        legacy = None if kwargs.get("state_dict") is not None else read_legacy(name, **kwargs)
+        if legacy is None:
             loaded = super().from_pretrained(name, *args, **kwargs)
         else:
-            config, state_dict = official
+            config, state_dict = legacy
             for used in ("config", "revision", "cache_dir", "token", "local_files_only", "force_download"):
                 kwargs.pop(used, None)
             loaded = super().from_pretrained(None, *args, config=config, state_dict=state_dict, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if official is not None:
+        if legacy is not None:
             model.generation_config = make_generation_config(config)
             model.name_or_path = model.config.name_or_path = str(name)
         if model.config.region is not None:

@@ -92,8 +92,8 @@ def _check_launch(options: TrainOptions) -> list[str]:
         precision=options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION"),
         distributed=asked[0] if asked else None,
     )
-    for kind, room in (("FSDP", fsdp), ("DEEPSPEED", deepspeed)):
-        problems += room.find_unsupported() if kind in asked else []
+    for kind, module in (("FSDP", fsdp), ("DEEPSPEED", deepspeed)):
+        problems += module.find_unsupported() if kind in asked else []
     return problems
 
 

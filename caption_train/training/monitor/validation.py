@@ -52,7 +52,7 @@ class Evaluator:
             ends_epoch and is_due(every_epochs, plan.epoch_of(step))
         ):
             values = self.run.progress.evaluation = self.evaluate()
-            is_best = self._judge(values)
+            is_best = self._update_best(values)
             self.log.write(done, plan.epoch_of(step), {f"eval_{k}": v for k, v in values.items()})
             self._say(done, values, is_best)
 
@@ -118,7 +118,7 @@ class Evaluator:
             return {}
         return score_captions([row[1] for row in rows], [row[2] for row in rows], run.options.metrics)
 
-    def _judge(self, values: dict[str, float]) -> bool:
+    def _update_best(self, values: dict[str, float]) -> bool:
         """Remember a new best value, or count towards early stopping; return whether it is the best."""
         run, progress = self.run, self.run.progress
         name, patience = run.options.metric_for_best, run.options.early_stopping_patience

@@ -105,11 +105,11 @@ def read_training_data(options: TrainOptions, accelerator: Accelerator) -> Train
             data.train, data.validation = split_by_content(
                 data.train, options.validation_split, options.seed, data.digests
             )
-        _judge(data, options, accelerator)
+        _refuse_or_report(data, options, accelerator)
     return data
 
 
-def _judge(data: TrainingData, options: TrainOptions, accelerator: Accelerator) -> None:
+def _refuse_or_report(data: TrainingData, options: TrainOptions, accelerator: Accelerator) -> None:
     """Raise if the data does not allow what was asked for; otherwise print what was left out."""
     if data.skipped and options.on_bad_data == "stop":
         headline = f"{len(data.skipped)} bad rows or files (--on_bad_data skip leaves them out):"

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from caption_train.adapters.lora import wrap_with_lora
 from caption_train.errors import UsageError
 from caption_train.families.moondream.image_processor import cut_fixed_crops
-from caption_train.families.moondream.legacy.names import to_official
+from caption_train.families.moondream.legacy.names import to_legacy
 from caption_train.training.monitor.health import copy_lora_b, find_dead_modules
 from tests.fixtures.moondream import FAMILY, answer, collate, encode, make_small_model
 
@@ -170,8 +170,8 @@ def test_lora_on_vision_attention_changes_the_output_and_merges(items):
     with torch.no_grad():
         torch.testing.assert_close(merged(**batch).logits, adapted, atol=1e-4, rtol=0)
     assert answer(merged, processor, encode(processor, items)) == ids
-    assert to_official(merged.state_dict(), merged.config).keys() == {
-        *to_official(make_small_model()[0].state_dict(), model.config)
+    assert to_legacy(merged.state_dict(), merged.config).keys() == {
+        *to_legacy(make_small_model()[0].state_dict(), model.config)
     }
 
 

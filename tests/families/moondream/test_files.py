@@ -12,8 +12,8 @@ from caption_train.cli.commands import export_main
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import get_family
 from caption_train.families.moondream.config import native_dict
-from caption_train.families.moondream.legacy.checkpoint import write_official
-from caption_train.families.moondream.legacy.names import to_old
+from caption_train.families.moondream.legacy.checkpoint import write_legacy
+from caption_train.families.moondream.legacy.names import to_names_of_2024
 from examples.tiny_moondream import REGION
 from tests.fixtures.moondream import make_small_model
 
@@ -28,7 +28,7 @@ def official(tmp_path_factory):
         text={"dim": 256, "n_heads": 4, "n_kv_heads": 2}, region={**REGION, "dim": 256}
     )
     folder = tmp_path_factory.mktemp("official")
-    write_official(folder, model.config, model.state_dict(), processor.tokenizer)
+    write_legacy(folder, model.config, model.state_dict(), processor.tokenizer)
     return folder, model
 
 
@@ -160,16 +160,14 @@ def test_a_revision_that_is_no_release_is_refused_where_nothing_says_more(offici
     monkeypatch.setattr(
         "caption_train.families.moondream.legacy.checkpoint.find_folder", lambda *args, **kwargs: official[0]
     )
-    from caption_train.families.moondream.legacy.checkpoint import read_official
+    from caption_train.families.moondream.legacy.checkpoint import read_legacy
 
-    assert (
-        read_official("someone/finetuned", revision="abc123")[0].bos_token_id == 0
-    )  # its config.json says so
+    assert read_legacy("someone/finetuned", revision="abc123")[0].bos_token_id == 0  # its config.json says so
     config = official[0] / "config.json"
     kept = config.read_text()
     config.write_text(json.dumps({**json.loads(kept), "config": {"vision": {"enc_n_heads": 2}}}))
     with pytest.raises(UsageError, match=r"--revision 2024-07-23: nothing in vikhyatk/moondream2 says"):
-        read_official("vikhyatk/moondream2", revision="2024-07-23")
+        read_legacy("vikhyatk/moondream2", revision="2024-07-23")
     config.write_text(kept)
 
 
@@ -215,7 +213,7 @@ def test_a_model_of_2024_is_written_in_its_own_layout_and_read_again_as_one(of_2
 
 def test_old_names_alone_do_not_make_a_model_of_2024(official, rewrite):
     """The official code of 2025 reads the old names too, and does with the weights what it always does."""
-    model, _ = FAMILY.load(rewrite(to_old))
+    model, _ = FAMILY.load(rewrite(to_names_of_2024))
     assert same_state(model, official[1])
     assert model.config.prefix_attention and model.config.crops == "overlap"
 

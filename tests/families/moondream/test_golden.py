@@ -9,7 +9,7 @@ import torch
 from caption_train.families import get_family
 from caption_train.families.moondream.image_processor import cut_crops, normalise, select_tiling
 from caption_train.families.moondream.layers import stitch_windows
-from caption_train.families.moondream.legacy.names import official_names
+from caption_train.families.moondream.legacy.names import legacy_names
 from tests.fixtures.moondream import (
     CHECKPOINT,
     IMAGES,
@@ -185,7 +185,7 @@ def test_the_collator_trains_on_the_official_loss_and_gradients(loaded):
     loss = model(**batch).loss
     loss.backward()
     assert loss.item() == pytest.approx(GOLDEN["grad"]["loss"], abs=TOLERANCES["loss"])
-    parameters, names = dict(model.named_parameters()), official_names(model.config)
+    parameters, names = dict(model.named_parameters()), legacy_names(model.config)
     for name, norm in GOLDEN["grad"]["norms"].items():
         gradient = torch.cat([parameters[ours].grad for ours in names[name]])
         assert gradient.norm().item() == pytest.approx(norm, rel=1e-4, abs=1e-4), name

@@ -9,9 +9,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import get_family
-from caption_train.families.moondream.config import MoondreamConfig, native_dict, official_dict
-from caption_train.families.moondream.legacy.checkpoint import read_official, write_official
-from caption_train.families.moondream.legacy.names import old_name, to_native, to_official
+from caption_train.families.moondream.config import MoondreamConfig, legacy_dict, native_dict
+from caption_train.families.moondream.legacy.checkpoint import read_legacy, write_legacy
+from caption_train.families.moondream.legacy.names import name_of_2024, to_legacy, to_native
 from tests.fixtures.moondream import (
     CHECKPOINT,
     make_small_model,
@@ -28,9 +28,9 @@ SMALL = {
 }
 
 
-def to_old(tensors):
+def to_names_of_2024(tensors):
     """The fixture in the layout of 2024, whose Fourier matrices are transposed."""
-    renamed = {old_name(name.removeprefix("model.")): tensor for name, tensor in tensors.items()}
+    renamed = {name_of_2024(name.removeprefix("model.")): tensor for name, tensor in tensors.items()}
     features = ("region_model.coordinate_features.weight", "region_model.size_features.weight")
     return {name: t.T if name in features else t for name, t in renamed.items()}
 
@@ -43,7 +43,7 @@ def same_state(first, second):
 @needs_fixtures
 def test_an_official_folder_survives_loading_and_saving_bit_for_bit(tmp_path):
     model, processor = FAMILY.load(str(CHECKPOINT))
-    write_official(tmp_path, model.config, model.state_dict(), processor.tokenizer)
+    write_legacy(tmp_path, model.config, model.state_dict(), processor.tokenizer)
     ours, official = read_tensors_of(tmp_path), read_tensors()
     assert ours.keys() == official.keys()
     assert all(torch.equal(ours[name], official[name]) for name in official)
@@ -67,7 +67,7 @@ def read_tensors_of(folder):
 def test_every_layout_gives_the_same_model(tmp_path, change):
     tensors, shards = read_tensors(), 1
     if change == "old":
-        tensors = to_old(tensors)
+        tensors = to_names_of_2024(tensors)
     elif change == "plain":
         tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     elif change == "sharded":
@@ -95,7 +95,7 @@ def make_official(config):
     from caption_train.families.moondream.model import MoondreamForConditionalGeneration
 
     state = MoondreamForConditionalGeneration(config).state_dict()
-    return {name.removeprefix("model."): tensor for name, tensor in to_official(state, config).items()}
+    return {name.removeprefix("model."): tensor for name, tensor in to_legacy(state, config).items()}
 
 
 @needs_fixtures
@@ -113,7 +113,7 @@ def test_names_and_shapes_of_the_released_sizes_are_all_there(size):
         nested["region"] |= {"inner_dim": released["keys"]["model.region.coord_decoder.fc1.weight"][0]}
     with torch.device("meta"):
         model = MoondreamForConditionalGeneration(MoondreamConfig(**native_dict({"config": nested})))
-    tensors = to_official(model.state_dict(), model.config)
+    tensors = to_legacy(model.state_dict(), model.config)
     assert {name: list(tensor.shape) for name, tensor in tensors.items()} == released["keys"]
     assert sum(p.numel() for p in model.parameters()) == released["n_params"]
 
@@ -136,7 +136,7 @@ def test_dimensions_that_an_empty_config_leaves_out_are_read_from_the_weights(tm
 
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"model_type": "moondream1", "config": {}}))
-    found, _ = read_official(folder)
+    found, _ = read_legacy(folder)
     assert (found.text_config.num_attention_heads, found.text_config.num_key_value_heads) == (4, 2)
     assert (found.vision_config.hidden_size, found.vision_config.num_attention_heads) == (72, 1)
     assert found.vision_config.num_hidden_layers == 2
@@ -177,7 +177,7 @@ def test_revision_says_what_a_folder_does_not(tmp_path, release):
     config = read_json("tiny_mha/config.json")
     del config["config"]["tokenizer"]
     folder = write_folder(tmp_path, read_tensors(), config)
-    found, _ = read_official(folder, revision=release)
+    found, _ = read_legacy(folder, revision=release)
     assert found.bos_token_id == 50256
     assert found.templates["query"]["suffix"] == [198, 198, 33706, 25]
     assert found.prefix_attention == (found.crops == "overlap") == (release != "2024-08-26")
@@ -203,7 +203,7 @@ def test_save_pretrained_keeps_model_processor_and_generation(tmp_path):
     processor.save_pretrained(tmp_path)
     again, processor_again = FAMILY.load(str(tmp_path))
     assert same_state(model, again)
-    assert official_dict(again.config) == official_dict(model.config)
+    assert legacy_dict(again.config) == legacy_dict(model.config)
     assert again.generation_config.max_new_tokens == 7
     for name in ("templates", "question_space", "image_token_id", "image_seq_length"):
         assert getattr(processor_again, name) == getattr(processor, name)
@@ -229,7 +229,7 @@ def test_auto_classes_load_the_official_layout():
 
 def test_region_heads_are_carried_but_never_trained(tmp_path):
     made, processor = make_small_model()
-    write_official(tmp_path, made.config, made.state_dict(), processor.tokenizer)
+    write_legacy(tmp_path, made.config, made.state_dict(), processor.tokenizer)
     model, _ = FAMILY.load(str(tmp_path))
     assert model.name_or_path == model.config.name_or_path == str(tmp_path)
     region = dict(model.model.region.named_parameters())
@@ -240,13 +240,13 @@ def test_region_heads_are_carried_but_never_trained(tmp_path):
 
 def test_a_checkpoint_without_region_heads_stays_without():
     model, _ = make_small_model(region=None)
-    assert not any("region" in name for name in to_official(model.state_dict(), model.config))
+    assert not any("region" in name for name in to_legacy(model.state_dict(), model.config))
 
 
 def test_official_config_round_trips():
     config = make_small_model()[0].config
-    again = MoondreamConfig.from_dict(copy.deepcopy(official_dict(config)))
-    assert official_dict(again) == official_dict(config)
+    again = MoondreamConfig.from_dict(copy.deepcopy(legacy_dict(config)))
+    assert legacy_dict(again) == legacy_dict(config)
 
 
 def test_a_quantized_model_loads_from_the_official_layout_and_is_not_written_to_it(tmp_path):
@@ -255,14 +255,14 @@ def test_a_quantized_model_loads_from_the_official_layout_and_is_not_written_to_
     from caption_train.config.training import TrainOptions
 
     model, processor = make_small_model(text={"ff_dim": 256})
-    write_official(tmp_path, model.config, model.state_dict(), processor.tokenizer)
+    write_legacy(tmp_path, model.config, model.state_dict(), processor.tokenizer)
     config = make_quantization_config(TrainOptions(quantize="4bit"))
     quantized, _ = FAMILY.load(str(tmp_path), quantization_config=config)
     kinds = {type(module).__name__ for module in quantized.model.language_model.modules()}
     assert "Linear4bit" in kinds and "Linear" not in kinds
     assert torch.equal(quantized.model.region.coord_features, model.model.region.coord_features)
     with pytest.raises(CaptionTrainError, match="no quantized weights"):
-        write_official(tmp_path / "out", quantized.config, quantized.state_dict())
+        write_legacy(tmp_path / "out", quantized.config, quantized.state_dict())
 
 
 def test_an_exported_model_says_its_precision(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from caption_train.families.moondream.legacy.names import to_official
+from caption_train.families.moondream.legacy.names import to_legacy
 from tests.fixtures.moondream import make_small_model
 
 HEAD = 64
@@ -89,7 +89,7 @@ def randomise(model):
     torch.manual_seed(1)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
-    return to_official(model.state_dict(), model.config)
+    return to_legacy(model.state_dict(), model.config)
 
 
 def test_image_embeddings_are_those_of_the_fused_tower():

@@ -16,16 +16,16 @@ from caption_train.families.moondream.config import (
     REGION_2B,
     MoondreamConfig,
     find_release,
+    legacy_dict,
     native_dict,
-    official_dict,
 )
 from caption_train.families.moondream.files import find_folder, find_weight_files, read_weights
 from caption_train.families.moondream.legacy.names import (
-    official_names,
-    old_name,
+    legacy_names,
+    name_of_2024,
+    to_legacy,
+    to_names_of_2024,
     to_native,
-    to_official,
-    to_old,
     transpose_features,
 )
 from caption_train.families.moondream.releases import RELEASES, REVISIONS
@@ -60,7 +60,7 @@ _DIMENSIONS = {
 _QKV = "text.blocks.0.attn.qkv.weight"
 
 
-def read_official(
+def read_legacy(
     model_id: str | Path | None, *, revision: str | None = None, **kwargs: Any
 ) -> tuple[MoondreamConfig, dict[str, torch.Tensor]] | None:
     """Read config and weights of an official checkpoint.
@@ -86,17 +86,17 @@ def read_official(
     tensors = {new: raw[name] for new, name in names.items()}
     if old := any(name.startswith("text_model.") for name in raw):
         tensors = transpose_features(tensors)
-    official = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
-    _check_release(model_id, revision, official)
+    legacy = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
+    _check_release(model_id, revision, legacy)
     try:
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        config = _describe(official, shapes, old, revision)
+        config = _describe(legacy, shapes, old, revision)
         return config, to_native(tensors, config)
     except CaptionTrainError as error:
         raise CaptionTrainError(f"--model_id {model_id}: {error}") from error
 
 
-def write_official(
+def write_legacy(
     folder: Path | str, config: MoondreamConfig, state: dict[str, torch.Tensor], tokenizer: Any = None
 ) -> None:
     """Write config.json, model.safetensors and tokenizer.json as this release's official code reads them.
@@ -117,12 +117,12 @@ def write_official(
         )
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".model.safetensors.tmp"
-    tensors = to_official(state, config)
+    tensors = to_legacy(state, config)
     if config.crops == "fixed":
-        tensors = to_old(tensors)
+        tensors = to_names_of_2024(tensors)
     save_file(tensors, temporary, metadata={"format": "pt"})
     temporary.replace(folder / "model.safetensors")
-    write_atomically(folder / "config.json", json.dumps(official_dict(config, dtype), indent=2) + "\n")
+    write_atomically(folder / "config.json", json.dumps(legacy_dict(config, dtype), indent=2) + "\n")
     if tokenizer is not None:
         write_atomically(folder / "tokenizer.json", tokenizer.backend_tokenizer.to_str(pretty=True))
 
@@ -136,9 +136,9 @@ def _new_names(names: list[str]) -> dict[str, str] | None:
     if not any(name.startswith(("text_model.", "vision_encoder.")) for name in weights):
         return None
     layers = _count_layers(weights, r"(?:\.blocks|\.h)")
-    every = official_names(MoondreamConfig(**_layer_counts(layers)))
-    olds = {old_name(new): new for new in every}
-    return {olds.get(short, short): n for short, n in weights.items()}
+    every = legacy_names(MoondreamConfig(**_layer_counts(layers)))
+    of_2024 = {name_of_2024(name): name for name in every}
+    return {of_2024.get(short, short): n for short, n in weights.items()}
 
 
 def _count_layers(names: Any, stack: str) -> int:
@@ -150,13 +150,13 @@ def _layer_counts(layers: int) -> dict[str, Any]:
     return {"text_config": sizes, "vision_config": sizes, "region": REGION_2B}
 
 
-def _check_release(model_id: str | Path, revision: str | None, official: dict[str, Any]) -> None:
+def _check_release(model_id: str | Path, revision: str | None, legacy: dict[str, Any]) -> None:
     """Refuse a revision that is no release, if config.json does not say what depends on the release."""
     if Path(model_id).is_dir():
         if revision not in (None, *REVISIONS):
             raise UsageError(f"--revision {revision}: the releases of Moondream 2 are {', '.join(RELEASES)}")
         return
-    told = "bos_id" in ((official.get("config") or {}).get("tokenizer") or {})
+    told = "bos_id" in ((legacy.get("config") or {}).get("tokenizer") or {})
     if revision not in (None, "main", *REVISIONS) and not told:
         raise UsageError(
             f"--revision {revision}: nothing in {model_id} says whose prompts and tokenizer these weights "
@@ -166,11 +166,11 @@ def _check_release(model_id: str | Path, revision: str | None, official: dict[st
 
 
 def _describe(
-    official: dict[str, Any], shapes: dict[str, list[int]], old: bool, revision: str | None
+    legacy: dict[str, Any], shapes: dict[str, list[int]], old: bool, revision: str | None
 ) -> MoondreamConfig:
     """Return the config: from config.json first, then the shapes of the weights, then the release."""
     nested = {
-        part: dict((official.get("config") or {}).get(part) or {}) for part in (*_DIMENSIONS, "tokenizer")
+        part: dict((legacy.get("config") or {}).get(part) or {}) for part in (*_DIMENSIONS, "tokenizer")
     }
     telling = {name for part in ("text", "vision") for name, _ in _DIMENSIONS[part].values()} | {_QKV}
     if missing := sorted(telling - shapes.keys()):
@@ -178,26 +178,26 @@ def _describe(
     for part, dimensions in _DIMENSIONS.items():
         for key, (name, axis) in dimensions.items():
             if name in shapes:
-                _settle(nested[part], f"{part}.{key}", key, shapes[name][axis])
+                _set_or_check(nested[part], f"{part}.{key}", key, shapes[name][axis])
     text = nested["text"]
     heads = text.setdefault("n_heads", text["dim"] // 64)
-    _settle(text, "text.n_kv_heads", "n_kv_heads", (shapes[_QKV][0] // 64 - heads) // 2)
+    _set_or_check(text, "text.n_kv_heads", "n_kv_heads", (shapes[_QKV][0] // 64 - heads) // 2)
     for part, key in (("text", "n_layers"), ("vision", "enc_n_layers")):
-        _settle(nested[part], f"{part}.{key}", key, _count_layers(shapes, rf"^{part}\.blocks"))
+        _set_or_check(nested[part], f"{part}.{key}", key, _count_layers(shapes, rf"^{part}\.blocks"))
     if "enc_n_heads" not in nested["vision"] and nested["vision"]["enc_dim"] % 72:
         raise CaptionTrainError(
             f"config.json does not give vision.enc_n_heads, and {nested['vision']['enc_dim']} is no multiple "
             "of the released models' 72"
         )
-    if old and "HfMoondream" not in (official.get("architectures") or ()):
-        official = {**official, "architectures": ["Moondream"]}
-    fields = native_dict({**official, "config": nested}, find_release(official, revision))
+    if old and "HfMoondream" not in (legacy.get("architectures") or ()):
+        legacy = {**legacy, "architectures": ["Moondream"]}
+    fields = native_dict({**legacy, "config": nested}, find_release(legacy, revision))
     if not any(name.startswith("region.") for name in shapes):
         fields["region"] = None
     return MoondreamConfig(**fields)
 
 
-def _settle(nested: dict[str, Any], label: str, key: str, seen: int) -> None:
+def _set_or_check(nested: dict[str, Any], label: str, key: str, seen: int) -> None:
     told = nested.get(key)
     if told is not None and told != seen:
         raise CaptionTrainError(f"config.json says {label} = {told}, the weights have {seen}")

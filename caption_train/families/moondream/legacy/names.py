@@ -65,7 +65,7 @@ _OLD_NAMES = (
 )
 
 
-def official_names(config: MoondreamConfig) -> dict[str, tuple[str, ...]]:
+def legacy_names(config: MoondreamConfig) -> dict[str, tuple[str, ...]]:
     """Return each tensor name of the new layout, without `model.`, with the native names it joins."""
     names = {
         "vision.pos_emb": ("model.vision_tower.embeddings.position_embedding.weight",),
@@ -89,7 +89,7 @@ def official_names(config: MoondreamConfig) -> dict[str, tuple[str, ...]]:
     return names
 
 
-def official_shapes(config: MoondreamConfig) -> dict[str, tuple[int, ...]]:
+def legacy_shapes(config: MoondreamConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of each tensor of the new layout, by its name without `model.`."""
     text, vision = config.text_config, config.vision_config
     wide, seen, inner = text.hidden_size, vision.hidden_size, config.projector_dim
@@ -120,7 +120,7 @@ def official_shapes(config: MoondreamConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def old_name(name: str) -> str:
+def name_of_2024(name: str) -> str:
     """Return the old-layout name of a tensor of the new layout."""
     for pattern, replacement in _OLD_NAMES:
         name = re.sub(pattern, replacement, name)
@@ -137,7 +137,7 @@ def to_native(tensors: Mapping[str, torch.Tensor], config: MoondreamConfig) -> d
     Raises:
         CaptionTrainError: names every tensor that is missing, left over or of another shape.
     """
-    table, shapes = official_names(config), official_shapes(config)
+    table, shapes = legacy_names(config), legacy_shapes(config)
     if missing := sorted(table.keys() - tensors.keys()):
         raise CaptionTrainError(f"{len(missing)} tensors are not in the checkpoint: {shorten(missing)}")
     if unknown := sorted(tensors.keys() - table.keys()):
@@ -165,10 +165,10 @@ def to_native(tensors: Mapping[str, torch.Tensor], config: MoondreamConfig) -> d
     return state
 
 
-def to_official(state: Mapping[str, torch.Tensor], config: MoondreamConfig) -> dict[str, torch.Tensor]:
+def to_legacy(state: Mapping[str, torch.Tensor], config: MoondreamConfig) -> dict[str, torch.Tensor]:
     """Turn a native state dict into the new layout, with `model.`: the exact inverse of `to_native`."""
     tensors = {}
-    for theirs, ours in official_names(config).items():
+    for theirs, ours in legacy_names(config).items():
         tensor = state[ours[0]] if len(ours) == 1 else torch.cat([state[name] for name in ours])
         if theirs == "vision.patch_emb.weight":
             tensor = tensor.flatten(1)
@@ -178,10 +178,10 @@ def to_official(state: Mapping[str, torch.Tensor], config: MoondreamConfig) -> d
     return tensors
 
 
-def to_old(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def to_names_of_2024(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Turn tensors of the new layout, with `model.`, into the layout of 2024."""
     new = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    return {old_name(name): tensor for name, tensor in transpose_features(new).items()}
+    return {name_of_2024(name): tensor for name, tensor in transpose_features(new).items()}
 
 
 def transpose_features(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
