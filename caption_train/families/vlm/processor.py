@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caption_train.errors import UsageError
+from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families.vlm.chat import (
     ChatFormat,
     list_special_tokens,
@@ -180,7 +180,7 @@ def _build(folder: Path, config: PretrainedConfig, model_id: str) -> ProcessorMi
             image_processor = AutoImageProcessor.from_pretrained(
                 folder, backend="pil", trust_remote_code=False
             )
-    except (ImportError, UsageError) as error:
+    except (ImportError, CaptionTrainError) as error:
         if "torchvision" not in str(error):
             raise
         kind = _name_image_processor(folder, config)
