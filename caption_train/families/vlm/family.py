@@ -32,6 +32,7 @@ class Vlm(Family):
     train_defaults = {"train_parts": ["language"]}
     presets = PRESETS
     settings = ("system_prompt", "max_pixels")
+    can_be_served = True
 
     def describe(self, model_id: str, revision: str | None = None) -> ModelFacts:
         """Return parts, LoRA targets and the default prompt of a checkpoint; see `Family.describe`."""
@@ -39,6 +40,14 @@ class Vlm(Family):
         from caption_train.families.vlm.parts import read_facts
 
         return read_facts(find_folder(model_id, revision), model_id)
+
+    def write_conversation(
+        self, image: Image.Image, prompt: str, settings: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Return messages with the image in a data URL; see `Family.write_conversation`."""
+        from caption_train.families.vlm.served import write_conversation
+
+        return write_conversation(image, prompt, settings)
 
     def check_inputs(self, processor: VlmProcessor, prompts: Sequence[str]) -> None:
         """Refuse special tokens in any prompt, and a prompt that is too long; see `Family.check_inputs`."""
