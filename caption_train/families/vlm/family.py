@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from caption_train.families.base import Batch, Family, Generated, ModelFacts
-from caption_train.families.vlm.presets import DEFAULT_PROMPT, PRESETS
+from caption_train.families.presets import PRESETS
+from caption_train.families.vlm.presets import DEFAULT_PROMPT
 
 if TYPE_CHECKING:
     import torch
