@@ -18,7 +18,7 @@ from caption_train.families import FAMILIES, get_family
 if TYPE_CHECKING:
     from PIL import Image
 
-    from caption_train.captioning.generate import CaptionResult, Unreadable
+    from caption_train.captioning.result import CaptionResult, Unreadable
     from caption_train.config.captioning import CaptionOptions
     from caption_train.families.base import Family
 
@@ -111,7 +111,7 @@ def caption(
         CaptionTrainError: an image cannot be read, or the model cannot be loaded.
     """
     from caption_train.adapters.record import read_adapter, read_request, resolve_base
-    from caption_train.captioning.generate import Unreadable
+    from caption_train.captioning.result import Unreadable
     from caption_train.config.captioning import CaptionOptions
 
     images = list(images) if isinstance(images, Iterable) and not isinstance(images, str) else [images]

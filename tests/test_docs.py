@@ -17,6 +17,8 @@ MAINS = {
     "train_blip_network.py": lambda argv: train_main("blip", argv),
     "train_florence_lora.py": lambda argv: train_main("florence", argv),
     "train_moondream_lora.py": lambda argv: train_main("moondream", argv),
+    "train_vlm_lora.py": lambda argv: train_main("vlm", argv),
+    "inference_vlm.py": lambda argv: caption_main("vlm", argv),
     "inference.py": lambda argv: caption_main("blip", argv),
     "inference_florence.py": lambda argv: caption_main("florence", argv),
     "inference_moondream.py": lambda argv: caption_main("moondream", argv),

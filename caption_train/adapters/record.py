@@ -130,16 +130,41 @@ def resolve_base(
         trained |= {k: v for k, v in {"prompt": adapter.prompt, **adapter.settings}.items() if v is not None}
     facts = family.describe(model_id, revision)
     asked = {"prompt": prompt, **(settings or {})}
-    changes = tuple(
-        f"--{name} {value!r}: the model was trained with {trained[name]!r}"
-        for name, value in asked.items()
-        if family.settings and None not in (value, trained.get(name)) and value != trained[name]
-    )
+    changes = _list_changes(asked, trained) if family.settings else ()
     chosen = {name: trained.get(name) if value is None else value for name, value in asked.items()}
     prompt = chosen.pop("prompt")
     prompt = facts.default_prompt if prompt is None else prompt
     family.check_prompt(prompt)
     return Base(model_id, revision, prompt, facts, chosen, changes)
+
+
+def name_served(
+    family: Family,
+    model: str,
+    prompt: str | None,
+    settings: Mapping[str, Any],
+    adapter: AdapterInfo | None = None,
+) -> Base:
+    """Return what a served model is asked: as `resolve_base`, but the server holds base and adapter."""
+    trained: dict[str, Any] = {}
+    if adapter is not None:
+        _check_family(f"--peft_model {adapter.folder}", adapter.family, family.name)
+        trained = {"prompt": adapter.prompt, **adapter.settings}
+    asked = {"prompt": prompt, **settings}
+    chosen = {name: trained.get(name) if value is None else value for name, value in asked.items()}
+    changes = _list_changes(asked, trained)
+    found = chosen.pop("prompt")
+    return Base(
+        model, None, family.facts.default_prompt if found is None else found, family.facts, chosen, changes
+    )
+
+
+def _list_changes(asked: Mapping[str, Any], trained: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(
+        f"--{name} {value!r}: the model was trained with {trained[name]!r}"
+        for name, value in asked.items()
+        if None not in (value, trained.get(name)) and value != trained[name]
+    )
 
 
 def read_request(options: Any, family: Family) -> tuple[str | None, dict[str, Any]]:

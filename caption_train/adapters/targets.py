@@ -28,7 +28,7 @@ def choose_targets(model: nn.Module, targets: Sequence[str], parts: Sequence[str
         UsageError: a part has no Linear.
     """
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    chosen = list(targets)
+    chosen = _name_each(model, targets, parts)
     for part in parts:
         held = [name for name in linears if re.fullmatch(part, name)]
         if not held:
@@ -36,6 +36,23 @@ def choose_targets(model: nn.Module, targets: Sequence[str], parts: Sequence[str
         if not any(f".{name}".endswith(tuple(f".{target}" for target in targets)) for name in held):
             chosen += held
     return chosen
+
+
+def _name_each(model: nn.Module, targets: Sequence[str], parts: Sequence[str]) -> list[str]:
+    """Return `targets`, or the full names of what they mean where they also name wrappers of a Linear.
+
+    Gemma 4's vision tower has Linears inside modules that are called q_proj too, which no LoRA goes on.
+    """
+    endings = tuple(f".{target}" for target in targets)
+    left_out = outside(parts) or r"(?!)"
+    meant = {
+        name: module
+        for name, module in model.named_modules()
+        if f".{name}".endswith(endings) and not re.fullmatch(left_out, name)
+    }
+    if all(isinstance(module, TRAINABLE_KINDS) for module in meant.values()):
+        return list(targets)
+    return [name for name, module in meant.items() if isinstance(module, TRAINABLE_KINDS)]
 
 
 def outside(parts: Sequence[str]) -> str | None:

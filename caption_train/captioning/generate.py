@@ -14,6 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from caption_train.adapters.record import Base
+from caption_train.captioning.result import CaptionResult, Unreadable
 from caption_train.captioning.sampling import make_sampler
 from caption_train.config.captioning import CaptionOptions
 from caption_train.data.images import ImageError, normalize_image, open_image
@@ -25,23 +26,6 @@ from caption_train.system.signals import leave_signals_to_parent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
-
-
-@dataclass(frozen=True)
-class CaptionResult:
-    """A captioned image. size: its (width, height) in pixels, upright."""
-
-    image: Path
-    size: tuple[int, int]
-    generated: Generated
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """An image that could not be captioned. reason: one line that begins with its path."""
-
-    image: Path
-    reason: str
 
 
 @dataclass

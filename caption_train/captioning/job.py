@@ -6,7 +6,7 @@ torch is imported only if there is an image to caption.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from caption_train.captioning.drawings import Drawings
 from caption_train.captioning.outputs import Outputs, wrap_caption
 from caption_train.captioning.plan import make_plan
+from caption_train.captioning.result import CaptionResult, Unreadable
 from caption_train.captioning.summary import CaptioningSummary
 from caption_train.config.captioning import CaptionOptions
 from caption_train.errors import CaptionTrainError
@@ -27,8 +28,6 @@ from caption_train.system.signals import Terminated, raising_terminated
 
 if TYPE_CHECKING:
     import torch
-
-    from caption_train.captioning.generate import CaptionResult, Unreadable
 
 
 def caption_folder(options: CaptionOptions, family: Family) -> int:
@@ -107,33 +106,8 @@ class CaptionJob:
             print_line(f"Interrupted: {count} captions are {kept}")
 
     def _caption(self, share: Sequence[Path]) -> None:
-        from caption_train.captioning.generate import (
-            Unreadable,
-            caption_images,
-            load_captioner,
-            make_generation,
-        )
-        from caption_train.system.devices import choose_device
-
         main = self.processes.is_main
-        device = choose_device(
-            self.options.device, local_rank=self.processes.local_rank, processes=self.processes.count
-        )
-        if main:
-            print_line(self._describe(device))
-        model, processor = load_captioner(self.family, self.plan.base, self.options, device)
-        if main:
-            for line in (*self.plan.base.changes, *self.family.describe_inputs(processor)):
-                print_line(line)
-        results = caption_images(
-            self.family,
-            model,
-            processor,
-            share,
-            make_generation(self.options, self.plan.base.prompt),
-            batch_size=self.options.batch_size,
-            num_workers=self.options.num_workers,
-        )
+        results = self._ask_endpoint(share) if self.options.endpoint else self._generate(share)
         start = time.monotonic()
         with ProgressBar(len(share), "captioning", "image", shown=main) as bar:
             for number, result in enumerate(results):
@@ -147,10 +121,46 @@ class CaptionJob:
                 else:
                     self.lines.append((number * self.processes.count + self.processes.rank, line))
 
+    def _generate(self, share: Sequence[Path]) -> Iterator[CaptionResult | Unreadable]:
+        """Load the model and caption with it."""
+        from caption_train.captioning.generate import caption_images, load_captioner, make_generation
+        from caption_train.system.devices import choose_device
+
+        main = self.processes.is_main
+        device = choose_device(
+            self.options.device, local_rank=self.processes.local_rank, processes=self.processes.count
+        )
+        if main:
+            print_line(self._describe(device))
+        model, processor = load_captioner(self.family, self.plan.base, self.options, device)
+        if main:
+            print_line(*self.plan.base.changes, *self.family.describe_inputs(processor))
+        return caption_images(
+            self.family,
+            model,
+            processor,
+            share,
+            make_generation(self.options, self.plan.base.prompt),
+            batch_size=self.options.batch_size,
+            num_workers=self.options.num_workers,
+        )
+
+    def _ask_endpoint(self, share: Sequence[Path]) -> Iterator[CaptionResult | Unreadable]:
+        """Have a server caption."""
+        from caption_train.captioning.endpoint import Endpoint, caption_by_endpoint
+
+        endpoint = Endpoint.from_options(self.options)
+        if self.processes.is_main:
+            prompt = escape_unprintable(self.plan.base.prompt)
+            print_line(
+                f"Captioning {len(self.plan.pending):,} of {len(self.plan.images):,} images with "
+                f'{endpoint.model} at {endpoint.url}, prompt "{prompt}"',
+                *self.plan.base.changes,
+            )
+        return caption_by_endpoint(endpoint, self.family, share, self.plan.base)
+
     def _handle(self, result: CaptionResult | Unreadable) -> str:
         """Write and count the result of one image; return it as a line."""
-        from caption_train.captioning.generate import Unreadable
-
         if isinstance(result, Unreadable):
             self.tally.unreadable.append(result.reason)
             return result.reason

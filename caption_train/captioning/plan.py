@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from caption_train.adapters.record import Base, read_adapter, read_request, resolve_base
+from caption_train.adapters.record import Base, name_served, read_adapter, read_request, resolve_base
 from caption_train.captioning.drawings import Drawings
 from caption_train.captioning.inputs import find_inputs
 from caption_train.captioning.outputs import Outputs
@@ -42,5 +42,8 @@ def make_plan(options: CaptionOptions, family: Family, outputs: Outputs) -> Capt
         Drawings(options.visualize, inputs.images)
     adapter = read_adapter(options.peft_model) if options.peft_model else None
     prompt, settings = read_request(options, family)
+    if options.endpoint:
+        base = name_served(family, options.model, prompt, settings, adapter)
+        return CaptionPlan(inputs.images, outputs.find_pending(inputs.images), inputs.missing, base)
     base = resolve_base(family, options.base_model, options.revision, prompt, adapter, settings=settings)
     return CaptionPlan(inputs.images, outputs.find_pending(inputs.images), inputs.missing, base)

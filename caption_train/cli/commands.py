@@ -213,6 +213,7 @@ def _family_flags(family: Family) -> dict[str, Any]:
         "visualize": not family.draws_answers,
         "cache_converted": not family.converts_checkpoints,
         "preset": not family.presets,
+        **dict.fromkeys(("endpoint", "model", "concurrency", "timeout", "retries"), not family.can_be_served),
         **{name: name not in family.settings for name in ("system_prompt", "max_pixels")},
     }
     choices = {"task": family.tasks, "preset": tuple(family.presets)}

@@ -6,8 +6,14 @@ from pathlib import Path
 
 from caption_train.config.fields import LARGEST_SEED, find_above, find_below, flag
 
+KEY_VARIABLE = "CAPTION_TRAIN_API_KEY"
+"""Environment variable of a server's key: no flag, which other users of the machine would see."""
+
 _model = partial(flag, group="model")
 _input = partial(flag, group="images")
+_server = partial(
+    flag, group=f"a served model (its key, if it wants one, in the environment variable {KEY_VARIABLE})"
+)
 _captions = partial(flag, group="captions")
 _output = partial(flag, group="output")
 
@@ -31,6 +37,14 @@ class CaptionOptions:
         None, "device to run on, such as cuda, cuda:1, mps or cpu (found if not given)"
     )
     dtype: str = _model("float32", "precision of the model", choices=("float32", "bfloat16", "float16"))
+
+    endpoint: str | None = _server(
+        None, "caption through an OpenAI-compatible server (vLLM, llama.cpp, SGLang) at this URL"
+    )
+    model: str | None = _server(None, "name that the server has for the model")
+    concurrency: int = _server(8, "requests under way at once")
+    timeout: float = _server(120.0, "seconds to wait for an answer")
+    retries: int = _server(5, "further tries, with growing pauses, where there is no answer")
 
     prompt: str | None = _captions(None, "text the model is given with every image (default: the adapter's)")
     task: str | None = _captions(None, "task token, instead of --prompt")
@@ -69,8 +83,10 @@ class CaptionOptions:
         problems = [] if self.images else ["--images is required"]
         problems += ["--images is empty; is a variable not set?"] if "" in self.images else []
         problems += find_above(self, LARGEST_SEED, "seed")
-        problems += find_below(self, 1, "beams", "max_token_length", "batch_size", "max_pixels")
-        problems += find_below(self, 0, "temperature", "seed", "num_workers")
+        problems += find_below(
+            self, 1, "beams", "max_token_length", "batch_size", "max_pixels", "concurrency"
+        )
+        problems += find_below(self, 0, "temperature", "seed", "num_workers", "retries")
         if not 0 < self.top_p <= 1:
             problems.append(f"--top_p is a probability above 0, up to 1; {self.top_p} is not")
         if self.top_p < 1 and not self.temperature:
@@ -85,4 +101,15 @@ class CaptionOptions:
             problems.append(f"--caption_extension {self.caption_extension!r} is no file extension like .txt")
         if self.output and self.output.suffix not in (".jsonl", ".csv"):
             problems.append(f"--output {self.output} must end in .jsonl or .csv")
+        return problems + self._check_endpoint()
+
+    def _check_endpoint(self) -> list[str]:
+        if self.endpoint is None:
+            return ["--model is the name of a served model: give --endpoint too"] if self.model else []
+        problems = [] if self.model else ["--endpoint needs --model, the server's name of the model"]
+        if self.base_model or self.beams:
+            flag = "--base_model" if self.base_model else "--beams"
+            problems.append(f"{flag} is for models loaded here: drop it, or --endpoint")
+        if not self.timeout > 0:
+            problems.append(f"--timeout must be above 0, not {self.timeout}")
         return problems

@@ -78,6 +78,15 @@ def inspect_image(path: Path | str) -> tuple[str, int]:
         return hashlib.file_digest(file, "sha256").hexdigest(), pixels
 
 
+def read_size(path: Path | str) -> int:
+    """Return how many pixels an image file says it has, from its first bytes; 0 for what is no image."""
+    try:
+        with _opening(path) as (_, image):
+            return image.width * image.height
+    except ImageError:
+        return 0
+
+
 @contextmanager
 def _opening(path: Path | str) -> Iterator[tuple[IO[bytes], Image.Image]]:
     """Open an image file and close it again; turn every error into an ImageError."""

@@ -82,6 +82,8 @@ class Family(ABC):
     """Prompts that `--preset` offers, by name; empty if the family reads none."""
     settings: Sequence[str] = ()
     """Flags that change what the processor makes of prompt and image: the names that `configure` takes."""
+    can_be_served = False
+    """Whether `write_conversation` asks a server that speaks OpenAI's chat API: `--endpoint`."""
     draws_answers = False
     """Whether `draw_answer` has something to draw, so that `--visualize` is allowed."""
     converts_checkpoints = False
@@ -181,6 +183,12 @@ class Family(ABC):
     def describe_inputs(self, processor: ProcessorMixin) -> list[str]:
         """Return lines on what the model reads of an image, such as how many tokens it takes."""
         return []
+
+    def write_conversation(
+        self, image: Image.Image, prompt: str, settings: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Return the messages that ask a served model for a caption, in the form of OpenAI's chat API."""
+        raise UsageError(f"--endpoint: {self.title} is not captioned with through a server")
 
     def parse_answer(self, text: str, prompt: str, image_size: tuple[int, int]) -> Any:
         """Return the boxes in a generated text.

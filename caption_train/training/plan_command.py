@@ -1,6 +1,7 @@
 """Runs `--plan`: prints the memory that a run would need, and flags with which it fits `--memory_budget`."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any
 
@@ -10,8 +11,9 @@ from rich.console import Console
 
 from caption_train.config.training import TrainOptions, parse_bytes
 from caption_train.data.dataset import read_dataset
-from caption_train.data.images import open_image
+from caption_train.data.images import ImageError, open_image, read_size
 from caption_train.data.pairs import Pair
+from caption_train.errors import CaptionTrainError
 from caption_train.families.base import Family
 from caption_train.system.devices import model_dtype, move_batch
 from caption_train.system.memory import peak_memory, resident_memory
@@ -93,7 +95,7 @@ def make_planner(options: TrainOptions, family: Family) -> tuple[Planner, TrainO
     model, processor = load_trainable(plain, family, base.facts, accelerator)
     family.configure(processor, base.settings)
     collate_fn = family.make_collator(processor, prompt=base.prompt, max_length=options.max_length)
-    batch = collate_fn([_find_longest(pairs)])
+    batch = collate_fn([_make_worst(pairs)])
     on_cpu = accelerator.device.type == "cpu"
     held = sum(p.nbytes for p in model.parameters())
     # Zero if the weights are mapped from the file: their pages are read only when they are first used.
@@ -135,6 +137,10 @@ def _measure_half(model: torch.nn.Module, batch: dict[str, Any]) -> Activations:
         return measure_activations(model, move_batch(batch, torch.device("cpu"), model_dtype(model)))
 
 
-def _find_longest(pairs: Sequence[Pair]) -> dict[str, Any]:
+def _make_worst(pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Return what needs the most memory: the longest caption on the largest image that can be read."""
     longest = max(pairs, key=lambda pair: len(pair.caption))
-    return {"image": open_image(longest.image)} | longest.texts
+    for pair in sorted(pairs, key=lambda pair: read_size(pair.image), reverse=True):
+        with suppress(ImageError):
+            return {"image": open_image(pair.image)} | longest.texts
+    raise CaptionTrainError("none of the images can be read")

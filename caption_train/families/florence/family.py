@@ -52,6 +52,7 @@ class Florence(Family):
         default_prompt="<CAPTION>",
     )
     tasks = tuple(TASKS)
+    presets = {"descriptive": "<MORE_DETAILED_CAPTION>", "short": "<CAPTION>"}
     draws_answers = True
     converts_checkpoints = True
     has_legacy_layout = True

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caption_train.families.base import Batch, Family, Generated, ModelFacts
+from caption_train.families.presets import PRESETS
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,7 @@ class Moondream(Family):
     )
     train_defaults = {"train_parts": ["language"]}
     tasks = ("short", "normal", "long")
+    presets = PRESETS | {"descriptive": "long", "short": "short"}
     has_legacy_layout = True
 
     def load(

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from caption_train.families.base import Batch, Family, Generated, ModelFacts
-from caption_train.families.vlm.presets import DEFAULT_PROMPT, PRESETS
+from caption_train.families.presets import PRESETS
+from caption_train.families.vlm.presets import DEFAULT_PROMPT
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,7 @@ class Vlm(Family):
     train_defaults = {"train_parts": ["language"]}
     presets = PRESETS
     settings = ("system_prompt", "max_pixels")
+    can_be_served = True
 
     def describe(self, model_id: str, revision: str | None = None) -> ModelFacts:
         """Return parts, LoRA targets and the default prompt of a checkpoint; see `Family.describe`."""
@@ -39,6 +41,14 @@ class Vlm(Family):
         from caption_train.families.vlm.parts import read_facts
 
         return read_facts(find_folder(model_id, revision), model_id)
+
+    def write_conversation(
+        self, image: Image.Image, prompt: str, settings: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Return messages with the image in a data URL; see `Family.write_conversation`."""
+        from caption_train.families.vlm.served import write_conversation
+
+        return write_conversation(image, prompt, settings)
 
     def check_inputs(self, processor: VlmProcessor, prompts: Sequence[str]) -> None:
         """Refuse special tokens in any prompt, and a prompt that is too long; see `Family.check_inputs`."""

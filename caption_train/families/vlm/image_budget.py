@@ -47,7 +47,9 @@ def has_bound(image_processor: Any, size: dict[str, Any]) -> bool:
 
 def describe_budget(processor: VlmProcessor, bound: int | None) -> str:
     """Return a line on how many tokens images take: the largest there may be, and one of a common size."""
-    side = math.isqrt(bound or 4096 * 4096)
+    # No larger than need be: what an image takes to read counts in a run's peak memory.
+    size = dict(getattr(processor.image_processor, "size", None) or {})
+    side = math.isqrt(bound) if bound else 2048 if has_bound(processor.image_processor, size) else 640
     most, example = count_image_tokens(processor, (side, side)), count_image_tokens(processor, EXAMPLE)
     what = f"at most {bound:,} pixels (--max_pixels)" if bound else "the size that the checkpoint sets"
     if most == example:
@@ -69,7 +71,7 @@ def count_image_tokens(processor: VlmProcessor, size: tuple[int, int]) -> int:
 
 def _grows(processor: VlmProcessor) -> bool:
     """Tell whether larger images take more tokens without end."""
-    small, large = (count_image_tokens(processor, (side, side)) for side in (1024, 2048))
+    small, large = (count_image_tokens(processor, (side, side)) for side in (512, 1024))
     return large > 2 * small
 
 

@@ -35,8 +35,8 @@ def find_parts(model: PreTrainedModel, model_id: str) -> dict[str, str]:
     """Return `vision`, `projector`, `language`: regular expressions that match a part's module names in full.
 
     Language is the decoder and what stands behind it, such as `lm_head`; vision is the image encoder; all
-    other modules with weights are the projector, and inside vision those that are named like one. What hears
-    is no part, so never trained.
+    other modules with weights are the projector, and inside vision those that are named like one. What
+    `find_dead` finds, and what hears, is no part, so never trained.
 
     Raises:
         UsageError: the model has no decoder or no image encoder apart from the rest.
@@ -48,6 +48,7 @@ def find_parts(model: PreTrainedModel, model_id: str) -> dict[str, str]:
         raise UsageError(
             f"--model_id {model_id}: vision and language cannot be told apart in {type(model).__name__}"
         )
+    dead = find_dead(model, encoder, decoder)
     inside = [name for name in _outermost(_holders(encoder)) if PROJECTORS.search(name)]
     inside = [f"{vision}.{name}" for name in inside]
     heads = [name for name, module in model.named_children() if module is model.get_output_embeddings()]
@@ -57,12 +58,39 @@ def find_parts(model: PreTrainedModel, model_id: str) -> dict[str, str]:
     # A parameter of the whole, such as LLaVA-NeXT's `image_newline`: the module itself, not what is in it.
     bare = [name for name in rest if any(_is_below(top, [name]) for top in tops)]
     projector = [*_outermost(name for name in rest if name not in bare), *inside]
-    patterns = [_pattern(projector)] if projector else []
+    patterns = [_pattern(projector, without=dead)] if projector else []
     return {
-        "vision": _pattern([vision], without=inside),
+        "vision": _pattern([vision], without=[*inside, *dead]),
         "projector": "|".join([*patterns, *map(re.escape, bare)]) or r"(?!)",
         "language": _pattern([language, *heads]),
     }
+
+
+def find_dead(model: PreTrainedModel, encoder: nn.Module, decoder: nn.Module) -> list[str]:
+    """Return modules of the image encoder whose output nothing reads, so that no gradient reaches them.
+
+    They are the layers behind LLaVA's `vision_feature_layer`, the pooling head of a SigLIP tower, and the
+    mergers of Qwen3-VL that would add to what the last text layer has already put out.
+    """
+    from torch import nn
+
+    names = {id(module): name for name, module in model.named_modules()}
+    lists = [m for m in encoder.modules() if isinstance(m, nn.ModuleList)]
+    layers = max((m for m in lists if not PROJECTORS.search(names[id(m)])), key=len, default=[])
+    feature = getattr(model.config, "vision_feature_layer", None)
+    feature = getattr(model.config, "vision_feature_layers", None) if feature is None else feature
+    dead = []
+    if feature is not None:
+        # Entry 0 of the hidden states is what goes into the first layer.
+        asked = feature if isinstance(feature, list | tuple) else [feature]
+        used = max(index if index >= 0 else len(layers) + 1 + index for index in asked)
+        dead += [names[id(layer)] for layer in list(layers)[used:]]
+    dead += [names[id(m)] for name, m in encoder.named_modules() if name.rpartition(".")[2] == "head"]
+    depth = max((len(m) for m in decoder.modules() if isinstance(m, nn.ModuleList)), default=0)
+    for module in lists:
+        if names[id(module)].endswith("deepstack_merger_list"):
+            dead += [names[id(merger)] for merger in list(module)[max(depth - 1, 0) :]]
+    return dead
 
 
 def find_targets(model: nn.Module, parts: Mapping[str, str]) -> tuple[str, ...]:

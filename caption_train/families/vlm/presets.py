@@ -1,13 +1,4 @@
-"""Prompts: what `--preset` offers, and what some checkpoints' authors trained theirs with. A plain table."""
-
-PRESETS = {
-    "descriptive": "Describe this image in detail.",
-    "short": "Describe this image in one short sentence.",
-    "tags": "List tags for this image, separated by commas: subject, attributes, setting, style, lighting.",
-    "sd_prompt": "Write a text-to-image prompt that would produce this image. Answer with the prompt alone.",
-    "alt_text": "Write alternative text for this image, for people who cannot see it, in 125 characters.",
-}
-"""Values of `--preset` → the prompt it stands for."""
+"""Prompts that some checkpoints' authors trained theirs with. A plain table."""
 
 DEFAULT_PROMPT = "Describe this image."
 

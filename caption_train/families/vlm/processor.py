@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caption_train.errors import UsageError
+from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families.vlm.chat import (
     ChatFormat,
     list_special_tokens,
@@ -138,6 +138,8 @@ def load_processor(folder: Path, config: PretrainedConfig, model_class: type, mo
     if positions := getattr(text_config, "max_position_embeddings", None):
         tokenizer.model_max_length = positions
     files = {name: read_json(folder / name) for name in (PROCESSOR_FILE, IMAGE_FILE, VIDEO_FILE)}
+    if not files[VIDEO_FILE] and "video_processor" not in files[PROCESSOR_FILE]:
+        files[VIDEO_FILE] = _name_video_processor(inner, config)
     return VlmProcessor(
         inner,
         find_chat_format(inner, find_stop_ids(folder, config, tokenizer), model_id),
@@ -180,7 +182,7 @@ def _build(folder: Path, config: PretrainedConfig, model_id: str) -> ProcessorMi
             image_processor = AutoImageProcessor.from_pretrained(
                 folder, backend="pil", trust_remote_code=False
             )
-    except (ImportError, UsageError) as error:
+    except (ImportError, CaptionTrainError) as error:
         if "torchvision" not in str(error):
             raise
         kind = _name_image_processor(folder, config)
@@ -234,6 +236,23 @@ def _find_class_name(folder: Path, config: PretrainedConfig) -> str | None:
 def _name_image_processor(folder: Path, config: PretrainedConfig) -> str:
     settings = read_json(folder / PROCESSOR_FILE).get("image_processor") or read_json(folder / IMAGE_FILE)
     return settings.get("image_processor_type") or f"the image processor of {config.model_type}"
+
+
+def _name_video_processor(inner: ProcessorMixin, config: PretrainedConfig) -> dict[str, Any]:
+    """Return the settings that name a processor's part for videos, {} where it has none.
+
+    AutoProcessor finds its class by config.json, which an adapter's folder does not hold. Without torchvision
+    transformers does not tell the class, so its name is read from the module that defines it.
+    """
+    import transformers
+
+    if "video_processor" not in type(inner).get_attributes():
+        return {}
+    kind = config.model_type
+    path = Path(transformers.__file__).parent / "models" / kind / f"video_processing_{kind}.py"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    found = re.search(r"^class (\w+VideoProcessor)\(", text, re.MULTILINE)
+    return {"video_processor_type": found.group(1)} if found else {}
 
 
 def _own_settings(inner: ProcessorMixin) -> dict[str, Any]:
