@@ -98,7 +98,7 @@ class ProgressBar:
             total=total,
             initial=initial,
             desc=label,
-            unit=unit,
+            unit=f" {unit}",
             leave=leave,
             dynamic_ncols=True,
             disable=not (self.shown and sys.stderr.isatty()),

@@ -98,7 +98,7 @@ class Trainer:
                 progress.seconds += time.perf_counter() - started
                 values = {"loss": loss, "learning_rate": rate, "grad_norm": grad_norm}
                 self.log.write(step + 1, plan.epoch_of(step), values)
-                bar.update(f"loss {loss:.4f}, learning rate {rate:.2e}")
+                bar.update(f"loss {loss:.4f}, lr {rate:.1e}")
                 self.evaluator.after_step(step)
                 self.sampler.after_step(step)
                 # Measured before the save, so that it is in the checkpoint. The save counts to the next step.
