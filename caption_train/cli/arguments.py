@@ -1,6 +1,8 @@
 """Makes a command line from a dataclass: parser, `--config file.yaml`, checks."""
 
 import argparse
+import difflib
+import itertools
 import sys
 import typing
 from collections.abc import Mapping, Sequence
@@ -43,7 +45,9 @@ def parse_options(
     defaults = {name: _default_of(f) for name, f in flags.items()} | dict(defaults or {})
     choices = {name: f.metadata["choices"] for name, f in flags.items()} | dict(choices or {})
     parser = _build_parser(options_class, flags, prog, description, positionals, defaults, choices)
-    argv = _complete_bare_flags(sys.argv[1:] if argv is None else argv, flags)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    _refuse_unknown_flags(parser, argv, flags)
+    argv = _complete_bare_flags(argv, flags)
     given = _merge_positionals(vars(parser.parse_intermixed_args(argv)), positionals)
     config_path = given.pop("config", None)
     config = read_config_file(config_path, options_class, flags, choices) if config_path else {}
@@ -82,10 +86,11 @@ def _build_parser(
     hints = typing.get_type_hints(options_class)
     groups: dict[str, argparse._ArgumentGroup] = {}
     for name in positionals:
+        many = typing.get_origin(kind_of(hints[name])) is list
         parser.add_argument(
             name + BY_POSITION,
-            nargs="?",
-            type=path,
+            nargs="*" if many else "?",
+            type=str if many else path,
             default=argparse.SUPPRESS,
             metavar=name,
             help=f"as --{name}",
@@ -130,6 +135,41 @@ def _argument(flag: Field, hint: Any, default: Any, choices: Sequence[str] | Non
     return keywords
 
 
+OTHER_NAMES = {
+    **dict.fromkeys(("lr",), ("learning_rate",)),
+    **dict.fromkeys(("num_epochs", "num_train_epochs", "max_train_epochs"), ("epochs",)),
+    **dict.fromkeys(("lora_r", "lora_rank", "network_dim", "dim", "r"), ("rank",)),
+    **dict.fromkeys(("lora_alpha", "network_alpha"), ("alpha",)),
+    **dict.fromkeys(("train_batch_size", "per_device_train_batch_size"), ("batch_size",)),
+    **dict.fromkeys(("num_beams",), ("beams",)),
+    **dict.fromkeys(("max_new_tokens", "max_tokens"), ("max_token_length",)),
+    **dict.fromkeys(("model", "base", "pretrained_model_name_or_path"), ("model_id", "base_model")),
+    **dict.fromkeys(("lora", "adapter", "lora_path", "lora_weights"), ("peft_model",)),
+    **dict.fromkeys(("image", "input", "input_dir", "image_dir"), ("images",)),
+    **dict.fromkeys(("train_data_dir", "data_dir", "dataset", "data"), ("dataset_dir",)),
+    **dict.fromkeys(("bf16", "fp16"), ("mixed_precision", "dtype")),
+}
+"""What other tools call our flags: name → ours, the first that a script has."""
+
+
+def _refuse_unknown_flags(
+    parser: argparse.ArgumentParser, argv: Sequence[str], flags: Mapping[str, Field]
+) -> None:
+    """Raise UsageError for the first flag that there is not, with the flag that was probably meant."""
+    known = {option for action in parser._actions for option in action.option_strings}
+    for token in itertools.takewhile(lambda token: token != "--", argv):
+        name = token.partition("=")[0]
+        if name.startswith("--") and name not in known:
+            meant = _guess_flag(name.removeprefix("--").replace("-", "_"), flags)
+            parser.error(f"unrecognized arguments: {name}" + (f"; did you mean --{meant}?" if meant else ""))
+
+
+def _guess_flag(name: str, flags: Mapping[str, Field]) -> str | None:
+    close = difflib.get_close_matches(name, flags, 1)
+    candidates = [name, *OTHER_NAMES.get(name, ()), *close]
+    return next((candidate for candidate in candidates if candidate in flags), None)
+
+
 def _default_of(flag: Field) -> Any:
     return flag.default if flag.default_factory is MISSING else flag.default_factory()
 
@@ -147,7 +187,7 @@ def _complete_bare_flags(argv: Sequence[str], flags: Mapping[str, Field]) -> lis
 
 def _merge_positionals(given: dict[str, Any], positionals: Sequence[str]) -> dict[str, Any]:
     for name in positionals:
-        value = given.pop(name + BY_POSITION, None)
+        value = given.pop(name + BY_POSITION, None) or None
         if value is not None and given.setdefault(name, value) != value:
             raise UsageError(f"--{name} {given[name]} and {name} {value}: give it once")
     return given

@@ -149,6 +149,7 @@ def caption_main(family_name: str, argv: Sequence[str] | None = None, prog: str 
                 model_id=family.model_id,
                 bases="\n  ".join(family.base_models),
             ),
+            positionals=("images",),
             **_family_flags(family),
         )
         set_quiet(options.quiet)

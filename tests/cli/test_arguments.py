@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from caption_train.cli.arguments import parse_options
+from caption_train.cli.commands import caption_main, train_main
 from caption_train.config.fields import flag
 from caption_train.errors import UsageError
 
@@ -173,3 +174,29 @@ def test_any_value_comes_through(count, rate, folder):
     argv = [f"--count={count}", f"--rate={rate!r}", f"--folder={folder}"]
     options = parse(*argv)
     assert (options.count, options.rate, options.folder) == (count, rate, Path(folder))
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("--lr", "--learning_rate"),
+        ("--epoch", "--epochs"),
+        ("--batch-size", "--batch_size"),
+        ("--lora_r", "--rank"),
+    ],
+)
+def test_an_unknown_flag_names_the_one_that_was_meant(flag, meant, capsys):
+    assert train_main("blip", [flag, "1"]) == 2
+    error = capsys.readouterr().err
+    assert f"{flag}; did you mean {meant}?" in error and len(error.splitlines()) == 1
+
+
+def test_a_flag_like_no_other_is_only_named(capsys):
+    assert train_main("blip", ["--xyzzy=3"]) == 2
+    assert "unrecognized arguments: --xyzzy (see" in capsys.readouterr().err
+
+
+def test_images_may_be_given_by_position(parsed):
+    caption_main("blip", ["a.png", "b.png", "--beams", "2"])
+    caption_main("blip", ["--images", "a.png", "b.png"])
+    assert [options.images for options in parsed] == [["a.png", "b.png"]] * 2
