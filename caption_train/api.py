@@ -6,18 +6,23 @@ UsageError or a CaptionTrainError.
 
 from __future__ import annotations
 
+import argparse
 import difflib
-from collections.abc import Iterable, Mapping
+import typing
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from caption_train.config.fields import convert_value
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import FAMILIES, get_family
+from caption_train.system.console import quiet_libraries, set_quiet
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from caption_train.adapters.record import Base
     from caption_train.captioning.result import CaptionResult, Unreadable
     from caption_train.config.captioning import CaptionOptions
     from caption_train.families.base import Family
@@ -42,7 +47,7 @@ def compile_dataset(dataset_dir: Path | str, output_dir: Path | str | None = Non
     Args:
         dataset_dir: the folder of pairs, or a Kohya folder.
         output_dir: where the dataset is written; None is dataset_dir itself.
-        flags: those of compile_captions.py.
+        flags: those of compile_captions.py but `dry_run`.
 
     Returns:
         The metadata.jsonl that was written.
@@ -51,7 +56,8 @@ def compile_dataset(dataset_dir: Path | str, output_dir: Path | str | None = Non
     from caption_train.config.compiling import CompileOptions
     from caption_train.data.formats import METADATA_NAME
 
-    options = _make_options(CompileOptions, flags, dataset_dir=dataset_dir, output_dir=output_dir)
+    given = flags | {"dataset_dir": dataset_dir, "output_dir": output_dir}
+    options = _make_options(CompileOptions, given, omit={"dry_run", "list_all"})
     compiled, losses = compile_folder(options)
     raise_problems(compiled, losses)
     return compiled.output_dir / METADATA_NAME
@@ -67,7 +73,8 @@ def train(
         dataset_dir: images with captions, or what `compile_dataset` made of them.
         output_dir: gets the LoRA, its checkpoints and its log.
         model_id: the base, a hub id or a folder; the family's default if not given.
-        flags: those of the training scripts.
+        flags: those of the training scripts but `plan` and `memory_budget`. `resume="auto"` goes on from the
+            newest checkpoint in output_dir.
 
     Returns:
         What summary.json in output_dir holds: losses, metrics, time, memory.
@@ -76,14 +83,14 @@ def train(
     from caption_train.training.prepare import prepare_training
 
     chosen = load_family(family)
-    defaults = {"target_modules": list(chosen.facts.lora_target_modules), **chosen.train_defaults}
     options = _make_options(
         TrainOptions,
-        defaults | flags,
-        dataset_dir=dataset_dir,
-        output_dir=output_dir,
-        model_id=model_id or chosen.model_id,
+        flags | {"dataset_dir": dataset_dir, "output_dir": output_dir, "model_id": model_id},
+        chosen,
+        defaults={"target_modules": list(chosen.facts.lora_target_modules), **chosen.train_defaults},
+        omit={"plan", "memory_budget"},
     )
+    chosen.cache_converted = options.cache_converted
     return prepare_training(options, chosen).train()
 
 
@@ -95,14 +102,16 @@ def caption(
     base_model: str | None = None,
     **flags: Any,
 ) -> list[str]:
-    """Caption images with a base model, or with a LoRA on it.
+    """Caption images with a base model, or with a LoRA on it. Nothing is written.
 
     Args:
         images: paths or PIL images, one or many.
         family: the name of the model's family; not needed where the LoRA says it.
         peft_model: the folder of a LoRA.
         base_model: a hub id or a folder; the LoRA's base, or the family's default, if not given.
-        flags: those of the inference scripts that say how captions are made, such as `prompt` or `beams`.
+        flags: those of the inference scripts that say how captions are made, such as `prompt` or `beams`, but
+            not where they are written. `num_workers` is 0 if not given. With a temperature, what a caption
+            draws depends on the file's name, or for an image in memory on its place in `images`.
 
     Returns:
         A caption for each image, in their order.
@@ -111,6 +120,7 @@ def caption(
         CaptionTrainError: an image cannot be read, or the model cannot be loaded.
     """
     from caption_train.adapters.record import read_adapter, read_request, resolve_base
+    from caption_train.captioning.outputs import wrap_caption
     from caption_train.captioning.result import Unreadable
     from caption_train.config.captioning import CaptionOptions
 
@@ -120,16 +130,26 @@ def caption(
     if name is None:
         raise UsageError("family is required: the name of the model's family")
     chosen = load_family(name)
-    flags = flags | {"images": ["-"], "peft_model": peft_model, "base_model": base_model}
-    options = _make_options(CaptionOptions, {"num_workers": 0} | flags)
+    given = flags | {"peft_model": peft_model, "base_model": base_model}
+    defaults = {"images": ["-"], "num_workers": 0}
+    options = _make_options(CaptionOptions, given, chosen, defaults=defaults, omit=WRITING_FLAGS)
+    chosen.cache_converted = options.cache_converted
     prompt, settings = read_request(options, chosen)
     base = resolve_base(chosen, options.base_model, options.revision, prompt, adapter, settings=settings)
-    results = []
+    texts = []
     for result in _caption(images, chosen, base, options) if images else ():
         if isinstance(result, Unreadable):
             raise CaptionTrainError(result.reason)
-        results.append(result.generated.text)
-    return results
+        frame = {"prefix": options.prefix, "suffix": options.suffix, "trigger": options.trigger}
+        texts.append(wrap_caption(result.generated.text, **frame))
+    return texts
+
+
+WRITING_FLAGS = {
+    *("images", "recursive", "save_captions", "caption_extension", "output", "overwrite", "visualize"),
+    *("endpoint", "model", "concurrency", "timeout", "retries"),
+}
+"""Flags of the inference scripts that `caption` has no use for."""
 
 
 def export(source: Path | str, output_dir: Path | str, **flags: Any) -> Path:
@@ -144,14 +164,16 @@ def export(source: Path | str, output_dir: Path | str, **flags: Any) -> Path:
     from caption_train.exporting.export import export as export_adapter
     from caption_train.exporting.export import find_family
 
-    options = _make_options(ExportOptions, flags, source=source, output_dir=output_dir)
+    options = _make_options(ExportOptions, flags | {"source": source, "output_dir": output_dir})
     export_adapter(options, load_family(find_family(options)))
     return options.output_dir
 
 
 def _caption(
-    images: list[Any], family: Family, base: Any, options: CaptionOptions
+    images: list[Any], family: Family, base: Base, options: CaptionOptions
 ) -> Iterable[CaptionResult | Unreadable]:
+    from PIL import Image
+
     from caption_train.captioning.generate import caption_images, load_captioner, make_generation
     from caption_train.system.devices import choose_device
 
@@ -160,37 +182,58 @@ def _caption(
         family,
         model,
         processor,
-        [image if _is_image(image) else Path(image) for image in images],
+        [image if isinstance(image, Image.Image) else Path(image) for image in images],
         make_generation(options, base.prompt),
         batch_size=options.batch_size,
         num_workers=options.num_workers,
     )
 
 
-def _is_image(value: Any) -> bool:
-    from PIL import Image
+def _make_options(
+    options_class: type[Options],
+    given: Mapping[str, Any],
+    family: Family | None = None,
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    omit: Collection[str] = (),
+) -> Options:
+    """Return checked options, and apply `quiet`.
 
-    return isinstance(value, Image.Image)
+    Args:
+        options_class: the dataclass of the flags.
+        given: name → value; None is not given.
+        family: whose flags and values there are; None where that does not matter.
+        defaults: values that are not the dataclass's.
+        omit: flags that this function does not take.
 
-
-def _make_options(options_class: type[Options], flags: Mapping[str, Any], **paths: Any) -> Options:
-    """Return checked options; text becomes a path where the field is one.
-
-    Raises UsageError with all that is wrong, a line each.
+    Raises:
+        UsageError: all that is wrong, a line each.
     """
-    known = {f.name: f for f in fields(options_class) if "help" in f.metadata}
-    for name in flags:
+    quiet_libraries()
+    omit = {*omit, *(family.absent_flags() if family else ())}
+    known = {f.name: f for f in fields(options_class) if "help" in f.metadata and f.name not in omit}
+    choices = {name: f.metadata["choices"] for name, f in known.items()}
+    choices |= family.flag_choices() if family else {}
+    given = {name: value for name, value in given.items() if value is not None}
+    hints = typing.get_type_hints(options_class)
+    problems, values = [], {}
+    for name, value in given.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
-            raise UsageError(
+            problems.append(
                 f"{name}: there is no such flag" + (f"; did you mean {close[0]}?" if close else "")
             )
-    given = {name: value for name, value in {**flags, **paths}.items() if value is not None}
-    for name, value in given.items():
-        takes_path = "Path" in str(known[name].type)
-        if isinstance(value, str | Path):
-            given[name] = Path(value) if takes_path else str(value)
-    options = options_class(**given)
-    if problems := options.check():
+            continue
+        try:
+            plain = list(value) if isinstance(value, tuple) else value
+            values[name] = convert_value(plain, hints[name], known[name], choices[name])
+        except (TypeError, ValueError, argparse.ArgumentTypeError):
+            problems.append(f"{name}: {value!r} is not a valid value")
+    if not problems:
+        sources = dict.fromkeys(values, "argument")
+        options = options_class(**{**(defaults or {}), **values}, sources=sources)
+        problems = options.check()
+    if problems:
         raise UsageError("\n".join(problems))
+    set_quiet(options.quiet)
     return options

@@ -72,7 +72,7 @@ def test_the_command_has_the_flags_of_the_script(words, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["train"], "name a family"),
+        (["train"], "train: name a family"),
         (["train", "clip"], "clip: no such family"),
         (["tain", "blip"], "tain: no such command"),
         (["caption", "blip"], "--images is required"),
@@ -88,3 +88,34 @@ def test_the_module_is_the_command():
     command = [sys.executable, "-m", "caption_train", "--version"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout == f"caption-train {caption_train.__version__}\n"
+
+
+def test_what_a_function_does_not_do_it_refuses(tmp_path):
+    image = Image.new("RGB", (8, 8))
+    for flags in ({"output": "out.jsonl"}, {"save_captions": True}, {"task": "<OD>"}, {"system_prompt": "x"}):
+        with pytest.raises(caption_train.UsageError, match="there is no such flag"):
+            caption_train.caption(image, family="blip", **flags)
+    with pytest.raises(caption_train.UsageError, match="plan: there is no such flag"):
+        caption_train.train("blip", tmp_path, tmp_path / "out", plan=True)
+    with pytest.raises(caption_train.UsageError, match="dry_run"):
+        caption_train.compile_dataset(tmp_path, dry_run=True)
+
+
+@pytest.mark.parametrize("flags", [{"dtype": "float99"}, {"scheduler": "Foo"}, {"batch_size": []}])
+def test_a_value_that_a_flag_has_not_is_named(tmp_path, flags):
+    (name,) = flags
+    with pytest.raises(caption_train.UsageError, match=f"{name}: .* is not a valid value"):
+        caption_train.train("blip", tmp_path, tmp_path / "out", **flags)
+
+
+def test_a_trigger_frames_a_caption_as_in_the_scripts(tiny_base):
+    settings = {"family": "blip", "base_model": tiny_base("blip"), "device": "cpu"}
+    image = Image.new("RGB", (64, 64), "red")
+    (plain,) = caption_train.caption(image, **settings)
+    assert caption_train.caption(image, trigger="zwx", **settings) == [f"zwx, {plain}"]
+
+
+def test_pixels_without_a_meaning_are_an_error_of_the_image(tiny_base):
+    image = Image.new("LAB", (8, 8))
+    with pytest.raises(caption_train.CaptionTrainError, match="image 0"):
+        caption_train.caption(image, family="blip", base_model=tiny_base("blip"), device="cpu")

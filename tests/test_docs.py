@@ -23,7 +23,18 @@ MAINS = {
     "inference_florence.py": lambda argv: caption_main("florence", argv),
     "inference_moondream.py": lambda argv: caption_main("moondream", argv),
 }
-OTHER_PROGRAMS = {"source", "pip", "uv", "poetry", "tensorboard", "wandb", "pre-commit", "git", "cd"}
+OTHER_PROGRAMS = {
+    "caption-train",
+    "source",
+    "pip",
+    "uv",
+    "poetry",
+    "tensorboard",
+    "wandb",
+    "pre-commit",
+    "git",
+    "cd",
+}
 
 
 def read_commands(page):

@@ -118,7 +118,7 @@ def resolve_base(
         model_id = model_id or adapter.base_model
     model_id = model_id or family.model_id
     if model_id is None:
-        raise UsageError(f"{flag} is required: a hub id such as Qwen/Qwen3-VL-2B-Instruct, or a folder")
+        raise UsageError(f"{flag} is required: a hub id such as {family.example_model}, or a folder")
     if adapter is not None:
         check_base(adapter, family.name, model_id, family.base_models)
         revision = revision or (adapter.revision if model_id == adapter.base_model else None)

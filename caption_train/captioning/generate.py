@@ -121,7 +121,7 @@ def caption_images(
 class ImageFiles(Dataset):
     """Images as `{"path", "size", "image"}`, or `{"path", "error"}` for what cannot be read.
 
-    The path of an image in memory is its number.
+    The path of an image in memory is `image N`.
     """
 
     def __init__(self, paths: Sequence[Path | Image.Image]) -> None:
@@ -131,14 +131,14 @@ class ImageFiles(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        path = self.paths[index]
+        given = self.paths[index]
+        in_memory = isinstance(given, Image.Image)
+        path = Path(f"image {index}") if in_memory else given
         try:
-            if isinstance(path, Image.Image):
-                path, image = Path(str(index)), normalize_image(path.copy())
-            else:
-                image = open_image(path)
+            image = normalize_image(given.copy()) if in_memory else open_image(path)
         except ImageError as error:
-            return {"path": path, "error": str(error)}
+            # The message of a file begins with its path.
+            return {"path": path, "error": f"{path}: {error}" if in_memory else str(error)}
         return {"path": path, "size": image.size, "image": image}
 
 

@@ -21,7 +21,14 @@ from caption_train.config.captioning import CaptionOptions
 from caption_train.errors import CaptionTrainError
 from caption_train.families.base import Family
 from caption_train.metrics.output_health import find_remarks
-from caption_train.system.console import ProgressBar, escape_unprintable, print_line, print_result
+from caption_train.system.console import (
+    ProgressBar,
+    escape_unprintable,
+    is_quiet,
+    print_line,
+    print_problem,
+    print_result,
+)
 from caption_train.system.launcher import notice_launcher
 from caption_train.system.processes import join_processes
 from caption_train.system.signals import Terminated, raising_terminated
@@ -86,6 +93,8 @@ class CaptionJob:
             for _, line in sorted(line for part in lines for line in part):
                 print_result(line)
             print_line(*total.lines())
+            if is_quiet():
+                print_problem(*total.problems())
         # Only the main process returns 1: launchers end all processes as soon as one of them fails.
         return 1 if total.unreadable and self.processes.is_main else 0
 

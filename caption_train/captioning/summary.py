@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from caption_train.metrics.output_health import REMARKS
-from caption_train.system.console import escape_unprintable
+from caption_train.system.console import count_things, escape_unprintable
 
 MOST_NAMES = 5
 
@@ -50,18 +50,16 @@ class CaptioningSummary:
             if self.written and self.seconds
             else ""
         )
-        lines = [f"{_plural(self.written, 'image')} captioned{rate}"]
+        lines = [f"{count_things(self.written, 'image')} captioned{rate}"]
         if self.kept:
             lines[0] += f", {self.kept} kept as they were (--overwrite captions them again)"
         for remark, names in self.remarked.items():
             if names:
                 rest = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
                 lines.append(f"{len(names)} {REMARKS[remark]}: {', '.join(names[:MOST_NAMES])}{rest}")
-        if self.unreadable:
-            lines.append(f"{_plural(len(self.unreadable), 'image')} could not be read:")
-            lines += [f"  {reason}" for reason in self.unreadable]
-        return lines
+        return lines + self.problems()
 
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+    def problems(self) -> list[str]:
+        """Return lines that name all images that could not be read."""
+        headline = f"{count_things(len(self.unreadable), 'image')} could not be read:"
+        return [headline, *(f"  {reason}" for reason in self.unreadable)] if self.unreadable else []

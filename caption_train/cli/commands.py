@@ -5,7 +5,6 @@ Nothing heavy is imported before the flags are read, so that `--help` answers at
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from caption_train.cli.arguments import parse_options
 from caption_train.cli.exit_codes import program_name, run
@@ -14,8 +13,7 @@ from caption_train.config.compiling import CompileOptions
 from caption_train.config.training import TrainOptions
 from caption_train.errors import UsageError
 from caption_train.families import FAMILIES, get_family
-from caption_train.families.base import Family
-from caption_train.system.console import set_quiet
+from caption_train.system.console import print_result, set_quiet
 from caption_train.version import __version__
 
 TRAIN = """Train a LoRA for {title} on your own captions.
@@ -36,26 +34,26 @@ Any {title} on the hub or in a folder will do; the official ones are
 CAPTION_ANY = """Caption images with {title}, with a LoRA of yours if you have one.
 
   {start} --images photos/ --peft_model loras/my-style --save_captions
-  {start} --images photos/ --base_model Qwen/Qwen3-VL-2B-Instruct --save_captions
+  {start} --images photos/ --base_model {example} --save_captions
 
 Without --base_model it is the one that the LoRA was trained on."""
 
 COMPILE = """Compile image/caption pairs, or Kohya-ss folders, into a metadata.jsonl that trains.
 
-  python compile_captions.py images/                  writes images/metadata.jsonl
-  python compile_captions.py images/ dataset/         writes dataset/, images and all
+  {start} images/                  writes images/metadata.jsonl
+  {start} images/ dataset/         writes dataset/, images and all
 
 Pairs are a.png with a.txt beside it (or a.png.txt), at any depth; captions of several lines become one.
 The result is read by the training scripts and by datasets.load_dataset("imagefolder", data_dir=...,
-data_files={"train": "**"}). Its rows may only name images below metadata.jsonl, so with an output_dir that
+data_files={{"train": "**"}}). Its rows may only name images below metadata.jsonl, so with an output_dir that
 does not hold the images they are put there too, as hard links. One inside dataset_dir is refused."""
 
 EXPORT = """Write an adapter or a model in another form, and check that its captions stay the same.
 
-  python export_adapter.py loras/my-style merged/ --merge           the whole model, for transformers 5
-  python export_adapter.py loras/my-style comfy/ --layout legacy    the adapter, for ComfyUI and others
-  python export_adapter.py loras/my-style comfy/ --layout legacy --merge    the whole model, for them
-  python export_adapter.py old-adapter-or-model/ native/            what they made, for transformers 5
+  {start} loras/my-style merged/ --merge           the whole model, for transformers 5
+  {start} loras/my-style comfy/ --layout legacy    the adapter, for ComfyUI and others
+  {start} loras/my-style comfy/ --layout legacy --merge    the whole model, for them
+  {start} old-adapter-or-model/ native/            what they made, for transformers 5
 
 An image is captioned before and after; nothing is written unless the tokens agree."""
 
@@ -78,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     alone = {"compile": compile_main, "export": export_main}
     if verb in alone:
         return alone[verb](rest, prog=f"{program_name()} {verb}")
+    if verb in for_family and rest[:1] in (["-h"], ["--help"]):
+        verb = "--help"
     if verb in for_family and rest and rest[0] in FAMILIES:
         return for_family[verb](rest[0], rest[1:], prog=f"{program_name()} {verb} {rest[0]}")
     if verb in ("-h", "--help"):
@@ -91,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _refuse_command(verb: str, rest: Sequence[str]) -> int:
     if verb in ("train", "caption"):
-        named = f"{rest[0]}: no such family" if rest else "name a family"
-        raise UsageError(f"{verb} {named}; the families are {', '.join(FAMILIES)}")
+        named = f"{verb} {rest[0]}: no such family" if rest else f"{verb}: name a family"
+        raise UsageError(f"{named}; the families are {', '.join(FAMILIES)}")
     raise UsageError(f"{verb}: no such command; there are compile, train, caption, export (see --help)")
 
 
@@ -112,7 +112,8 @@ def train_main(family_name: str, argv: Sequence[str] | None = None, prog: str | 
                 "target_modules": list(family.facts.lora_target_modules),
                 **family.train_defaults,
             },
-            **_family_flags(family),
+            choices=family.flag_choices(),
+            omit=tuple(family.absent_flags()),
         )
         set_quiet(options.quiet)
         family.cache_converted = options.cache_converted
@@ -148,9 +149,11 @@ def caption_main(family_name: str, argv: Sequence[str] | None = None, prog: str 
                 start=_start("python", prog),
                 model_id=family.model_id,
                 bases="\n  ".join(family.base_models),
+                example=family.example_model,
             ),
             positionals=("images",),
-            **_family_flags(family),
+            choices=family.flag_choices(),
+            omit=tuple(family.absent_flags()),
         )
         set_quiet(options.quiet)
         family.cache_converted = options.cache_converted
@@ -169,7 +172,7 @@ def compile_main(argv: Sequence[str] | None = None, prog: str | None = None) -> 
             CompileOptions,
             argv,
             prog=prog or program_name(),
-            description=COMPILE,
+            description=COMPILE.format(start=_start("python", prog or program_name())),
             positionals=("dataset_dir", "output_dir"),
         )
         set_quiet(options.quiet)
@@ -191,12 +194,12 @@ def export_main(argv: Sequence[str] | None = None, prog: str | None = None) -> i
             ExportOptions,
             argv,
             prog=prog or program_name(),
-            description=EXPORT,
+            description=EXPORT.format(start=_start("python", prog or program_name())),
             positionals=("source", "output_dir"),
             choices={"family": tuple(FAMILIES)},
         )
         set_quiet(options.quiet)
-        print(export(options, get_family(find_family(options))))
+        print_result(export(options, get_family(find_family(options))))
         return 0
 
     return run(work)
@@ -205,17 +208,3 @@ def export_main(argv: Sequence[str] | None = None, prog: str | None = None) -> i
 def _start(launcher: str, prog: str) -> str:
     """Return how a command is started: a script by a launcher, the installed command by itself."""
     return prog if " " in prog else f"{launcher} {prog}"
-
-
-def _family_flags(family: Family) -> dict[str, Any]:
-    """Return the family's values of `--task`, and the flags that do not apply to the family."""
-    absent = {
-        "task": not family.tasks,
-        "visualize": not family.draws_answers,
-        "cache_converted": not family.converts_checkpoints,
-        "preset": not family.presets,
-        **dict.fromkeys(("endpoint", "model", "concurrency", "timeout", "retries"), not family.can_be_served),
-        **{name: name not in family.settings for name in ("system_prompt", "max_pixels")},
-    }
-    choices = {"task": family.tasks, "preset": tuple(family.presets)}
-    return {"choices": choices, "omit": tuple(name for name in absent if absent[name])}

@@ -8,7 +8,7 @@ from dataclasses import Field
 from pathlib import Path
 from typing import Any
 
-from caption_train.config.fields import PARSERS, kind_of
+from caption_train.config.fields import convert_value
 from caption_train.errors import UsageError
 
 
@@ -49,38 +49,9 @@ def read_config_file(
             problems.append(f"--config {path}: unknown key {name!r}{hint}")
             continue
         try:
-            config[name] = _convert(value, hints[name], flags[name], choices[name])
+            config[name] = convert_value(value, hints[name], flags[name], choices[name])
         except (TypeError, ValueError, argparse.ArgumentTypeError):
             problems.append(f"--config {path}: {name}: {value!r} is not a valid value")
     if problems:
         raise UsageError("\n".join(problems))
     return config
-
-
-def _convert(value: Any, hint: Any, flag: Field, choices: Sequence[str] | None) -> Any:
-    """Convert a YAML value to the type of the flag; raise ValueError or TypeError if that is impossible."""
-    kind = kind_of(hint)
-    if value is False and "no" in (choices or ()):
-        # YAML reads `no` as False.
-        return "no"
-    if value is None:
-        if kind is hint and flag.default is not None:
-            raise ValueError
-        return None
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise TypeError
-        return value
-    if flag.metadata["const"] and value is True:
-        return flag.metadata["const"]
-    if flag.metadata["const"] and value is False:
-        return None
-    if typing.get_origin(kind) is list:
-        items = value if isinstance(value, list) else [value]
-        return [typing.get_args(kind)[0](item) for item in items]
-    if isinstance(value, bool | dict | list) or (kind is int and isinstance(value, float)):
-        raise TypeError
-    value = PARSERS.get(kind, kind)(value)
-    if choices and value not in choices:
-        raise ValueError
-    return value

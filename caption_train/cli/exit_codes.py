@@ -2,15 +2,14 @@
 
 import errno
 import io
-import logging
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from caption_train.errors import CaptionTrainError, is_out_of_memory
+from caption_train.system.console import quiet_libraries
 from caption_train.system.processes import end_at_once, is_one_of_several
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
@@ -32,7 +31,7 @@ def run(work: Callable[[], int]) -> int:
 
 
 def _run(work: Callable[[], int]) -> int:
-    _quiet_libraries()
+    quiet_libraries()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Captions may contain characters that the terminal's encoding lacks.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -66,15 +65,6 @@ def _advise_savers() -> str:
         "Use less with --batch_size 1 (and --gradient_accumulation_steps to make up for it), "
         f"{', '.join(flags)} or {last}."
     )
-
-
-def _quiet_libraries() -> None:
-    """Hide warnings of libraries that are meant for programmers, not for users of this program."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|bitsandbytes|torch")
-    warnings.filterwarnings("ignore", category=UserWarning, module="peft")
 
 
 def _fail(message: str, exit_code: int) -> int:

@@ -70,7 +70,8 @@ def raise_problems(compiled: Compiled, losses: list[str]) -> None:
         headline = f"{escape_unprintable(target)} is left as it is; --overwrite would replace"
         raise CaptionTrainError(summarize(headline, losses))
     if compiled.damaged:
-        raise CaptionTrainError(f"{compiled.damaged} files could not be used (named above), the others were")
+        headline = f"{compiled.damaged} files could not be used, the others were:"
+        raise CaptionTrainError(summarize(headline, compiled.list_damaged()))
 
 
 def find_pairs(options: CompileOptions) -> Compiled:

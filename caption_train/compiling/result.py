@@ -59,3 +59,9 @@ class Compiled:
     def damaged(self) -> int:
         """How many files should have become a pair but could not be used."""
         return len(self.matches.unreadable) + len(self.unnamable) + len(self.bad_images)
+
+    def list_damaged(self) -> list[str]:
+        """Return a line for each file that should have become a pair but could not be used."""
+        unnamable = [f"{name}: a name that metadata.jsonl cannot carry" for name in self.unnamable]
+        images = [f"{name}: {reason}" for name, reason in self.bad_images.items()]
+        return [*self.matches.unreadable, *unnamable, *images]

@@ -4,7 +4,8 @@ import argparse
 import math
 import types
 import typing
-from dataclasses import MISSING, field
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,3 +96,42 @@ def find_above(options: Any, most: int, *names: str) -> list[str]:
         for name in names
         if (value := getattr(options, name)) > most
     ]
+
+
+def convert_value(value: Any, hint: Any, flag: Field, choices: Sequence[str] | None) -> Any:
+    """Convert a value from YAML or Python to the type of a flag.
+
+    Args:
+        value: what was given.
+        hint: the type of the flag's field.
+        flag: the flag.
+        choices: allowed values; None allows all.
+
+    Raises:
+        ValueError, TypeError, argparse.ArgumentTypeError: it is no value of this flag.
+    """
+    kind = kind_of(hint)
+    if value is False and "no" in (choices or ()):
+        # YAML reads `no` as False.
+        return "no"
+    if value is None:
+        if kind is hint and flag.default is not None:
+            raise ValueError
+        return None
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise TypeError
+        return value
+    if flag.metadata["const"] and value is True:
+        return flag.metadata["const"]
+    if flag.metadata["const"] and value is False:
+        return None
+    if typing.get_origin(kind) is list:
+        items = value if isinstance(value, list) else [value]
+        return [typing.get_args(kind)[0](item) for item in items]
+    if isinstance(value, bool | dict | list) or (kind is int and isinstance(value, float)):
+        raise TypeError
+    value = PARSERS.get(kind, kind)(value)
+    if choices and value not in choices:
+        raise ValueError
+    return value

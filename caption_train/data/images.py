@@ -47,13 +47,18 @@ def open_image(path: Path | str) -> Image.Image:
     """
     with _opening(path) as (_, image):
         image.load()
-        return normalize_image(image)
+        return _upright_rgb(image)
 
 
 def normalize_image(image: Image.Image) -> Image.Image:
-    """Return an image as `open_image` does a file's: upright, 8-bit RGB, transparency on white."""
-    _turn_upright(image)
-    return _to_rgb(image)
+    """Return an image in memory as `open_image` returns a file's: upright, 8-bit RGB, transparency on white.
+
+    Raises ImageError for pixels that have no agreed 8-bit meaning.
+    """
+    try:
+        return _upright_rgb(image)
+    except ValueError as error:
+        raise ImageError(str(error)) from error
 
 
 def inspect_image(path: Path | str) -> tuple[str, int]:
@@ -107,6 +112,11 @@ def _opening(path: Path | str) -> Iterator[tuple[IO[bytes], Image.Image]]:
 
 def _open_without_blocking(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    _turn_upright(image)
+    return _to_rgb(image)
 
 
 def _turn_upright(image: Image.Image) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from caption_train.config.exporting import ExportOptions
 from caption_train.errors import CaptionTrainError, UsageError, naming_model
 from caption_train.exporting.proof import caption_once, check_same_tokens, open_proof_image
-from caption_train.families import CONVERTIBLE
+from caption_train.families import CONVERTIBLE, FAMILIES
 
 if TYPE_CHECKING:
     import torch
@@ -28,12 +28,18 @@ ABOUT = ("training.json", "README.md")
 
 
 def find_family(options: ExportOptions) -> str:
-    """Return the family asked for, else the adapter's own, else the one whose legacy layout names none."""
-    if options.family is None and options.is_adapter:
+    """Return the family asked for, else the adapter's own, else the one whose adapters do not say their own.
+
+    Raises UsageError for an adapter of a family that is not known here.
+    """
+    name = options.family
+    if name is None and options.is_adapter:
         from caption_train.adapters.record import read_adapter
 
-        return read_adapter(options.source).family or CONVERTIBLE
-    return options.family or CONVERTIBLE
+        name = read_adapter(options.source).family
+    if name is not None and name not in FAMILIES:
+        raise UsageError(f"{options.source}: of family {name}; give --family {'|'.join(FAMILIES)}")
+    return name or CONVERTIBLE
 
 
 def export(options: ExportOptions, family: Family) -> str:

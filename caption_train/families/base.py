@@ -22,6 +22,10 @@ Batch = dict[str, Any]
 """Arguments of a model's forward: `pixel_values` [B, C, H, W], `input_ids` [B, T], `labels` [B, T]."""
 
 
+SERVER_FLAGS = ("endpoint", "model", "concurrency", "timeout", "retries")
+"""Flags of captioning through a server."""
+
+
 @dataclass(frozen=True)
 class Generated:
     """One generated caption.
@@ -68,6 +72,8 @@ class Family(ABC):
     inference_script: str
     model_id: str | None
     """The base model if the user names none; None where the user must name one."""
+    example_model = ""
+    """A model to name in messages where the user must name one."""
     revision: str | None = None
     """The revision of `model_id` if the user names none."""
     base_models: Sequence[str] = ()
@@ -94,6 +100,22 @@ class Family(ABC):
     """Whether the family has a legacy layout besides the native one, which `save_legacy` writes."""
     load_elsewhere = ""
     """What the model card adds to `PeftModel.from_pretrained`; {base} is replaced by the base model."""
+
+    def flag_choices(self) -> dict[str, tuple[str, ...]]:
+        """Return the values that this family allows for flags whose values differ between families."""
+        return {"task": tuple(self.tasks), "preset": tuple(self.presets)}
+
+    def absent_flags(self) -> set[str]:
+        """Return the names of flags that only other families have."""
+        absent = {
+            "task": not self.tasks,
+            "preset": not self.presets,
+            "visualize": not self.draws_answers,
+            "cache_converted": not self.converts_checkpoints,
+            **{name: name not in self.settings for name in ("system_prompt", "max_pixels")},
+            **dict.fromkeys(SERVER_FLAGS, not self.can_be_served),
+        }
+        return {name for name, is_absent in absent.items() if is_absent}
 
     def describe(self, model_id: str, revision: str | None = None) -> ModelFacts:
         """Return what depends on the checkpoint. Reads config.json at most, never the weights."""

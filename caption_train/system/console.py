@@ -6,15 +6,19 @@ stdout. Errors are printed by cli/exit_codes.py, `--quiet` or not.
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+GIB = 1024**3
 LINE_SECONDS = 30.0
 """Without a terminal, a progress bar is a line this often."""
 
@@ -30,10 +34,28 @@ def set_quiet(quiet: bool) -> None:
     _quiet = quiet
 
 
+def quiet_libraries() -> None:
+    """Hide warnings of libraries that are meant for programmers, not for users of this program."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|bitsandbytes|torch")
+    warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+
+
 def print_line(*lines: str) -> None:
     """Print lines to stderr, above any progress bar."""
-    if _quiet or not lines:
-        return
+    if lines and not _quiet:
+        print_problem(*lines)
+
+
+def is_quiet() -> bool:
+    """Return whether `--quiet` was given."""
+    return _quiet
+
+
+def print_problem(*lines: str) -> None:
+    """Print what went wrong to stderr, above any progress bar, `--quiet` or not."""
     from tqdm import tqdm
 
     with tqdm.external_write_mode(file=sys.stderr):

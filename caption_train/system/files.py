@@ -138,6 +138,7 @@ def read_json_object(
         path: a regular file; a missing one is an error.
         types: what a member must be, if it is there and not null.
         name: what messages begin with, the path if not given.
+        limit: the largest size that is read, in bytes.
 
     Raises:
         FileNotFoundError, NotADirectoryError: there is no such file.
@@ -145,7 +146,7 @@ def read_json_object(
     """
     name = name or str(path)
     try:
-        content = parse_json(read_regular_file(path))
+        content = parse_json(read_regular_file(path, limit))
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:

@@ -14,7 +14,7 @@ from caption_train.config.training import TrainOptions
 from caption_train.data.images import open_items
 from caption_train.errors import CaptionTrainError, is_out_of_memory
 from caption_train.families.base import Batch
-from caption_train.system.console import print_once
+from caption_train.system.console import GIB, print_once
 from caption_train.system.devices import model_dtype, move_batch
 from caption_train.system.memory import peak_memory, trim_heap
 from caption_train.training.distributed.accelerator import hold_gradients
@@ -22,8 +22,6 @@ from caption_train.training.distributed.fsdp import parallelism
 from caption_train.training.failures import advise_savers
 from caption_train.training.optim.state_size import count_state, find_embeddings
 from caption_train.training.run.data import TrainingData
-
-GIB = 1024**3
 
 
 def fit_batch_size(

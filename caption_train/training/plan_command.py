@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from rich.console import Console
 
 from caption_train.config.training import TrainOptions, parse_bytes
 from caption_train.data.dataset import read_dataset
@@ -15,6 +14,7 @@ from caption_train.data.images import ImageError, open_image, read_size
 from caption_train.data.pairs import Pair
 from caption_train.errors import CaptionTrainError
 from caption_train.families.base import Family
+from caption_train.system.console import GIB, print_result
 from caption_train.system.devices import model_dtype, move_batch
 from caption_train.system.memory import peak_memory, resident_memory
 from caption_train.training.distributed.accelerator import make_accelerator
@@ -27,7 +27,6 @@ from caption_train.training.memory.activations import (
 from caption_train.training.memory.estimate import HALF, MemoryEstimate, Planner, find_quantized
 from caption_train.training.model import load_trainable, resolve_options
 
-GIB = 2**30
 ROWS = {
     "libraries": "Python and its libraries",
     "loading": "while the model is read",
@@ -44,25 +43,24 @@ def plan_training(options: TrainOptions, family: Family) -> int:
     """Print the estimate for these options; return the exit code, 1 if nothing fits the budget."""
     planner, options = make_planner(options, family)
     plan = planner.plan(options)
-    console = Console(markup=False, highlight=False, quiet=not PartialState().is_main_process)
-    console.print(f"memory on {planner.device}, batch size {options.batch_size}:")
-    print_plan(plan, console)
+    _print(f"memory on {planner.device}, batch size {options.batch_size}:")
+    print_plan(plan)
     if options.memory_budget is None:
         return 0
     budget = parse_bytes(options.memory_budget)
     if plan.fits(budget):
-        console.print(f"fits in {options.memory_budget}, a fifth to spare")
+        _print(f"fits in {options.memory_budget}, a fifth to spare")
         return 0
     _, smaller, flags = planner.find_cheapest(options, budget)
     verdict = (
         "fits, also if it takes a fifth more, with" if smaller.fits(budget) else "does not fit, not even with"
     )
-    console.print(f"{options.memory_budget}: {verdict} {' '.join(flags)}:")
-    print_plan(smaller, console)
+    _print(f"{options.memory_budget}: {verdict} {' '.join(flags)}:")
+    print_plan(smaller)
     return 0 if smaller.fits(budget) else 1
 
 
-def print_plan(plan: MemoryEstimate, console: Console) -> None:
+def print_plan(plan: MemoryEstimate) -> None:
     """Print the parts of an estimate that are not zero, and the peak."""
     for f in fields(plan):
         if (
@@ -70,8 +68,13 @@ def print_plan(plan: MemoryEstimate, console: Console) -> None:
             and (size := getattr(plan, f.name))
             and (f.name != "loading" or size > plan.weights)
         ):
-            console.print(f"  {ROWS[f.name]:<26}{size / GIB:8.2f} GiB")
-    console.print(f"  {'at most, at once':<26}{plan.peak / GIB:8.2f} GiB")
+            _print(f"  {ROWS[f.name]:<26}{size / GIB:8.2f} GiB")
+    _print(f"  {'at most, at once':<26}{plan.peak / GIB:8.2f} GiB")
+
+
+def _print(line: str) -> None:
+    if PartialState().is_main_process:
+        print_result(line)
 
 
 def make_planner(options: TrainOptions, family: Family) -> tuple[Planner, TrainOptions]:

@@ -78,3 +78,12 @@ def test_quiet_commands_print_errors_only(tmp_path):
         [*command[:2], "no/such", "--quiet"], cwd=REPOSITORY, capture_output=True, text=True
     )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+
+
+def test_quiet_still_names_the_images_that_cannot_be_read(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    base = str(REPOSITORY / "examples" / "bases" / "blip-tiny")
+    command = [sys.executable, "inference.py", tmp_path, "--base_model", base, "--quiet"]
+    settings = {"cwd": REPOSITORY, "capture_output": True, "text": True, "check": False}
+    done = subprocess.run([*command, "--output", tmp_path / "out.jsonl", "--device", "cpu"], **settings)
+    assert done.returncode == 1 and "broken.png" in done.stderr

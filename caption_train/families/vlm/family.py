@@ -29,6 +29,7 @@ class Vlm(Family):
     training_script = "train_vlm_lora.py"
     inference_script = "inference_vlm.py"
     model_id = None
+    example_model = "Qwen/Qwen3-VL-2B-Instruct"
     facts = ModelFacts((), {}, DEFAULT_PROMPT)
     train_defaults = {"train_parts": ["language"]}
     presets = PRESETS

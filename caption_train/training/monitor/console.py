@@ -12,11 +12,9 @@ from caption_train.adapters.model_card import name_flag
 from caption_train.adapters.record import TrainingRecord
 from caption_train.config.compatibility import SHARDED
 from caption_train.config.training import TrainOptions
-from caption_train.system.console import count_things, print_line, print_rich
+from caption_train.system.console import GIB, count_things, print_line, print_rich
 from caption_train.training.distributed.fsdp import parallelism
 from caption_train.training.run.batch_plan import BatchPlan
-
-GIB = 1024**3
 
 
 def print_settings(
