@@ -197,7 +197,7 @@ def read_regular_file(path: Path | str, limit: int = MAX_BYTES, *, is_own: bool 
                 f"{status.st_size / 1e6:,.1f} MB, more than the {limit / 1e6:,.0f} MB that are read"
             )
         with os.fdopen(descriptor, "rb", closefd=False) as file:
-            return file.read(limit)
+            return file.read(min(limit, status.st_size + 1))
     finally:
         os.close(descriptor)
 

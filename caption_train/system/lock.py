@@ -1,4 +1,4 @@
-"""One run at a time in an output folder, or at an output file. Standard library only.
+"""Lets only one run at a time write to an output folder or an output file.
 
 filelock's SoftFileLease was weighed and left: it never takes over from a holder that is dead but not reaped
 (a container without an init), from an empty file (a power cut), nor on file systems without RENAME_EXCHANGE
@@ -9,7 +9,6 @@ import json
 import os
 import secrets
 import socket
-import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -17,6 +16,7 @@ from pathlib import Path
 from threading import Event, Lock, Thread
 
 from caption_train.errors import CaptionTrainError
+from caption_train.system.console import print_line
 from caption_train.system.exclusive import move_to_free_name
 from caption_train.system.files import TEMPORARY, mode_of, open_own
 from caption_train.system.holder import Holder, fcntl, is_running, try_lock
@@ -25,26 +25,35 @@ LOCK_FILE = ".lock"
 
 BEAT_SECONDS = 20.0
 SILENCE_SECONDS = 120.0
-"""A holder touches its file every BEAT_SECONDS; one on another host that does not for so long is dead."""
+"""A holder touches its file every BEAT_SECONDS. On another host, one that does not for this long is dead."""
 GRACE_SECONDS = 1.0
 """How long a file may stand there that its maker has not signed or locked yet."""
 
 
 class OutputLock:
-    """A lock file with the holder's process id and host, held through the system's record lock.
+    """A lock file with the holder's process id and host, and the system's record lock on it.
 
-    The system drops the record lock with its process, however that ends, and forked workers do not inherit
-    it: a file that nobody holds is stale. A host that shares the folder but not its locks, as one that a
-    preempted job comes back on may, is watched: a holder that lives touches its file.
+    The system releases the record lock when its process ends in any way, and forked workers do not inherit
+    it. So a file without a record lock is stale. Another host may share the folder but not the record locks,
+    for example when a preempted job is restarted there. For such a host, the file is watched: a holder that
+    lives touches it.
+
+    Args:
+        output_dir: the folder of the lock file.
+        name: the name of the lock file.
+        output: the flag and value to name in messages.
+        instead: what to do while another run is writing, in messages.
     """
 
-    def __init__(self, output_dir: Path, name: str = LOCK_FILE, output: str | None = None) -> None:
-        """
-        Args:
-            output_dir: the folder that the lock file lies in.
-            name: of the lock file.
-            output: what is locked, in messages.
-        """
+    def __init__(
+        self,
+        output_dir: Path,
+        name: str = LOCK_FILE,
+        output: str | None = None,
+        *,
+        instead: str = "choose another folder",
+    ) -> None:
+        self.instead = instead
         self.path = output_dir / name
         self.output = output or f"--output_dir {output_dir}"
         self.made_folder = False
@@ -52,12 +61,13 @@ class OutputLock:
         self._process_id = 0
 
     def acquire(self) -> str | None:
-        """Make the folder, take the lock; return a line about a stale one taken over, or None.
+        """Make the folder and take the lock. The lock of a run on another host is watched first.
 
-        Where a run on another host has left its lock, this says so on the screen and watches it first.
+        Returns:
+            A line about a stale lock that was taken over, or None.
 
         Raises:
-            CaptionTrainError: another run holds it, which is named, or what is there is no lock file.
+            CaptionTrainError: another run holds the lock and is named; or the file there is no lock.
             OSError: nothing can be written there.
         """
         self.made_folder = not self.path.parent.exists()
@@ -161,11 +171,7 @@ class OutputLock:
         return self._stays(holder, GRACE_SECONDS)
 
     def _watch(self, holder: Holder) -> bool:
-        print(
-            f"{self.path}: of {holder}; watching for {SILENCE_SECONDS:.0f} s whether that run lives",
-            file=sys.stderr,
-            flush=True,
-        )
+        print_line(f"{self.path}: of {holder}; watching for {SILENCE_SECONDS:.0f} s whether that run lives")
         if self._stays(holder, SILENCE_SECONDS):
             return True
         now = self._read()
@@ -203,9 +209,8 @@ class OutputLock:
 
     def _refusal(self, holder: Holder | str) -> str:
         return (
-            f"{self.output}: another run, {holder}, is writing there; choose "
-            f"another {'folder' if self.path.name == LOCK_FILE else 'file'} (or delete {self.path} if that "
-            "run is gone)"
+            f"{self.output}: another run, {holder}, is writing there; {self.instead} "
+            f"(or delete {self.path} if that run is gone)"
         )
 
 
