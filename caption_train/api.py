@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from caption_train.adapters.record import Base
-    from caption_train.captioning.result import CaptionResult, Unreadable
+    from caption_train.captioning.plan import CaptionResult, Unreadable
     from caption_train.config.captioning import CaptionOptions
     from caption_train.families.base import Family
 
@@ -121,7 +121,7 @@ def caption(
     """
     from caption_train.adapters.record import read_adapter, read_request, resolve_base
     from caption_train.captioning.outputs import wrap_caption
-    from caption_train.captioning.result import Unreadable
+    from caption_train.captioning.plan import Unreadable
     from caption_train.config.captioning import CaptionOptions
 
     images = list(images) if isinstance(images, Iterable) and not isinstance(images, str) else [images]

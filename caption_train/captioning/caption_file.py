@@ -1,58 +1,124 @@
-"""Writes all captions of a run to one file, so that a killed run loses none. Standard library only."""
+"""Writes all captions to one file. A kill loses none of them, and none that somebody else writes there."""
 
 import csv
 import errno
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
 
+from caption_train.captioning.outputs import Caption, Sink
+from caption_train.captioning.row_text import CsvTable, JsonLines, Row, Table
 from caption_train.data.formats import TEXT_COLUMNS
 from caption_train.errors import CaptionTrainError, UsageError
-from caption_train.system.console import escape_unprintable
-from caption_train.system.files import open_atomically, parse_json
+from caption_train.system.console import escape_unprintable, print_line
+from caption_train.system.exclusive import Signature, create_atomically, replace_unchanged
+from caption_train.system.files import behind_link, clear_temporary, open_own, parse_json, read_regular_file
 from caption_train.system.lock import OutputLock
 
-Row = dict[str, Any]
-"""`file_name`, `text` and, if there are any, `answer` (boxes) and `remarks`; other columns stay as found."""
+REPLACES = "replaces"
+"""A journal's own column: the captions that `--overwrite` replaces. Others are somebody else's, and stay."""
+_MOST_BYTES = 4 << 30
+_MOST_TRIES = 100
 
 
-class CaptionFile:
-    """All captions in one `.jsonl` or `.csv` file, one row per image; `metadata.jsonl` is a dataset's own.
+class CaptionFile(Sink):
+    """All captions in one `.jsonl` or `.csv` file, a row an image; `metadata.jsonl` is a dataset's own.
 
-    New rows go at once to a journal beside the file, one journal per process. `merge` writes the file from
+    New rows go at once to a journal beside the file, one journal per process. `finish` writes the file from
     its old rows and the journals. The next run reads the journals that a killed run has left.
 
     Args:
         path: the file.
         rank: the rank of this process, which names its journal.
+        overwrite: replace the captions that are there when the run begins.
     """
 
-    def __init__(self, path: Path, rank: int = 0) -> None:
+    def __init__(self, path: Path, rank: int = 0, *, overwrite: bool = False) -> None:
         self.path = path
         self.is_dataset = path.name == "metadata.jsonl"
+        self._overwrite = overwrite
         self._folder = path.parent.resolve()
         self._journal_path = path.with_name(f".{path.name}.{rank}.part")
         self._journal: io.FileIO | None = None
-        self._lock = OutputLock(path.parent, f".{path.name}.lock", f"--output {path}")
+        self._lock = OutputLock(
+            path.parent, f".{path.name}.lock", f"--output {path}", instead="choose another file"
+        )
         self._prefixes: dict[Path, str] = {}
+        self._captions: dict[str, str] = {}
+        self._replaced: dict[str, list[str]] = {}
 
-    def lock(self) -> None:
-        """Keep other runs from removing these journals; raise CaptionTrainError if one is already running."""
-        self._lock.acquire()
+    def pending(self, images: Sequence[Path]) -> list[Path]:
+        """Lock the file, and find the captions in it and in the journals of killed runs.
 
-    def unlock(self) -> None:
+        Raises:
+            UsageError: the file cannot be written or continued.
+            CaptionTrainError: another run is writing to it.
+        """
+        folder = self.path.parent
+        if not folder.is_dir():
+            raise UsageError(f"--output {self.path}: there is no folder {folder}")
+        if self.path.is_dir() or not os.access(folder, os.W_OK):
+            raise UsageError(f"--output {self.path}: cannot be written there")
+        if self.path.is_symlink() and not self.path.exists():
+            raise UsageError(f"--output {self.path}: is a link to nothing: delete it, or name another file")
+        names = {image: self.name_of(image) for image in images}
+        self._acquire()
+        clear_temporary(folder)
+        if self._overwrite:
+            self._take_over()
+            return list(images)
+        self._captions = self.captions()
+        return [image for image, name in names.items() if name not in self._captions]
+
+    def begin(self, images: Sequence[Path]) -> None:
+        """Remember the captions that `overwrite` may replace."""
+        if self._overwrite:
+            for row in self._read_table().rows:
+                if (text := _text_of(row.values)) is not None:
+                    self._replaced.setdefault(row.values["file_name"], []).append(text)
+
+    def read(self, image: Path) -> str:
+        """Return the caption in an image's row."""
+        return self._captions[self.name_of(image)]
+
+    def write(self, caption: Caption) -> Caption:
+        """Write one caption to the journal."""
+        row = {"file_name": self.name_of(caption.image), "text": caption.text}
+        if not self.is_dataset:
+            more = {"answer": caption.answer, "remarks": list(caption.remarks)}
+            row |= {name: value for name, value in more.items() if value}
+        if replaced := self._replaced.get(row["file_name"]):
+            row[REPLACES] = replaced
+        self._append((json.dumps(row) + "\n").encode())
+        return caption
+
+    def finish(self, images: Sequence[Path] = (), *, complete: bool = True) -> list[str]:
+        """Write the file: rows of other images unchanged, then those of `images` in their order.
+
+        An image may have several rows; its new caption goes to all that have none, or one to be replaced.
+        """
+        try:
+            kept = self._merge(images)
+        except OSError as error:
+            raise CaptionTrainError(f"--output {self.path}: {error.strerror or error}") from error
+        if complete:
+            self._discard_journals()
+        return kept
+
+    def close(self) -> None:
         """Allow other runs to write to the file."""
         self._lock.release()
 
-    def name_of(self, image: Path) -> str:
-        """Return an image's `file_name`: relative for images below the file's folder, otherwise absolute.
+    def captions(self) -> dict[str, str]:
+        """Return the captions that exist by `file_name`: the file's, then those that killed runs left."""
+        rows = [row.values for row in self._read_table().rows] + list(self._read_journals().values())
+        found = {row["file_name"]: _text_of(row) for row in rows}
+        return {name: text for name, text in found.items() if text is not None}
 
-        Raises:
-            UsageError: no row can name this image.
-        """
+    def name_of(self, image: Path) -> str:
+        """Return what `file_name` says: relative to the file's folder for images in it, else absolute."""
         if image.parent not in self._prefixes:
             self._prefixes[image.parent] = self._prefix_of(image.parent)
         name = self._prefixes[image.parent] + image.name
@@ -65,70 +131,53 @@ class CaptionFile:
             ) from None
         return name
 
-    def read(self) -> dict[str, str]:
-        """Return `file_name` → caption, from the file and then from journals that killed runs have left."""
-        captions = {}
-        for row in (*self._read_file(), *self._read_journals().values()):
-            texts = (row[column] for column in TEXT_COLUMNS if isinstance(row.get(column), str))
-            if (text := next(texts, None)) is not None:
-                captions[row["file_name"]] = text
-        return captions
+    def _acquire(self) -> None:
+        try:
+            line = self._lock.acquire()
+        except OSError as error:
+            raise CaptionTrainError(f"--output {self.path}: {error.strerror or error}") from error
+        if line:
+            print_line(line)
 
-    def append(self, image: Path, text: str, *, answer: Any = None, remarks: Iterable[str] = ()) -> None:
-        """Write a caption to the journal.
-
-        Args:
-            image: the image.
-            text: its caption.
-            answer: boxes or polygons in it, if any.
-            remarks: keys of REMARKS.
-        """
-        row = {"file_name": self.name_of(image), "text": text, "answer": answer, "remarks": list(remarks)}
-        if self.is_dataset:
-            row = {"file_name": row["file_name"], "text": text}
-        row = {name: value for name, value in row.items() if name in ("file_name", "text") or value}
-        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    def _append(self, line: bytes) -> None:
         try:
             if self._journal is None:
+                descriptor = open_own(self._journal_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 # Unbuffered: data that could not be written would raise again when the file is closed.
-                self._journal = self._journal_path.open("ab", buffering=0)
+                self._journal = open(descriptor, "ab", buffering=0)  # noqa: PTH123, SIM115
                 line = b"\n" + line  # A killed process may have left half a line.
             if self._journal.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            raise CaptionTrainError(f"{self._journal_path}: {error.strerror or error}") from error
+            raise CaptionTrainError(
+                f"--output {self.path}: {self._journal_path} cannot be written: {error.strerror or error}"
+            ) from error
 
-    def merge(self, images: Iterable[Path] = ()) -> None:
-        """Write the file: first the rows of other images as they were, then those of `images` in their order.
-
-        An image may have several rows; all of them get its new caption.
-        """
-        new, rows = self._read_journals(), []
-        for row in self._read_file():
-            if update := new.get(row["file_name"]):
-                replaced = ("answer", "remarks", "text")
-                row = {name: value for name, value in row.items() if name not in replaced} | update
-            rows.append(row)
-        known = {row["file_name"] for row in rows}
-        rows += [row for name, row in new.items() if name not in known]
+    def _merge(self, images: Sequence[Path]) -> list[str]:
+        new = self._read_journals()
         places = {name: place for place, name in enumerate(map(self.name_of, images))}
-        # A stable sort: rows of other images (-1) come first, in their old order.
-        rows.sort(key=lambda row: places.get(row["file_name"], -1))
-        write = _write_csv if self.path.suffix == ".csv" else _write_jsonl
-        try:
-            with open_atomically(self.path) as file:
-                write(file, rows)
-        except OSError as error:
-            raise CaptionTrainError(f"--output {self.path}: {error.strerror or error}") from error
+        target = behind_link(self.path)
+        for _ in range(_MOST_TRIES):
+            was = Signature.of(target)
+            if was is not None and not new:
+                return []
+            table = self._read_table()
+            kept = _put_captions(table, new, places)
+            content = table.render().encode()
+            if create_atomically(target, content) if was is None else replace_unchanged(target, content, was):
+                return kept
+            # Somebody has written it at this moment: their rows are read again.
+        raise CaptionTrainError(
+            f"--output {self.path}: something else writes it all the time; the captions wait in "
+            f"{self._journal_path} for the next run"
+        )
 
-    def take_over(self) -> None:
-        """Merge the journals of interrupted runs into the file, and remove them."""
+    def _take_over(self) -> None:
+        """Merge what runs that were cut short have left, and remove their journals."""
         if self._journals():
-            self.merge()
-            self.discard_journals()
+            self.finish()
 
-    def discard_journals(self) -> None:
-        """Remove the journals of this run and of earlier ones."""
+    def _discard_journals(self) -> None:
         if self._journal is not None:
             self._journal.close()
             self._journal = None
@@ -158,7 +207,14 @@ class CaptionFile:
     def _read_journals(self) -> dict[str, Row]:
         rows = {}
         for journal in self._journals():
-            for line in journal.read_bytes().split(b"\n"):
+            try:
+                content = read_regular_file(journal, _MOST_BYTES, is_own=True)
+            except (OSError, ValueError) as error:
+                raise CaptionTrainError(
+                    f"--output {self.path}: {journal}: {getattr(error, 'strerror', None) or error}, where a "
+                    "killed run's captions would be; move it away"
+                ) from error
+            for line in content.split(b"\n"):
                 try:
                     row = parse_json(line)
                 except ValueError:
@@ -167,51 +223,41 @@ class CaptionFile:
                     rows[row["file_name"]] = row
         return rows
 
-    def _read_file(self) -> list[Row]:
-        if not self.path.exists():
-            return []
+    def _read_table(self) -> Table:
+        make = CsvTable if self.path.suffix == ".csv" else JsonLines
         try:
-            text = self.path.read_bytes().decode("utf-8-sig")
-            rows = list(_read_csv(text) if self.path.suffix == ".csv" else _read_jsonl(text))
+            table = make(read_regular_file(self.path, _MOST_BYTES).decode())
+        except FileNotFoundError:
+            return make("")
         except (OSError, ValueError, csv.Error) as error:
-            raise UsageError(f"--output {self.path}: the file there cannot be continued: {error}") from error
-        for number, row in enumerate(rows, 1):
-            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(f"--output {self.path}: the file there cannot be continued: {reason}") from error
+        for number, row in enumerate(table.rows, 1):
+            if not isinstance(row.values, dict) or not isinstance(row.values.get("file_name"), str):
                 raise UsageError(
                     f"--output {self.path}: row {number} of that file has no file_name: name another file"
                 )
-        return rows
+        return table
 
 
-def _read_jsonl(text: str) -> Iterable[Any]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield parse_json(line)
-            except ValueError as error:
-                raise ValueError(f"line {number} is no JSON ({error})") from None
+def _put_captions(table: Table, new: Mapping[str, Row], places: Mapping[str, int]) -> list[str]:
+    """Put new captions into a table and sort it; return the names whose rows others have written."""
+    kept, known = [], set()
+    for row in table.rows:
+        name = row.values["file_name"]
+        known.add(name)
+        if name in new:
+            caption = {column: value for column, value in new[name].items() if column != REPLACES}
+            text = _text_of(row.values)
+            if text is None or text in new[name].get(REPLACES, ()):
+                table.change(row, caption)
+            elif text != caption.get("text"):
+                kept.append(name)
+    for name in sorted(new.keys() - known, key=lambda name: places.get(name, -1)):
+        table.add({column: value for column, value in new[name].items() if column != REPLACES})
+    table.sort(lambda row: places.get(row["file_name"], -1))
+    return list(dict.fromkeys(kept))
 
 
-def _read_csv(text: str) -> Iterable[Row]:
-    for row in csv.DictReader(io.StringIO(text, newline=""), strict=True):
-        yield {name: value for name, value in row.items() if name is not None}
-
-
-def _write_jsonl(file: IO[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    for row in rows:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def _write_csv(file: IO[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    rows = list(rows)
-    columns = list(dict.fromkeys(["file_name", "text", *(name for row in rows for name in row)]))
-    writer = csv.DictWriter(file, columns, restval="")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: _to_cell(value) for name, value in row.items()})
-
-
-def _to_cell(value: Any) -> str:
-    if value is None or isinstance(value, str):
-        return value or ""
-    return json.dumps(value, ensure_ascii=False)
+def _text_of(row: Row) -> str | None:
+    return next((row[column] for column in TEXT_COLUMNS if isinstance(row.get(column), str)), None)

@@ -25,7 +25,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from caption_train.adapters.record import Base
-from caption_train.captioning.result import CaptionResult, Unreadable
+from caption_train.captioning.plan import CaptionResult, Unreadable
 from caption_train.config.captioning import KEY_VARIABLE, CaptionOptions
 from caption_train.data.images import ImageError, open_image
 from caption_train.errors import CaptionTrainError, UsageError

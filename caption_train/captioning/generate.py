@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from caption_train.adapters.record import Base
-from caption_train.captioning.result import CaptionResult, Unreadable
+from caption_train.captioning.plan import CaptionResult, Unreadable
 from caption_train.captioning.sampling import make_sampler
 from caption_train.config.captioning import CaptionOptions
 from caption_train.data.images import ImageError, normalize_image, open_image

@@ -8,15 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from caption_train.captioning.drawings import Drawings
-from caption_train.captioning.outputs import Outputs, wrap_caption
-from caption_train.captioning.plan import make_plan
-from caption_train.captioning.result import CaptionResult, Unreadable
-from caption_train.captioning.summary import CaptioningSummary
+from caption_train.captioning.outputs import Caption, wrap_caption
+from caption_train.captioning.plan import CaptionResult, Unreadable, make_plan, open_outputs
+from caption_train.captioning.summary import CaptioningSummary, describe_meanwhile
 from caption_train.config.captioning import CaptionOptions
 from caption_train.errors import CaptionTrainError
 from caption_train.families.base import Family
@@ -72,9 +69,8 @@ class CaptionJob:
         self.family = family
         self.processes = join_processes()
         notice_launcher(self.processes.count)
-        self.outputs = Outputs(options, self.processes.rank)
+        self.outputs = open_outputs(options, family, self.processes.rank)
         self.plan = self.processes.share(lambda: make_plan(options, family, self.outputs))
-        self.drawings = Drawings(options.visualize, self.plan.images) if options.visualize else None
         self.lines: list[tuple[int, str]] = []
         self.tally = CaptioningSummary()
         if self.processes.is_main:
@@ -84,12 +80,14 @@ class CaptionJob:
     def run(self) -> int:
         """Caption this process's share, wait for the others, write common files; return the exit code."""
         share = self.plan.pending[self.processes.rank :: self.processes.count]
+        if self.plan.pending:
+            self.outputs.begin(self.plan.images)
         if share:
             self._caption(share)
         total = sum(self.processes.gather(self.tally), CaptioningSummary())
         lines = self.processes.gather(self.lines)
         if self.processes.is_main:
-            self.outputs.finish(self.plan.images)
+            total.note_meanwhile(self.outputs.finish(self.plan.images))
             for _, line in sorted(line for part in lines for line in part):
                 print_result(line)
             print_line(*total.lines())
@@ -102,7 +100,8 @@ class CaptionJob:
         """Write what was finished before an interrupt or error. Other processes may still be running."""
         if self.processes.is_main and self.tally.written:
             with suppress(CaptionTrainError):
-                self.outputs.finish(self.plan.images, complete=self.processes.count == 1)
+                complete = self.processes.count == 1
+                self.tally.note_meanwhile(self.outputs.finish(self.plan.images, complete=complete))
 
     def say_interrupted(self) -> None:
         """Print what is done, and how to continue."""
@@ -113,6 +112,7 @@ class CaptionJob:
         count = f"{self.tally.written} of {len(self.plan.pending)}" if alone else "finished"
         if self.processes.is_main:
             print_line(f"Interrupted: {count} captions are {kept}")
+            print_line(*describe_meanwhile(self.tally.meanwhile))
 
     def _caption(self, share: Sequence[Path]) -> None:
         main = self.processes.is_main
@@ -179,9 +179,9 @@ class CaptionJob:
         )
         answer = self.family.parse_answer(generated.text, self.plan.base.prompt, result.size)
         remarks = find_remarks(generated)
-        self.outputs.write(result.image, text, answer=answer, remarks=remarks)
-        if self.drawings and answer is not None:
-            self.drawings.save(result.image, partial(self.family.draw_answer, answer=answer))
+        if not self.outputs.write(Caption(result.image, text, answer, remarks)):
+            self.tally.meanwhile.append(escape_unprintable(result.image))
+            return f"{escape_unprintable(result.image)}: has a caption by now, which stays"
         self.tally.count(str(result.image), remarks)
         return f"{escape_unprintable(result.image)}: {escape_unprintable(text)}"
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from caption_train.adapters.record import Base, name_served, read_adapter, read_request, resolve_base
+from caption_train.captioning.caption_file import CaptionFile
 from caption_train.captioning.drawings import Drawings
 from caption_train.captioning.inputs import find_inputs
-from caption_train.captioning.outputs import Outputs
+from caption_train.captioning.outputs import Outputs, Sink
+from caption_train.captioning.sidecars import Sidecars
 from caption_train.config.captioning import CaptionOptions
 from caption_train.errors import UsageError
-from caption_train.families.base import Family
+from caption_train.families.base import Family, Generated
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,32 @@ class CaptionPlan:
     base: Base
 
 
-def make_plan(options: CaptionOptions, family: Family, outputs: Outputs) -> CaptionPlan:
-    """Find images and model; raise UsageError if something cannot work."""
-    inputs = find_inputs(options.images, recursive=options.recursive)
+def open_outputs(options: CaptionOptions, family: Family, rank: int = 0) -> Outputs:
+    """Return what one process writes captions to.
+
+    Args:
+        options: the options of the run.
+        family: draws the answers for `--visualize`.
+        rank: the rank of this process.
+
+    Raises:
+        UsageError: the family has no answers that can be drawn.
+    """
+    sinks: list[Sink] = []
+    if options.save_captions:
+        sinks.append(Sidecars(options.caption_extension, overwrite=options.overwrite))
+    if options.output:
+        sinks.append(CaptionFile(options.output, rank, overwrite=options.overwrite))
     if options.visualize:
         if not family.draws_answers:
             raise UsageError(f"--visualize: {family.title} gives no boxes to draw")
-        # Made only to check that no drawing would replace an image.
-        Drawings(options.visualize, inputs.images)
+        sinks.append(Drawings(options.visualize, family.draw_answer))
+    return Outputs(sinks)
+
+
+def make_plan(options: CaptionOptions, family: Family, outputs: Outputs) -> CaptionPlan:
+    """Find images and model; raise UsageError if something cannot work."""
+    inputs = find_inputs(options.images, recursive=options.recursive)
     adapter = read_adapter(options.peft_model) if options.peft_model else None
     prompt, settings = read_request(options, family)
     if options.endpoint:
@@ -47,3 +67,20 @@ def make_plan(options: CaptionOptions, family: Family, outputs: Outputs) -> Capt
         return CaptionPlan(inputs.images, outputs.find_pending(inputs.images), inputs.missing, base)
     base = resolve_base(family, options.base_model, options.revision, prompt, adapter, settings=settings)
     return CaptionPlan(inputs.images, outputs.find_pending(inputs.images), inputs.missing, base)
+
+
+@dataclass(frozen=True)
+class CaptionResult:
+    """A captioned image. size: its (width, height) in pixels, upright."""
+
+    image: Path
+    size: tuple[int, int]
+    generated: Generated
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An image that could not be captioned. reason: one line that begins with its path."""
+
+    image: Path
+    reason: str

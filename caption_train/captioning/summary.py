@@ -19,6 +19,7 @@ class CaptioningSummary:
         unreadable: images that could not be read, each with the reason.
         remarked: remark → names of images.
         seconds: time spent captioning.
+        meanwhile: images whose caption somebody else wrote during the run.
     """
 
     written: int = 0
@@ -26,12 +27,19 @@ class CaptioningSummary:
     unreadable: list[str] = field(default_factory=list)
     remarked: dict[str, list[str]] = field(default_factory=lambda: {remark: [] for remark in REMARKS})
     seconds: float = 0.0
+    meanwhile: list[str] = field(default_factory=list)
 
     def count(self, name: str, remarks: Sequence[str]) -> None:
         """Count one caption."""
         self.written += 1
         for remark in remarks:
             self.remarked[remark].append(escape_unprintable(name))
+
+    def note_meanwhile(self, names: Sequence[str]) -> None:
+        """Take images out of the count whose row in `--output` somebody else wrote."""
+        new = [name for name in map(escape_unprintable, names) if name not in self.meanwhile]
+        self.meanwhile += new
+        self.written = max(self.written - len(new), 0)
 
     def __add__(self, other: "CaptioningSummary") -> "CaptioningSummary":
         """Return the counts of two processes that ran at the same time."""
@@ -41,6 +49,7 @@ class CaptioningSummary:
             self.unreadable + other.unreadable,
             {remark: self.remarked[remark] + other.remarked[remark] for remark in REMARKS},
             max(self.seconds, other.seconds),
+            self.meanwhile + other.meanwhile,
         )
 
     def lines(self) -> list[str]:
@@ -53,13 +62,25 @@ class CaptioningSummary:
         lines = [f"{count_things(self.written, 'image')} captioned{rate}"]
         if self.kept:
             lines[0] += f", {self.kept} kept as they were (--overwrite captions them again)"
+        lines += describe_meanwhile(self.meanwhile)
         for remark, names in self.remarked.items():
             if names:
-                rest = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-                lines.append(f"{len(names)} {REMARKS[remark]}: {', '.join(names[:MOST_NAMES])}{rest}")
+                lines.append(f"{len(names)} {REMARKS[remark]}: {_list_first(names)}")
         return lines + self.problems()
 
     def problems(self) -> list[str]:
         """Return lines that name all images that could not be read."""
         headline = f"{count_things(len(self.unreadable), 'image')} could not be read:"
         return [headline, *(f"  {reason}" for reason in self.unreadable)] if self.unreadable else []
+
+
+def describe_meanwhile(names: Sequence[str]) -> list[str]:
+    """Return the line about captions that somebody else wrote while the run was at work, if there are any."""
+    count = count_things(len(names), "image")
+    said = f"{count} got a caption from somebody else while this run was at work, and keep it"
+    return [f"{said}: {_list_first(names)}"] if names else []
+
+
+def _list_first(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + rest

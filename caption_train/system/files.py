@@ -3,59 +3,122 @@
 Standard library only.
 """
 
+import errno
 import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import UnionType
 from typing import IO, Any
 
 from caption_train.errors import CaptionTrainError
 
-TEMPORARY = ".tmp"
+try:
+    import fcntl
+except ImportError:  # Windows, where an open file can be neither renamed nor deleted
+    fcntl = None
+
+TEMPORARY = ".caption-train.tmp"
+_IS_TEMPORARY = re.compile(rf"\..*\.[a-z0-9_]{{8}}{re.escape(TEMPORARY)}", re.DOTALL)
+_ABANDONED_SECONDS = 3600
+"""Age of a temporary file that counts as abandoned where the file system cannot say whether it is in use."""
+
+
+def open_own(path: Path | str, flags: int = os.O_RDONLY, mode: int = 0o666) -> int:
+    """Open a file that is ours by its name: a lock, a journal, a log. No link is followed out of its folder.
+
+    Args:
+        path: the file; with O_CREAT in `flags` it need not exist.
+        flags: of os.open.
+        mode: permissions of a new file, less the umask.
+
+    Returns:
+        A file descriptor.
+
+    Raises:
+        OSError: it cannot be opened, or is a link, a folder, a pipe or a device; `strerror` says which.
+    """
+    # Without blocking, since a named pipe would wait for its other end for ever.
+    flags |= _NO_FOLLOW | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        if not _NO_FOLLOW and Path(path).is_symlink():
+            raise OSError(errno.ELOOP, "", str(path))
+        descriptor = os.open(path, flags, mode)
+    except OSError as error:
+        # FreeBSD says EMLINK. A pipe nobody reads is ENXIO.
+        said = {errno.ELOOP: "is a link", errno.EMLINK: "is a link", errno.ENXIO: "is no regular file"}
+        if error.errno not in said:
+            raise
+        raise OSError(error.errno, said[error.errno], str(path)) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    return descriptor
+
+
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 
 
 @contextmanager
-def open_atomically(path: Path | str, mode: str = "w", encoding: str | None = "utf-8") -> Iterator[IO]:
-    """Open a temporary file beside `path`; rename it to `path` if the `with` block ends without an error.
+def open_temporary(path: Path, mode: str = "wb", encoding: str | None = None) -> Iterator[tuple[IO, Path]]:
+    """Open a temporary file beside `path`, to be renamed to it; yield it and its path, remove what is left.
 
-    The rename is atomic because both names are in one folder. The file is flushed to the disk first. An
-    existing file's permissions are kept.
+    As long as it is open, `clear_temporary` in other processes leaves it alone.
+    """
+    # Shortened, because a file name may have 255 bytes, and a character up to four.
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:50]}.", suffix=TEMPORARY, dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, mode, encoding=encoding, newline=None if "b" in mode else "") as file:
+            if fcntl is not None:
+                # Where there are no record locks, its age tells.
+                with suppress(OSError):
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield file, temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def finish_temporary(file: IO, temporary: Path, mode: int) -> None:
+    """Flush a temporary file to the disk and give it its permissions, so that it can be renamed."""
+    file.flush()
+    os.fsync(file.fileno())
+    temporary.chmod(mode)
+    if fcntl is None:
+        file.close()
+
+
+@contextmanager
+def open_atomically(
+    path: Path | str, mode: str = "w", encoding: str | None = "utf-8", *, follow_link: bool = False
+) -> Iterator[IO]:
+    """Open a temporary file beside `path`; on success sync it and rename it over `path`, else remove it.
+
+    The rename is atomic because both names are in one folder. An existing file's permissions are kept.
 
     Args:
-        path: the file to write.
-        mode: "w" or "wb".
-        encoding: of text.
+        path: what is replaced. A link itself is replaced, not the file that it leads to.
+        mode, encoding: as `open` takes them.
+        follow_link: where `path` is a link to a file, replace that file: people link their own captions.
     """
-    path = Path(path)
-    # Resolved, because a rename would replace a symbolic link, not the file that it points to.
-    path = path.resolve() if path.is_symlink() else path
-    binary = "b" in mode
-    # Shortened, because a file name may have 255 bytes, and a character up to four.
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:50]}.", suffix=TEMPORARY, dir=path.parent)
-    try:
-        with os.fdopen(
-            handle, mode, encoding=None if binary else encoding, newline=None if binary else ""
-        ) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(_mode_of(path))
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    path = behind_link(path) if follow_link else Path(path)
+    with open_temporary(path, mode, None if "b" in mode else encoding) as (file, temporary):
+        yield file
+        finish_temporary(file, temporary, mode_of(path))
+        temporary.replace(path)
 
 
-def write_atomically(path: Path | str, content: str | bytes) -> None:
-    """Write text (as UTF-8, with its line ends unchanged) or bytes to `path`, completely or not at all."""
-    with open_atomically(path, "wb") as file:
+def write_atomically(path: Path | str, content: str | bytes, *, follow_link: bool = False) -> None:
+    """Write text (UTF-8, newlines as given) or bytes to `path`, all of it or nothing; see open_atomically."""
+    with open_atomically(path, "wb", follow_link=follow_link) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
@@ -65,10 +128,35 @@ def copy_atomically(source: Path | str, path: Path | str) -> None:
         shutil.copyfileobj(content, file, _PIECE)
 
 
+def behind_link(path: Path | str) -> Path:
+    """Return the regular file that a link leads to; the path itself where it is no link, or leads to none."""
+    path = Path(path)
+    return path.resolve() if path.is_symlink() and path.is_file() else path
+
+
 def clear_temporary(folder: Path) -> None:
-    """Delete the temporary files in `folder` that interrupted writes have left."""
-    for path in folder.glob(f".*.{'?' * 8}{TEMPORARY}"):
-        path.unlink(missing_ok=True)
+    """Delete what writes that were cut short have left in `folder`, and no file that is being written."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if _IS_TEMPORARY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                with suppress(OSError):
+                    if not _is_being_written(Path(entry.path)):
+                        Path(entry.path).unlink()
+
+
+def _is_being_written(temporary: Path) -> bool:
+    if fcntl is None:
+        return False
+    descriptor = open_own(temporary)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError:
+        return time.time() - os.fstat(descriptor).st_mtime < _ABANDONED_SECONDS
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def find_free_name(path: Path) -> Path:
@@ -85,8 +173,13 @@ class TooLarge(ValueError):
     """A file is larger than what is read of it."""
 
 
-def read_regular_file(path: Path | str, limit: int = MAX_BYTES) -> bytes:
+def read_regular_file(path: Path | str, limit: int = MAX_BYTES, *, is_own: bool = False) -> bytes:
     """Return what a file holds.
+
+    Args:
+        path: the file.
+        limit: the most bytes it may have.
+        is_own: it is ours by its name, so no link is followed; see open_own.
 
     Raises:
         ValueError: it is a folder, a pipe or a device, which might never end, or has more than `limit` bytes.
@@ -94,7 +187,7 @@ def read_regular_file(path: Path | str, limit: int = MAX_BYTES) -> bytes:
     """
     # Opened without blocking, since a named pipe would wait for a writer for ever.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(path, flags)
+    descriptor = open_own(path) if is_own else os.open(path, flags)
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -104,7 +197,7 @@ def read_regular_file(path: Path | str, limit: int = MAX_BYTES) -> bytes:
                 f"{status.st_size / 1e6:,.1f} MB, more than the {limit / 1e6:,.0f} MB that are read"
             )
         with os.fdopen(descriptor, "rb", closefd=False) as file:
-            return file.read(limit)
+            return file.read(min(limit, status.st_size + 1))
     finally:
         os.close(descriptor)
 
@@ -208,10 +301,23 @@ def find_commit(model_id: str, revision: str | None = None) -> str | None:
     return Path(found).parent.name if isinstance(found, str) else None
 
 
-def _mode_of(path: Path) -> int:
-    if path.exists():
+def mode_of(path: Path) -> int:
+    """Return the permissions of a file that is there, or those that a new one gets."""
+    if path.is_file() and not path.is_symlink():
         return path.stat().st_mode & 0o7777
+    return 0o666 & ~_umask()
+
+
+def apply_umask(folder: Path) -> None:
+    """Give a folder, and all in it, the permissions that new ones get: safetensors makes its files 0600."""
+    umask = _umask()
+    for path in [folder, *folder.rglob("*")]:
+        if not path.is_symlink():
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+def _umask() -> int:
     # The umask can only be read by setting it.
     umask = os.umask(0)
     os.umask(umask)
-    return 0o666 & ~umask
+    return umask

@@ -1,28 +1,33 @@
-"""Lets only one run at a time write to an output folder or an output file."""
+"""Lets only one run at a time write to an output folder or an output file.
+
+filelock's SoftFileLease was weighed and left: it never takes over from a holder that is dead but not reaped
+(a container without an init), from an empty file (a power cut), nor on file systems without RENAME_EXCHANGE
+(NFS). The system's own record lock knows all of these.
+"""
 
 import json
 import os
+import secrets
 import socket
 import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 
 from caption_train.errors import CaptionTrainError
-from caption_train.system.files import parse_json
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks, so nothing is locked there
-    fcntl = None
+from caption_train.system.console import print_line
+from caption_train.system.exclusive import move_to_free_name
+from caption_train.system.files import TEMPORARY, mode_of, open_own
+from caption_train.system.holder import Holder, fcntl, is_running, try_lock
 
 LOCK_FILE = ".lock"
 
-
 BEAT_SECONDS = 20.0
 SILENCE_SECONDS = 120.0
-"""A holder touches its file every BEAT_SECONDS. On another host, a file this old counts as stale."""
+"""A holder touches its file every BEAT_SECONDS. On another host, one that does not for this long is dead."""
+GRACE_SECONDS = 1.0
+"""How long a file may stand there that its maker has not signed or locked yet."""
 
 
 class OutputLock:
@@ -30,138 +35,237 @@ class OutputLock:
 
     The system releases the record lock when its process ends in any way, and forked workers do not inherit
     it. So a file without a record lock is stale. Another host may share the folder but not the record locks,
-    for example when a preempted job is restarted there. For such a host, the file's age decides.
+    for example when a preempted job is restarted there. For such a host, the file is watched: a holder that
+    lives touches it.
 
     Args:
         output_dir: the folder of the lock file.
         name: the name of the lock file.
         output: the flag and value to name in messages.
+        instead: what to do while another run is writing, in messages.
     """
 
-    def __init__(self, output_dir: Path, name: str = LOCK_FILE, output: str | None = None) -> None:
+    def __init__(
+        self,
+        output_dir: Path,
+        name: str = LOCK_FILE,
+        output: str | None = None,
+        *,
+        instead: str = "choose another folder",
+    ) -> None:
+        self.instead = instead
         self.path = output_dir / name
         self.output = output or f"--output_dir {output_dir}"
-        self.file = None
         self.made_folder = False
-        self.released = Event()
+        self.descriptor: int | None = None
+        self._process_id = 0
 
     def acquire(self) -> str | None:
-        """Make the folder and take the lock.
+        """Make the folder and take the lock. The lock of a run on another host is watched first.
 
         Returns:
             A line about a stale lock that was taken over, or None.
 
         Raises:
-            CaptionTrainError: another run holds the lock; names it.
+            CaptionTrainError: another run holds the lock and is named; or the file there is no lock.
+            OSError: nothing can be written there.
         """
         self.made_folder = not self.path.parent.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if fcntl is None:
-            return None
-        while self.file is None:
-            file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
-            locked = _lock(file)
-            if locked is False:
-                raise CaptionTrainError(self._refusal(_read_soon(file)))
-            # The last holder may have deleted the file after it was opened here and before it was locked.
-            if self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
-                self.file = file
-        holder = _read(self.file)
-        if self._is_alive(holder, locked):
-            self.file.close()
-            self.file = None
-            raise CaptionTrainError(self._refusal(holder))
-        self._sign()
-        return f"{self.path}: left behind by {_name(holder)}; taken over" if holder else None
+        if _beats.hold(self.path):
+            raise CaptionTrainError(self._refusal(f"process {os.getpid()} on {socket.gethostname()}"))
+        left = None
+        while not self._create():
+            holder = self._read()
+            if holder is not None and self._is_dead(holder) and self._remove(holder) and holder.host:
+                left = f"{self.path}: left behind by {holder}; taken over"
+        self._process_id = os.getpid()
+        _beats.add(self)
+        return left
 
     def release(self) -> None:
-        """Release the lock, so that another run can take it."""
-        if self.file is not None:
-            self.released.set()
-            self.path.unlink(missing_ok=True)
-            self.file.close()
-            self.file = None
-
-    def _is_alive(self, holder: dict, locked: bool | None) -> bool:
-        if holder.get("host", socket.gethostname()) != socket.gethostname():
-            return self._silence() < SILENCE_SECONDS
-        # Without record locks, check whether the process in the file is running.
-        return bool(holder) and locked is None and _is_running(holder["pid"])
-
-    def _silence(self) -> float:
-        """Return how many seconds ago the lock file was last touched, by the clock of the file system."""
-        with tempfile.NamedTemporaryFile(dir=self.path.parent, prefix=LOCK_FILE) as now:
-            return os.fstat(now.fileno()).st_mtime - os.fstat(self.file.fileno()).st_mtime
-
-    def _sign(self) -> None:
-        words = json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
-        try:
-            self.file.truncate(0)
-            self.file.seek(0)
-            self.file.write(words)
-        except OSError:
-            self.release()
-            raise
-        Thread(target=self._beat, args=(self.file.fileno(),), daemon=True).start()
-
-    def _beat(self, descriptor: int) -> None:
-        while not self.released.wait(BEAT_SECONDS):
-            with suppress(OSError):
-                os.utime(descriptor)
+        """Let the next run in."""
+        if self.descriptor is None or self._process_id != os.getpid():
+            return
+        _beats.remove(self)
+        descriptor, self.descriptor = self.descriptor, None
+        # By its inode: opening the file once more would end the record lock before the file is gone.
+        with suppress(OSError):
+            is_ours = os.path.samestat(os.fstat(descriptor), self.path.lstat())
+            if fcntl is None:
+                os.close(descriptor)  # Windows deletes no open file.
+            if is_ours:
+                self.path.unlink()
+        with suppress(OSError):
+            os.close(descriptor)
 
     def abandon(self) -> None:
-        """Undo `acquire` for a run that did not start: remove the lock, and the folder if this made it."""
+        """Leave nothing behind of a run that did not start: no lock, and no empty folder that it made."""
         self.release()
         if self.made_folder:
             with suppress(OSError):
                 self.path.parent.rmdir()
 
-    def _refusal(self, holder: dict) -> str:
+    def touch(self) -> None:
+        """Show other hosts that this run lives."""
+        with suppress(OSError, TypeError):
+            os.utime(self.descriptor if os.utime in os.supports_fd else self.path)
+
+    def _create(self) -> bool:
+        """Make the lock file, signed and held already when it gets its name; False where there is one."""
+        who = {"pid": os.getpid(), "host": socket.gethostname(), "token": secrets.token_hex(8)}
+        content = json.dumps(who).encode()
+        descriptor, name = tempfile.mkstemp(TEMPORARY, f".{self.path.name[:50]}.", self.path.parent)
+        temporary = Path(name)
+        try:
+            os.write(descriptor, content)
+            try_lock(descriptor, exclusive=True)
+            temporary.chmod(mode_of(self.path))
+            if fcntl is None:
+                os.close(descriptor)  # Windows renames no open file.
+                descriptor = -1
+            move_to_free_name(temporary, self.path, content)
+            if descriptor < 0 or not os.path.samestat(os.fstat(descriptor), self.path.lstat()):
+                # Without links, and renames that replace nothing, it is another file.
+                descriptor = _close_and_open(descriptor, self.path)
+                try_lock(descriptor, exclusive=True)
+        except (FileExistsError, FileNotFoundError):
+            return False
+        else:
+            self.descriptor, descriptor = descriptor, -1
+            return True
+        finally:
+            temporary.unlink(missing_ok=True)
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    def _read(self) -> Holder | None:
+        """Return what the lock file says now, None where there is none."""
+        try:
+            return Holder.read(self.path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise CaptionTrainError(
+                f"{self.output}: {self.path}: {error.strerror or error}, where the lock of one run at a time "
+                "goes; delete it if no run is at work there"
+            ) from error
+
+    def _is_dead(self, holder: Holder) -> bool:
+        """Tell whether nobody holds the lock any more; False where it changed and is to be read again.
+
+        Raises:
+            CaptionTrainError: its holder lives.
+        """
+        if holder.is_locked:
+            raise CaptionTrainError(self._refusal(holder))
+        if holder.host is None:
+            return self._stays(holder, GRACE_SECONDS)
+        if holder.host != socket.gethostname():
+            return self._watch(holder)
+        if holder.process_id == os.getpid() or not is_running(holder.process_id):
+            return True
+        if holder.is_locked is None:
+            raise CaptionTrainError(self._refusal(holder))
+        # Another process has its number by now, or it is just about to take the record lock.
+        return self._stays(holder, GRACE_SECONDS)
+
+    def _watch(self, holder: Holder) -> bool:
+        print_line(f"{self.path}: of {holder}; watching for {SILENCE_SECONDS:.0f} s whether that run lives")
+        if self._stays(holder, SILENCE_SECONDS):
+            return True
+        now = self._read()
+        if now is not None and now.content == holder.content:
+            raise CaptionTrainError(self._refusal(now))
+        return False
+
+    def _stays(self, holder: Holder, seconds: float) -> bool:
+        """Tell whether a lock file stays as it is for a time, by this process's clock and no other."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, 0.1 if seconds <= GRACE_SECONDS else 1.0))
+            if self._read() != holder:
+                return False
+        return True
+
+    def _remove(self, holder: Holder) -> bool:
+        """Remove a dead holder's file, if it still is that one: another run may have been faster."""
+        aside = self.path.with_name(f".{self.path.name[:50]}.{secrets.token_hex(4)}{TEMPORARY}")
+        try:
+            self.path.rename(aside)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise CaptionTrainError(
+                f"{self.output}: {self.path}: left behind by {holder}, and cannot be taken over: "
+                f"{error.strerror or error}; delete it, or choose another folder"
+            ) from error
+        is_the_one = Holder.read(aside).content == holder.content
+        if not is_the_one:
+            with suppress(FileExistsError):
+                move_to_free_name(aside, self.path, holder.content)
+        aside.unlink(missing_ok=True)
+        return is_the_one
+
+    def _refusal(self, holder: Holder | str) -> str:
         return (
-            f"{self.output}: another run, {_name(holder)}, is writing there; choose "
-            f"another {'folder' if self.path.name == LOCK_FILE else 'file'} (or delete {self.path} if that "
-            "run is gone)"
+            f"{self.output}: another run, {holder}, is writing there; {self.instead} "
+            f"(or delete {self.path} if that run is gone)"
         )
 
 
-def _name(holder: dict) -> str:
-    return f"process {holder.get('pid', 'unknown')} on {holder.get('host', 'an unknown host')}"
+class _Beats:
+    """The locks that this process holds, and one thread that touches their files."""
 
+    def __init__(self) -> None:
+        self._locks: list[OutputLock] = []
+        self._process_id = os.getpid()
+        self._guard, self._wake = Lock(), Event()
+        self._thread: Thread | None = None
 
-def _lock(file) -> bool | None:
-    """Return whether the record lock was taken; None on a file system without record locks."""
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+    def hold(self, path: Path) -> bool:
+        """Tell whether this process holds the lock at a path, which the system would not refuse it."""
+        self._forget_parent()
+        with suppress(OSError):
+            there = path.lstat()
+            return any(os.path.samestat(os.fstat(lock.descriptor), there) for lock in self._locks)
         return False
-    except OSError:
-        return None
-    return True
+
+    def add(self, lock: OutputLock) -> None:
+        self._forget_parent()
+        with self._guard:
+            self._locks.append(lock)
+            self._wake.set()
+            if self._thread is None:
+                self._thread = Thread(target=self._run, name="locks", daemon=True)
+                self._thread.start()
+
+    def remove(self, lock: OutputLock) -> None:
+        with self._guard:
+            self._locks = [other for other in self._locks if other is not lock]
+            self._wake.set()
+
+    def _forget_parent(self) -> None:
+        if self._process_id != os.getpid():
+            self.__init__()
+
+    def _run(self) -> None:
+        while True:
+            self._wake.wait(BEAT_SECONDS)
+            self._wake.clear()
+            with self._guard:
+                for lock in self._locks:
+                    lock.touch()
+                if not self._locks:
+                    self._thread = None
+                    return
 
 
-def _is_running(process_id: int) -> bool:
-    try:
-        os.kill(process_id, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return process_id != os.getpid()
+_beats = _Beats()
 
 
-def _read_soon(file) -> dict:
-    """Return what the lock file says; wait a moment if its new holder has not written it yet."""
-    for _ in range(20):
-        if holder := _read(file):
-            return holder
-        time.sleep(0.05)
-    return {}
-
-
-def _read(file) -> dict:
-    file.seek(0)
-    try:
-        found = parse_json(file.read())
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) and isinstance(found.get("pid"), int) else {}
+def _close_and_open(descriptor: int, path: Path) -> int:
+    opened = open_own(path, os.O_RDWR)
+    if descriptor >= 0:
+        os.close(descriptor)
+    return opened

@@ -19,6 +19,9 @@ T = TypeVar("T")
 PATIENCE = timedelta(days=7)
 """How long a process waits for others. They only meet at start and end: a slow one may be hours behind."""
 
+OTHER_FILES = 512
+"""What a process opens beside: libraries, devices, images, pipes to its workers."""
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -92,6 +95,19 @@ def keep_groups() -> None:
 def is_one_of_several() -> bool:
     """Tell whether a launcher started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def allow_open_files(count: int) -> None:
+    """Let this process hold `count` more files open, as far as the system lets it."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def end_at_once(code: int) -> NoReturn:

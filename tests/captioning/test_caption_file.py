@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from caption_train.captioning.caption_file import CaptionFile
+from caption_train.captioning.outputs import Caption
 from caption_train.errors import CaptionTrainError, UsageError
 
 
@@ -21,8 +22,8 @@ def rows_of(path):
 def test_rows_are_written_in_the_order_of_the_images(tmp_path):
     file = CaptionFile(tmp_path / "captions.jsonl")
     for name in ("b", "a", "c"):
-        file.append(tmp_path / name, f"text {name}")
-    file.merge([tmp_path / name for name in "abc"])
+        file.write(Caption(tmp_path / name, f"text {name}"))
+    file.finish([tmp_path / name for name in "abc"])
     assert [row["file_name"] for row in rows_of(file.path)] == ["a", "b", "c"]
 
 
@@ -30,44 +31,54 @@ def test_rows_of_other_images_stay_first_with_all_their_columns(tmp_path):
     path = tmp_path / "metadata.jsonl"
     path.write_text('{"file_name": "z.png", "text": "old", "tags": "x"}\n{"file_name": "a.png", "n": 1}\n')
     file = CaptionFile(path)
-    file.append(tmp_path / "a.png", "new")
-    file.merge([tmp_path / "a.png"])
+    file.write(Caption(tmp_path / "a.png", "new"))
+    file.finish([tmp_path / "a.png"])
     assert rows_of(path) == [
         {"file_name": "z.png", "text": "old", "tags": "x"},
         {"file_name": "a.png", "n": 1, "text": "new"},
     ]
 
 
+def overwrite(path, image, text, **more):
+    """Caption an image as `--overwrite` does; return the names that others have captioned meanwhile."""
+    file = CaptionFile(path, overwrite=True)
+    file.pending([image])
+    file.begin([image])
+    file.write(Caption(image, text, **more))
+    kept = file.finish([image])
+    file.close()
+    return kept
+
+
 def test_a_new_caption_drops_the_remarks_of_the_old_one(tmp_path):
+    path = tmp_path / "captions.jsonl"
     for remarks in (["cut"], []):
-        file = CaptionFile(tmp_path / "captions.jsonl")
-        file.append(tmp_path / "a.png", "text", remarks=remarks, answer={"boxes": []} if remarks else None)
-        file.merge([tmp_path / "a.png"])
-        file.discard_journals()
-    assert rows_of(file.path) == [{"file_name": "a.png", "text": "text"}]
+        answer = {"boxes": []} if remarks else None
+        overwrite(path, tmp_path / "a.png", "text", remarks=remarks, answer=answer)
+    assert rows_of(path) == [{"file_name": "a.png", "text": "text"}]
 
 
 def test_a_killed_run_leaves_its_rows_but_not_its_half_line(tmp_path):
     killed = CaptionFile(tmp_path / "captions.jsonl")
-    killed.append(tmp_path / "a.png", "one")
-    killed.append(tmp_path / "b.png", "two")
+    killed.write(Caption(tmp_path / "a.png", "one"))
+    killed.write(Caption(tmp_path / "b.png", "two"))
     journal = next(tmp_path.glob(".captions.jsonl.*"))
     journal.write_bytes(journal.read_bytes()[:-5])
-    assert list(CaptionFile(tmp_path / "captions.jsonl").read()) == ["a.png"]
+    assert list(CaptionFile(tmp_path / "captions.jsonl").captions()) == ["a.png"]
 
 
 def test_rows_after_the_half_line_of_a_killed_run_are_read(tmp_path):
     path = tmp_path / "captions.jsonl"
     (tmp_path / ".captions.jsonl.0.part").write_text('{"file_name": "a.png", "te')
-    CaptionFile(path).append(tmp_path / "b.png", "two")
-    assert list(CaptionFile(path).read()) == ["b.png"]
+    CaptionFile(path).write(Caption(tmp_path / "b.png", "two"))
+    assert list(CaptionFile(path).captions()) == ["b.png"]
 
 
 def test_a_journal_cut_within_a_character_is_read_up_to_there(tmp_path):
     (tmp_path / ".captions.jsonl.0.part").write_bytes(
         b'{"file_name": "a.png", "text": "one"}\n{"file_name": "b.png", "text": "caf\xc3'
     )
-    assert CaptionFile(tmp_path / "captions.jsonl").read() == {"a.png": "one"}
+    assert CaptionFile(tmp_path / "captions.jsonl").captions() == {"a.png": "one"}
 
 
 def test_several_rows_of_one_image_all_stay(tmp_path):
@@ -75,17 +86,15 @@ def test_several_rows_of_one_image_all_stay(tmp_path):
     rows = [{"file_name": "a.png", "text": f"{i}", "prompt": f"p{i}"} for i in range(2)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     file = CaptionFile(path)
-    file.append(tmp_path / "b.png", "new")
-    file.merge([tmp_path / "a.png", tmp_path / "b.png"])
+    file.write(Caption(tmp_path / "b.png", "new"))
+    file.finish([tmp_path / "a.png", tmp_path / "b.png"])
     assert rows_of(path) == [*rows, {"file_name": "b.png", "text": "new"}]
 
 
 def test_a_new_caption_goes_into_every_row_of_its_image(tmp_path):
     path = tmp_path / "metadata.jsonl"
     path.write_text('{"file_name": "a.png", "text": "old", "n": 1}\n' * 3)
-    file = CaptionFile(path)
-    file.append(tmp_path / "a.png", "new")
-    file.merge([tmp_path / "a.png"])
+    overwrite(path, tmp_path / "a.png", "new")
     assert rows_of(path) == [{"file_name": "a.png", "n": 1, "text": "new"}] * 3
 
 
@@ -95,7 +104,7 @@ def test_a_row_without_a_caption_is_none(tmp_path):
         '{"file_name": "a.png", "n": 1}\n{"file_name": "b.png", "text": null}\n'
         '{"file_name": "c.png", "caption": "old"}\n'
     )
-    assert CaptionFile(path).read() == {"c.png": "old"}
+    assert CaptionFile(path).captions() == {"c.png": "old"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux")
@@ -107,10 +116,9 @@ def test_a_name_that_no_row_can_hold_is_refused(tmp_path):
 def test_journals_of_several_processes_become_one_file(tmp_path):
     path = tmp_path / "captions.jsonl"
     for rank in range(3):
-        CaptionFile(path, rank).append(tmp_path / f"{rank}.png", f"by {rank}")
+        CaptionFile(path, rank).write(Caption(tmp_path / f"{rank}.png", f"by {rank}"))
     file = CaptionFile(path)
-    file.merge([tmp_path / f"{rank}.png" for rank in range(3)])
-    file.discard_journals()
+    file.finish([tmp_path / f"{rank}.png" for rank in range(3)])
     assert [row["text"] for row in rows_of(path)] == ["by 0", "by 1", "by 2"]
     assert list(tmp_path.iterdir()) == [path]
 
@@ -128,22 +136,59 @@ def test_a_file_that_cannot_be_continued_is_refused_untouched(tmp_path, data):
     path = tmp_path / "captions.jsonl"
     path.write_bytes(data)
     with pytest.raises(UsageError, match=r"captions\.jsonl"):
-        CaptionFile(path).read()
+        CaptionFile(path).captions()
     assert path.read_bytes() == data
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_is_one_line_and_the_journal_still_closes(tmp_path):
-    (tmp_path / ".captions.jsonl.0.part").symlink_to("/dev/full")
     file = CaptionFile(tmp_path / "captions.jsonl")
+    file._journal = open("/dev/full", "wb", buffering=0)  # noqa: PTH123, SIM115
     with pytest.raises(CaptionTrainError, match="No space left on device"):
-        file.append(tmp_path / "a.png", "text")
-    file.discard_journals()
+        file.write(Caption(tmp_path / "a.png", "text"))
+    file.finish([])
+
+
+@pytest.mark.parametrize("made", ["folder", "link", "link to nothing", "pipe"])
+def test_a_journal_that_is_no_file_of_ours_is_one_line_and_stays(tmp_path, made):
+    path, outside = tmp_path / "in" / ".captions.jsonl.0.part", tmp_path / "outside"
+    path.parent.mkdir()
+    if made == "link":
+        outside.write_text("theirs")
+    make = {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path)}
+    make.get(made, lambda: path.symlink_to(outside))()
+    for work in (
+        lambda file: file.pending([]),
+        lambda file: file.write(Caption(path.parent / "a.png", "text")),
+    ):
+        file = CaptionFile(path.parent / "captions.jsonl")
+        with pytest.raises(
+            CaptionTrainError, match=r"0\.part.*(Is a directory|is a link|is no regular file)"
+        ):
+            work(file)
+        file.close()
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert outside.read_text() == "theirs" if made == "link" else not outside.exists()
+
+
+def test_an_output_that_is_a_link_is_written_through_and_one_to_nothing_is_refused(tmp_path):
+    real, path = tmp_path / "elsewhere" / "real.jsonl", tmp_path / "in" / "captions.jsonl"
+    real.parent.mkdir()
+    path.parent.mkdir()
+    path.symlink_to(real)
+    with pytest.raises(UsageError, match="is a link to nothing"):
+        CaptionFile(path).pending([])
+    assert not real.exists()
+    real.write_text("")
+    file = CaptionFile(path)
+    file.write(Caption(path.parent / "a.png", "text"))
+    file.finish([])
+    assert path.is_symlink() and len(rows_of(real)) == 1
 
 
 def test_a_journal_that_cannot_be_written_is_one_line(tmp_path):
     with pytest.raises(CaptionTrainError, match="No such file or directory"):
-        CaptionFile(tmp_path / "gone" / "captions.csv").append(tmp_path / "a.png", "text")
+        CaptionFile(tmp_path / "gone" / "captions.csv").write(Caption(tmp_path / "a.png", "text"))
 
 
 TEXTS = st.text(st.sampled_from("aé😀 ,;\"'\\\n\r\t\u2028\x85\x1c"), max_size=9)
@@ -156,18 +201,167 @@ def test_any_text_comes_back_from_journal_and_file(tmp_path_factory, suffix, tex
     file = CaptionFile(folder / f"captions{suffix}")
     names = [folder / f"{i}.png" for i in range(len(texts))]
     for name, text in zip(names, texts, strict=True):
-        file.append(name, text)
-    assert [*file.read().values()] == texts
-    file.merge(names)
-    file.discard_journals()
-    assert [*CaptionFile(file.path).read().values()] == texts
+        file.write(Caption(name, text))
+    assert [*file.captions().values()] == texts
+    file.finish(names)
+    assert [*CaptionFile(file.path).captions().values()] == texts
 
 
 def test_csv_holds_answers_as_json(tmp_path):
     file = CaptionFile(tmp_path / "captions.csv")
-    file.append(tmp_path / "a.png", "cat", answer={"labels": ["cat"]})
-    file.append(tmp_path / "b.png", "dog")
-    file.merge([tmp_path / "a.png", tmp_path / "b.png"])
+    file.write(Caption(tmp_path / "a.png", "cat", answer={"labels": ["cat"]}))
+    file.write(Caption(tmp_path / "b.png", "dog"))
+    file.finish([tmp_path / "a.png", tmp_path / "b.png"])
     with file.path.open(newline="") as lines:
         rows = list(csv.DictReader(lines))
     assert [json.loads(row["answer"] or "null") for row in rows] == [{"labels": ["cat"]}, None]
+
+
+def test_a_row_that_somebody_captions_while_the_run_is_at_work_wins(tmp_path):
+    path, images = tmp_path / "captions.jsonl", [tmp_path / "a.png", tmp_path / "b.png"]
+    path.write_text('{"file_name": "a.png"}\n')
+    file = CaptionFile(path)
+    assert file.pending(images) == images
+    for image in images:
+        file.write(Caption(image, "by the model"))
+    by_hand = '{"file_name": "a.png", "text": "by hand"}\n{"file_name": "new.png", "text": "by hand"}\n'
+    path.write_text(by_hand)
+    assert file.finish(images) == ["a.png"]
+    file.close()
+    assert [row["text"] for row in rows_of(path)] == ["by hand", "by hand", "by the model"]
+
+
+def test_even_overwrite_keeps_what_was_written_after_it_began(tmp_path):
+    path, image = tmp_path / "captions.csv", tmp_path / "a.png"
+    path.write_text("file_name,text\na.png,old\n")
+    assert overwrite(path, image, "new") == []
+    file = CaptionFile(path, overwrite=True)
+    file.pending([image])
+    file.begin([image])
+    file.write(Caption(image, "newer"))
+    path.write_text("file_name,text\na.png,by hand\n")
+    assert file.finish([image]) == ["a.png"]
+    file.close()
+    assert path.read_text() == "file_name,text\na.png,by hand\n"
+
+
+def test_a_killed_overwrite_is_finished_by_the_next_run(tmp_path):
+    path, image = tmp_path / "captions.jsonl", tmp_path / "a.png"
+    path.write_text('{"file_name": "a.png", "text": "old"}\n')
+    killed = CaptionFile(path, overwrite=True)
+    killed.begin([image])
+    killed.write(Caption(image, "new"))
+    file = CaptionFile(path)
+    assert file.pending([image]) == [] and file.finish([image]) == []
+    file.close()
+    assert rows_of(path) == [{"file_name": "a.png", "text": "new"}]
+
+
+def test_what_is_saved_at_the_moment_of_merging_is_read_again(tmp_path, monkeypatch):
+    path = tmp_path / "captions.jsonl"
+    path.write_text('{"file_name": "z.png", "text": "old"}\n')
+    file = CaptionFile(path)
+    file.write(Caption(tmp_path / "a.png", "new"))
+    read = CaptionFile._read_table
+
+    def read_then_save(self):
+        table = read(self)
+        monkeypatch.undo()
+        path.write_text('{"file_name": "z.png", "text": "by hand"}\n')
+        return table
+
+    monkeypatch.setattr(CaptionFile, "_read_table", read_then_save)
+    file.finish([])
+    assert [row["text"] for row in rows_of(path)] == ["by hand", "new"]
+
+
+def test_rows_of_others_are_the_same_bytes_after_a_run(tmp_path):
+    path = tmp_path / "metadata.jsonl"
+    others = (
+        b'\xef\xbb\xbf{"file_name":"z.png" ,"text":"\\ud83d half", "score": 1.10, "score": 2e0}\r\n'
+        b'\n{"file_name": "y.png", "id": 12345678901234567890123, "caf\\u00e9": "\xc3\xa9"}'
+    )
+    path.write_bytes(others)
+    file = CaptionFile(path)
+    file.write(Caption(tmp_path / "a.png", "new"))
+    file.finish([tmp_path / "a.png"])
+    assert path.read_bytes() == others + b'\n{"file_name": "a.png", "text": "new"}\n'
+
+
+def test_a_row_that_gets_a_caption_keeps_all_else_in_it(tmp_path):
+    path = tmp_path / "captions.jsonl"
+    path.write_text(
+        '{ "score": 1.10, "file_name": "a.png", "n": {"text": 1.0}, "odd": "\\ud83d", "odd": 2 }\n'
+    )
+    file = CaptionFile(path)
+    file.write(Caption(tmp_path / "a.png", "new", answer={"labels": ["é"]}))
+    file.finish([tmp_path / "a.png"])
+    assert path.read_text() == (
+        '{"score": 1.10, "file_name": "a.png", "n": {"text": 1.0}, "odd": "\\ud83d", "odd": 2, '
+        '"text": "new", "answer": {"labels": ["é"]}}\n'
+    )
+
+
+def test_cells_beyond_the_header_stay_beyond_it(tmp_path):
+    path = tmp_path / "captions.csv"
+    path.write_bytes(b'file_name,text\nz.png,"old, ""quoted""",extra,1.10\n\ny.png\n"x\n.png",b,c\n')
+    file = CaptionFile(path)
+    file.write(Caption(tmp_path / "y.png", "new"))
+    file.write(Caption(tmp_path / "a.png", "new", remarks=["cut"]))
+    file.finish([tmp_path / "y.png", tmp_path / "a.png"])
+    assert path.read_bytes() == (
+        b'file_name,text,,,remarks\nz.png,"old, ""quoted""",extra,1.10\n"x\n.png",b,c\n'
+        b'y.png,new,,,\na.png,new,,,"[""cut""]"\n'
+    )
+
+
+NUMBERS = st.sampled_from(["1.10", "-0", "1e400", "12345678901234567890", "0.1000", "NaN", "true", "null"])
+STRINGS = st.sampled_from(['"\\ud83d"', '"\\u00e9"', '"é"', '"a\\/b"', '""', '"}\\"{"', '"\u2028"', '"\x85"'])
+VALUES = st.recursive(
+    NUMBERS | STRINGS,
+    lambda inner: (
+        st.lists(inner, max_size=2).map(lambda v: "[" + " ,".join(v) + "]")
+        | inner.map(lambda v: '{"text": ' + v + ', "text":' + v + "}")
+    ),
+    max_leaves=4,
+)
+NAMES = st.sampled_from(["n", "n", "text", "caption", "remarks", "\\u0074ext", "é", "", "file_name2"])
+SPACES = st.sampled_from(["", " ", "\t", "  "])
+
+
+@st.composite
+def odd_rows(draw):
+    """Draw (lines of a .jsonl file as somebody might have written them, how many), z0.png and on."""
+    lines = []
+    for number in range(draw(st.integers(0, 4))):
+        members = [f'"file_name"{draw(SPACES)}: "z{number}.png"']
+        for _ in range(draw(st.integers(0, 4))):
+            members.append(f'"{draw(NAMES)}":{draw(SPACES)}{draw(VALUES)}{draw(SPACES)}')
+        draw(st.randoms()).shuffle(members)
+        blank = draw(st.sampled_from(["", "", "\n", " \r\n"]))
+        lines.append(
+            blank + draw(SPACES) + "{" + ",".join(members) + "}" + draw(st.sampled_from(["\n", "\r\n"]))
+        )
+    return lines
+
+
+@settings(max_examples=200)
+@given(lines=odd_rows(), mark=st.sampled_from(["", "\ufeff"]), changed=st.integers(0, 3))
+def test_odd_rows_pass_through_and_changed_ones_keep_their_other_members(
+    tmp_path_factory, lines, mark, changed
+):
+    path = tmp_path_factory.mktemp("odd") / "captions.jsonl"
+    path.write_bytes((mark + "".join(lines)).encode())
+    had = CaptionFile(path).captions()
+    file = CaptionFile(path)
+    file.write(Caption(path.parent / "a.png", "new"))
+    file.write(Caption(path.parent / f"z{changed}.png", "changed"))
+    kept = file.finish()
+    text = path.read_bytes().decode()
+    assert text.startswith(mark) and '{"file_name": "a.png", "text": "new"}\n' in text
+    for number, line in enumerate(lines):
+        if number != changed or f"z{number}.png" in had:
+            assert line in text
+    name = f"z{changed}.png"
+    assert CaptionFile(path).captions() == had | {"a.png": "new", name: had.get(name, "changed")}
+    assert kept == ([name] if had.get(name, "changed") != "changed" else [])

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from caption_train.captioning.generate import Generation, caption_images
-from caption_train.captioning.result import CaptionResult, Unreadable
+from caption_train.captioning.plan import CaptionResult, Unreadable
 from caption_train.captioning.sampling import make_sampler
 from caption_train.errors import UsageError
 from caption_train.families import get_family

@@ -151,11 +151,47 @@ def test_an_error_keeps_what_was_finished(folder):
     assert len(output.read_text().splitlines()) == 4
 
 
+class Typing(FakeFamily):
+    """While its first batch is made, a person captions 0.png in its file and 1.png in the row of `output`."""
+
+    def __init__(self, folder, output):
+        super().__init__()
+        self.folder, self.output = folder, output
+
+    def generate(self, *arguments, **settings):
+        if not self.model.batches:
+            (self.folder / "0.txt").write_text("by hand")
+            self.output.write_text('{"file_name": "1.png", "text": "by hand"}\n')
+        return super().generate(*arguments, **settings)
+
+
+def test_what_a_person_writes_while_the_run_is_at_work_stays_and_is_said(folder, capsys):
+    output = folder / "captions.jsonl"
+    assert run(Typing(folder, output), folder, save_captions=True, output=output) == 0
+    assert captions(folder)["0.txt"] == "by hand"
+    rows = {row["file_name"]: row["text"] for row in map(json.loads, output.read_text().splitlines())}
+    assert rows["0.png"] == rows["1.png"] == "by hand"
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "somebody else" in line]
+    assert line.startswith("2 images got a caption") and "0.png" in line and "1.png" in line
+
+
+def test_a_second_run_into_the_folder_is_refused_in_one_line(folder):
+    class Second(FakeFamily):
+        def generate(self, *arguments, **settings):
+            with pytest.raises(CaptionTrainError, match="another run") as caught:
+                run(FakeFamily(), folder, save_captions=True)
+            assert len(str(caught.value).splitlines()) == 1
+            return super().generate(*arguments, **settings)
+
+    assert run(Second(), folder, save_captions=True) == 0
+    assert len(captions(folder)) == 7 and not list(folder.glob(".*"))
+
+
 def test_a_full_disk_is_one_line_that_names_the_file(folder, monkeypatch):
     def fill(path, content):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("caption_train.captioning.outputs.write_atomically", fill)
+    monkeypatch.setattr("caption_train.captioning.sidecars.create_atomically", fill)
     output = folder / "captions.jsonl"
     with pytest.raises(CaptionTrainError, match=r"0\.txt: cannot be written: No space left on device"):
         run(FakeFamily(), folder, save_captions=True, output=output)

@@ -6,9 +6,11 @@ import sys
 
 import pytest
 
-from caption_train.captioning.outputs import Outputs, wrap_caption
+from caption_train.captioning.outputs import Caption, wrap_caption
+from caption_train.captioning.plan import open_outputs
 from caption_train.config.captioning import CaptionOptions
 from caption_train.errors import CaptionTrainError, UsageError
+from tests.fixtures.fake_family import FakeFamily
 from tests.fixtures.paths import REPOSITORY
 
 
@@ -20,12 +22,16 @@ def images(tmp_path):
     return paths
 
 
-def save(images, **options):
-    outputs = Outputs(CaptionOptions(images=["."], **options))
-    for image in outputs.find_pending(images):
-        outputs.write(image, f"of {image.name}")
-    outputs.finish(images)
+def save(images, meanwhile=lambda: None, **options):
+    """Caption images; return the names of those that got a caption `meanwhile`."""
+    outputs = open_outputs(CaptionOptions(images=["."], **options), FakeFamily())
+    pending = outputs.find_pending(images)
+    outputs.begin(images)
+    meanwhile()
+    kept = [image.name for image in pending if not outputs.write(Caption(image, f"of {image.name}"))]
+    kept += outputs.finish(images)
     outputs.close()
+    return kept
 
 
 def test_caption_files_take_the_stem_of_the_image(images):
@@ -113,9 +119,10 @@ def test_a_file_that_another_run_writes_is_refused_until_that_ends(tmp_path, ima
     code = f"""if True:
         from pathlib import Path
         from caption_train.captioning.caption_file import CaptionFile
-        file = CaptionFile(Path({str(output)!r}))
-        file.lock()
-        file.append(Path({str(images[0])!r}), "theirs")
+        from caption_train.captioning.outputs import Caption
+        file, image = CaptionFile(Path({str(output)!r})), Path({str(images[0])!r})
+        file.pending([image])
+        file.write(Caption(image, "theirs"))
         print("locked", flush=True)
         input()
     """
@@ -129,6 +136,98 @@ def test_a_file_that_another_run_writes_is_refused_until_that_ends(tmp_path, ima
     save(images, output=output)
     assert "theirs" in output.read_text()
     assert not list(tmp_path.glob(".captions*"))
+
+
+def test_a_caption_that_comes_while_the_run_is_at_work_stays(tmp_path, images):
+    by_hand = tmp_path / "a b.txt"
+    assert save(images, lambda: by_hand.write_text("by hand\n"), save_captions=True) == ["a b.png"]
+    assert by_hand.read_text() == "by hand\n"
+    assert (tmp_path / "c.d.txt").read_text() == "of c.d.webp\n"
+
+
+def test_a_caption_with_the_full_name_counts_too_when_it_comes_late(tmp_path, images):
+    by_hand = tmp_path / "a b.png.txt"
+    assert save(images, lambda: by_hand.write_text("by hand\n"), save_captions=True) == ["a b.png"]
+    assert by_hand.read_text() == "by hand\n" and not (tmp_path / "a b.txt").exists()
+
+
+def test_what_came_while_the_run_was_at_work_goes_into_the_one_file_too(tmp_path, images):
+    output = tmp_path / "captions.jsonl"
+    by_hand = tmp_path / "a b.txt"
+    save(images, lambda: by_hand.write_text("by hand\n"), save_captions=True, output=output)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["text"] for row in rows] == ["by hand", "of ü😀.jpg", "of c.d.webp"]
+
+
+@pytest.mark.parametrize("saved", ["in place", "by a rename", "anew"])
+def test_even_overwrite_keeps_a_caption_that_was_written_after_it_began(tmp_path, images, saved):
+    by_hand = tmp_path / "a b.txt"
+    if saved != "anew":
+        by_hand.write_text("old")
+
+    def write():
+        (tmp_path / "new").write_text("by hand\n")
+        (tmp_path / "new").replace(by_hand) if saved == "by a rename" else by_hand.write_text("by hand\n")
+
+    assert save(images, write, save_captions=True, overwrite=True) == ["a b.png"]
+    assert by_hand.read_text() == "by hand\n"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_link_to_nothing_is_refused_and_nothing_is_made_behind_it(tmp_path, images, overwrite):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    image = images[0].rename(folder / images[0].name)
+    (folder / "a b.txt").symlink_to(tmp_path / "outside.txt")
+    with pytest.raises(UsageError, match=r"a b\.txt is a link to nothing: delete it"):
+        save([image], save_captions=True, overwrite=overwrite)
+    assert not (tmp_path / "outside.txt").exists()
+
+
+def test_a_folder_named_like_a_caption_is_refused_before_it_would_be_replaced(tmp_path, images):
+    (tmp_path / "a b.txt").mkdir()
+    with pytest.raises(UsageError, match=r"a b\.txt is no file"):
+        save(images, save_captions=True, overwrite=True)
+
+
+def test_what_killed_writes_left_is_cleared_from_the_folders_and_nothing_else(tmp_path, images):
+    litter = tmp_path / ".a b.txt.0123abcd.caption-train.tmp"
+    for path in (litter, tmp_path / ".a.tmp", tmp_path / "b.tmp"):
+        path.touch()
+    save(images, save_captions=True)
+    assert sorted(p.name for p in tmp_path.glob("*tmp")) == [".a.tmp", "b.tmp"]
+    assert not list(tmp_path.glob(".caption*"))
+
+
+def test_a_folder_that_another_run_captions_is_refused_until_that_ends(tmp_path, images):
+    (tmp_path / "link").symlink_to(tmp_path)
+    other = open_outputs(CaptionOptions(images=["."], save_captions=True), FakeFamily())
+    other.find_pending([*images, tmp_path / "link" / "a b.png"])
+    with pytest.raises(
+        CaptionTrainError, match=r"--save_captions: .*: another run, process \d+ on .*wait until"
+    ):
+        save(images, save_captions=True)
+    other.close()
+    assert save(images, save_captions=True) == []
+
+
+def test_a_thousand_folders_are_locked_and_let_go(tmp_path):
+    images = []
+    for number in range(1100):
+        (tmp_path / str(number)).mkdir()
+        images.append(tmp_path / str(number) / "a.png")
+        images[-1].touch()
+    save(images, save_captions=True)
+    assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {"a.png", "a.txt"}
+
+
+def test_a_caption_no_file_can_hold_is_one_line(tmp_path, images):
+    output = tmp_path / "captions.jsonl"
+    output.write_text('{"file_name": "a b.png", "text": "\\ud83d"}\n')
+    with pytest.raises(CaptionTrainError, match=r"a b\.txt: the caption has half characters"):
+        save(images, save_captions=True, output=output)
+    save(images, output=output)
+    assert '"\\ud83d"' in output.read_text()
 
 
 @pytest.mark.parametrize(

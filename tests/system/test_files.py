@@ -1,13 +1,27 @@
 """A reader sees the old file or the new one, never half of one."""
 
+import os
 import stat
+import time
 import tracemalloc
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caption_train.system.files import copy_atomically, hash_file, open_atomically, write_atomically
+from caption_train.system.files import (
+    clear_temporary,
+    copy_atomically,
+    hash_file,
+    open_atomically,
+    open_own,
+    read_regular_file,
+    write_atomically,
+)
+
+
+def names_in(folder) -> list[str]:
+    return [path.name for path in folder.iterdir()]
 
 
 @given(st.text() | st.binary())
@@ -65,8 +79,66 @@ def test_a_new_file_has_the_permissions_of_any_other(tmp_path):
 def test_a_link_is_written_through(tmp_path):
     (tmp_path / "real").write_text("old")
     (tmp_path / "link").symlink_to("real")
-    write_atomically(tmp_path / "link", "new")
+    write_atomically(tmp_path / "link", "new", follow_link=True)
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
+
+
+@pytest.mark.parametrize(("target", "follow_link"), [("real", False), ("gone", False), ("gone", True)])
+def test_nothing_else_is_written_through_a_link(tmp_path, target, follow_link):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (tmp_path / "real").write_text("old")
+    (folder / "link").symlink_to(tmp_path / target)
+    write_atomically(folder / "link", "new", follow_link=follow_link)
+    assert not (folder / "link").is_symlink() and (folder / "link").read_text() == "new"
+    assert (tmp_path / "real").read_text() == "old" and not (tmp_path / "gone").exists()
+
+
+def test_a_file_of_ours_is_opened_only_where_it_is_one(tmp_path):
+    (tmp_path / "outside").write_text("theirs")
+    (tmp_path / "link").symlink_to("outside")
+    (tmp_path / "dangling").symlink_to("made")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    said = {}
+    for name in ("link", "dangling", "folder", "pipe"):
+        with pytest.raises(OSError) as caught:
+            open_own(tmp_path / name, os.O_RDWR | os.O_CREAT)
+        said[name] = caught.value.strerror
+    assert said == {
+        "link": "is a link",
+        "dangling": "is a link",
+        "folder": "Is a directory",
+        "pipe": "is no regular file",
+    }
+    assert not (tmp_path / "made").exists()
+    with pytest.raises(OSError, match="is a link"):
+        read_regular_file(tmp_path / "link", is_own=True)
+    assert read_regular_file(tmp_path / "link") == b"theirs"
+
+
+def test_what_a_killed_write_left_is_cleared_and_what_is_being_written_is_not(tmp_path):
+    others = [".a.txt.swp", ".a.txt.abcdefgh.tmp", "a.txt.abcdefgh.caption-train.tmp", ".b.caption-train.tmp"]
+    for name in others:
+        (tmp_path / name).touch()
+    child = os.fork()
+    if child == 0:
+        with open_atomically(tmp_path / "killed.txt"):
+            os.kill(os.getpid(), 9)
+    os.waitpid(child, 0)
+    assert len(names_in(tmp_path)) == len(others) + 1
+    ready, writer = os.pipe(), os.fork()
+    if writer == 0:
+        with open_atomically(tmp_path / "alive.txt"):
+            os.write(ready[1], b"x")
+            time.sleep(60)
+    os.read(ready[0], 1)
+    clear_temporary(tmp_path)
+    assert [name[:9] for name in names_in(tmp_path) if name not in others] == [".alive.tx"]
+    os.kill(writer, 9)
+    os.waitpid(writer, 0)
+    clear_temporary(tmp_path)
+    assert sorted(names_in(tmp_path)) == sorted(others)
 
 
 def test_the_hash_is_sha256(tmp_path):

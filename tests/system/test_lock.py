@@ -3,15 +3,18 @@
 import json
 import os
 import socket
+import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
+from threading import Timer
 
 import pytest
 
 from caption_train.config.training import TrainOptions
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import get_family
-from caption_train.system.lock import LOCK_FILE, SILENCE_SECONDS, OutputLock
+from caption_train.system.lock import LOCK_FILE, OutputLock
 from caption_train.training.prepare import prepare_training
 
 
@@ -31,6 +34,27 @@ def hold_elsewhere(folder) -> int:
 def end(process_id: int) -> None:
     os.kill(process_id, 9)
     os.waitpid(process_id, 0)
+
+
+def end_in_child(work) -> None:
+    """Do something in a forked process; raise its CaptionTrainError here."""
+    (reader, writer), child = os.pipe(), os.fork()
+    if child == 0:
+        try:
+            work()
+        except CaptionTrainError as error:
+            os.write(writer, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    said = os.read(reader, 4096).decode()
+    os.waitpid(child, 0)
+    if said:
+        raise CaptionTrainError(said)
+
+
+def refuse_links(self, target):
+    raise OSError(1, "Operation not permitted")
 
 
 def test_a_second_run_is_refused_naming_the_first(tmp_path):
@@ -58,18 +82,41 @@ def test_a_lock_let_go_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_lock_of_another_host_is_not_taken_for_stale(tmp_path):
-    (tmp_path / LOCK_FILE).write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
-    with pytest.raises(CaptionTrainError, match="process 1 on elsewhere"):
-        OutputLock(tmp_path).acquire()
+@pytest.fixture
+def soon(monkeypatch):
+    """Seconds become tenths: a silent holder on another host is dead after two of them."""
+    monkeypatch.setattr("caption_train.system.lock.SILENCE_SECONDS", 2.0)
+    monkeypatch.setattr("caption_train.system.lock.GRACE_SECONDS", 0.2)
 
 
-def test_a_lock_of_another_host_is_stale_once_it_has_long_been_silent(tmp_path):
+@pytest.mark.parametrize("age", [0, 3600, -3600], ids=["now", "an hour ago", "in an hour"])
+def test_the_silent_holder_of_another_host_is_watched_whatever_its_clock_said(tmp_path, soon, capsys, age):
+    path, began = tmp_path / LOCK_FILE, time.monotonic()
+    path.write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
+    os.utime(path, (time.time() - age,) * 2)
+    lock = OutputLock(tmp_path)
+    assert "left behind by process 1 on elsewhere" in lock.acquire()
+    assert time.monotonic() - began >= 2
+    assert "watching for 2 s" in capsys.readouterr().err
+    lock.release()
+
+
+def test_the_holder_of_another_host_that_touches_its_file_is_alive(tmp_path, monkeypatch):
     path = tmp_path / LOCK_FILE
     path.write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
-    past = time.time() - SILENCE_SECONDS - 5
-    os.utime(path, (past, past))
-    assert "left behind by process 1 on elsewhere" in OutputLock(tmp_path).acquire()
+    Timer(1.2, lambda: os.utime(path, (5, 5))).start()
+    with pytest.raises(CaptionTrainError, match="process 1 on elsewhere"):
+        OutputLock(tmp_path).acquire()
+    assert [p.name for p in tmp_path.iterdir()] == [LOCK_FILE]
+
+
+def test_the_lock_of_another_host_that_is_let_go_is_taken_at_once(tmp_path):
+    path = tmp_path / LOCK_FILE
+    path.write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
+    Timer(1.2, path.unlink).start()
+    lock = OutputLock(tmp_path)
+    assert lock.acquire() is None
+    lock.release()
 
 
 def test_a_holder_shows_other_hosts_that_it_lives(tmp_path, monkeypatch):
@@ -86,7 +133,8 @@ def test_a_holder_shows_other_hosts_that_it_lives(tmp_path, monkeypatch):
 
 
 def test_where_the_disk_has_no_locks_the_process_itself_is_asked(tmp_path, monkeypatch):
-    monkeypatch.setattr("caption_train.system.lock._lock", lambda file: None)
+    for module in ("holder", "lock"):
+        monkeypatch.setattr(f"caption_train.system.{module}.try_lock", lambda *_, exclusive: None)
     holder = hold_elsewhere(tmp_path)
     try:
         with pytest.raises(CaptionTrainError, match=f"process {holder}"):
@@ -136,10 +184,96 @@ def test_workers_do_not_keep_the_lock_of_a_run_that_died(tmp_path):
         os.kill(int(ready.read_text()), 9)
 
 
-@pytest.mark.parametrize("content", ["", "not json", "[]"])
+@pytest.mark.parametrize("content", ["", "not json", "[]", "[" * 4096, '{"pid": true}', "\0" * 9, "{}"])
 def test_a_lock_file_that_says_nothing_stops_no_one(tmp_path, content):
     (tmp_path / LOCK_FILE).write_text(content)
-    OutputLock(tmp_path).acquire()
+    lock = OutputLock(tmp_path)
+    lock.acquire()
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("made", ["folder", "link", "link to nothing", "pipe"])
+def test_what_is_no_lock_file_is_one_line_and_stays(tmp_path, made):
+    path, outside = tmp_path / "out" / LOCK_FILE, tmp_path / "outside"
+    path.parent.mkdir()
+    if made == "link":
+        outside.write_text("theirs")
+    make = {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path)}
+    make.get(made, lambda: path.symlink_to(outside))()
+    with pytest.raises(
+        CaptionTrainError, match=r"\.lock: (Is a directory|is a link|is no regular file), .*delete"
+    ):
+        OutputLock(path.parent).acquire()
+    assert [p.name for p in path.parent.iterdir()] == [LOCK_FILE]
+    assert outside.read_text() == "theirs" if made == "link" else not outside.exists()
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="only root can be somebody else")
+def test_the_lock_of_another_user_is_one_line():
+    # Not in pytest's own folders, which are closed to others.
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        (Path(folder) / LOCK_FILE).touch(0o600)
+
+        def acquire_as_nobody() -> None:
+            os.setresuid(65534, 65534, 65534)
+            OutputLock(Path(folder)).acquire()
+
+        with pytest.raises(CaptionTrainError, match=r"\A[^\n]*Permission denied[^\n]*delete it[^\n]*\Z"):
+            end_in_child(acquire_as_nobody)
+
+
+def test_a_holder_that_is_dead_but_not_reaped_is_dead(tmp_path):
+    holder = hold_elsewhere(tmp_path)
+    os.kill(holder, 9)
+    try:
+        time.sleep(0.2)
+        lock = OutputLock(tmp_path)
+        assert f"process {holder}" in lock.acquire()
+        lock.release()
+    finally:
+        os.waitpid(holder, 0)
+
+
+def test_one_process_cannot_hold_a_lock_twice(tmp_path):
+    lock = OutputLock(tmp_path)
+    lock.acquire()
+    with pytest.raises(CaptionTrainError, match=f"process {os.getpid()}"):
+        OutputLock(tmp_path).acquire()
+    with pytest.raises(CaptionTrainError, match="another run"):
+        end_in_child(lambda: OutputLock(tmp_path).acquire())
+    lock.release()
+    lock.acquire()
+    lock.release()
+
+
+def test_a_forked_worker_lets_go_of_nothing(tmp_path):
+    lock = OutputLock(tmp_path)
+    lock.acquire()
+    end_in_child(lock.release)
+    with pytest.raises(CaptionTrainError, match="another run"):
+        end_in_child(lambda: OutputLock(tmp_path).acquire())
+    lock.release()
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_nobody_needs_record_locks_nor_links(tmp_path, monkeypatch, has_links):
+    for module in ("files", "holder", "lock"):
+        monkeypatch.setattr(f"caption_train.system.{module}.fcntl", None)
+    if not has_links:
+        monkeypatch.setattr("pathlib.Path.hardlink_to", refuse_links)
+        monkeypatch.setattr("caption_train.system.exclusive._find_renameat2", lambda: None)
+    holder = hold_elsewhere(tmp_path)
+    try:
+        with pytest.raises(CaptionTrainError, match=f"process {holder} on"):
+            OutputLock(tmp_path).acquire()
+    finally:
+        end(holder)
+    lock = OutputLock(tmp_path)
+    assert f"process {holder}" in lock.acquire()
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_that_does_not_start_leaves_no_folder_but_spares_one_that_was_there(tmp_path):
