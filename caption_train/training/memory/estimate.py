@@ -144,7 +144,7 @@ class Planner:
         """
         candidates = []
         savers = [saver for saver in find_savers(options) if saver.cost is not None]
-        for chosen in _subsets(savers):
+        for chosen in _subsets(sorted(savers, key=lambda saver: saver.cost)):
             changed = replace(options, **{k: v for saver in chosen for k, v in saver.changes.items()})
             if not check(changed, device=self.device):
                 candidates.append((sum(saver.cost for saver in chosen), self.plan(changed), changed, chosen))

@@ -30,9 +30,9 @@ class MemorySaver:
 
 SAVERS = (
     MemorySaver("--auto_batch_size", {"auto_batch_size": True}, None),
+    MemorySaver("--gradient_checkpointing", {"gradient_checkpointing": True}, 3),
     MemorySaver("--mixed_precision bf16", {"mixed_precision": "bf16"}, 1),
     MemorySaver("--optimizer_name AdamW8bit", {"optimizer_name": "AdamW8bit"}, 1, advised=False),
-    MemorySaver("--gradient_checkpointing", {"gradient_checkpointing": True}, 3),
     MemorySaver("--quantize", {"quantize": "4bit"}, 4),
     MemorySaver(
         "--optimizer_name Flora --accumulation_compression",
@@ -46,14 +46,14 @@ _IN_FULL = {"mixed_precision": (None, "no"), "optimizer_name": ("AdamW",), "quan
 
 
 def find_savers(options: TrainOptions) -> list[MemorySaver]:
-    """Return the savers that are not in use yet, and a batch of one, from cheap to expensive."""
+    """Return the savers that are not in use yet, and a batch of one."""
     savers = [saver for saver in SAVERS if _is_unused(saver, options)]
     if options.batch_size > 1:
         steps = options.batch_size * options.gradient_accumulation_steps
         changes = {"batch_size": 1, "gradient_accumulation_steps": steps}
         flags = f"--batch_size 1 --gradient_accumulation_steps {steps}"
         savers.append(MemorySaver(flags, changes, 2, advised=False))
-    return sorted(savers, key=lambda saver: saver.cost or 0)
+    return savers
 
 
 def _is_unused(saver: MemorySaver, options: TrainOptions) -> bool:

@@ -12,6 +12,7 @@ from caption_train.adapters import record
 from caption_train.cli import commands
 from caption_train.cli.commands import train_main
 from caption_train.data.images import ImageError
+from caption_train.system.console import count_things
 from caption_train.training import batch_size
 from caption_train.training.loop import Trainer
 from caption_train.training.run import batches, data
@@ -53,7 +54,7 @@ def test_several_processes_print_one_plan(run_script, pairs):
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU, which they would use")
 def test_processes_without_a_gpu_are_one_run(run_script, pairs):
     codes, words = run_script(pairs, device=())
-    assert codes == [0, 0] and words.count("2 images × 1 micro-batches × 2") == 1
+    assert codes == [0, 0] and words.count("2 images × 1 micro-batch × 2") == 1
 
 
 def in_step(count: int, act) -> None:
@@ -189,5 +190,5 @@ def test_fewer_images_than_processes_train_and_validate(count, run_script, tmp_p
     flags = ["--validation_dir", one, "--metrics", "exact_match", "--sample_every_n_epochs", "1"]
     codes, words = run_script(few, *flags)
     assert codes == [0, 0]
-    assert f"{count} image/caption pairs" in words
+    assert f"{count_things(count, 'image/caption pair')}, effective" in words
     assert [line["step"] for line in read_log(tmp_path / "out") if "loss" in line] == [1, 2]
