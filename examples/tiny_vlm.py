@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 from PIL import Image
@@ -122,6 +124,7 @@ def make_model() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     return model, processor
 
 
+@functools.cache
 def ask(processor: LlavaProcessor, style: str) -> str:
     """The rendered conversation up to where the answer begins."""
     turn = {
@@ -163,7 +166,7 @@ VLM = TinyFamily(
     feature_module=lambda model: model.model.multi_modal_projector,
     feature_width=lambda model: model.config.text_config.hidden_size,
     generate=generate,
-    steps=1500,
+    steps=600,
     batch_size=48,
     learning_rate=1.5e-3,
 )
