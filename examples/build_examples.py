@@ -21,6 +21,7 @@ FAMILIES = {
     "florence": ("tiny_florence", "FLORENCE"),
     "blip": ("tiny_blip", "BLIP"),
     "moondream": ("pretrain_moondream", "MOONDREAM"),
+    "vlm": ("tiny_vlm", "VLM"),
 }
 
 

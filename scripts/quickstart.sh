@@ -3,12 +3,12 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-usage="usage: bash scripts/quickstart.sh [--family florence|blip|moondream]
+usage="usage: bash scripts/quickstart.sh [--family florence|blip|moondream|vlm]
 
 Makes .venv, trains a LoRA on examples/shapes/train, captions examples/shapes/heldout with and without it,
 and writes what came out to quickstart/. Run it again as often as you like."
 
-family=florence
+family=florence model=
 while (($#)); do
   case $1 in
     --family) family=${2-} && shift $(($# > 1 ? 2 : 1)) ;;
@@ -33,7 +33,11 @@ case $family in
     train=train_moondream_lora.py caption=inference_moondream.py base=examples/bases/moondream-tiny
     recipe=(--rank 16 --learning_rate 2e-3 --batch_size 8 --epochs 8)
     ;;
-  *) echo "quickstart.sh: --family ${family:-(nothing)}: there are florence, blip, moondream" >&2 && exit 2 ;;
+  vlm)
+    train=train_vlm_lora.py caption=inference_vlm.py base=examples/bases/vlm-tiny model=Qwen/Qwen3-VL-2B-Instruct
+    recipe=(--rank 16 --learning_rate 2e-3 --batch_size 8 --epochs 8)
+    ;;
+  *) echo "quickstart.sh: --family ${family:-(nothing)}: there are florence, blip, moondream, vlm" >&2 && exit 2 ;;
 esac
 
 bash scripts/make_venv.sh
@@ -72,6 +76,6 @@ Next, with your own images (a.jpg with its caption in a.txt) and a real model:
 
   source .venv/bin/activate
   python compile_captions.py IMAGES
-  accelerate launch $train --dataset_dir IMAGES --output_dir loras/my-style
+  accelerate launch $train --dataset_dir IMAGES --output_dir loras/my-style${model:+ --model_id $model}
   python $caption --images PHOTOS --peft_model loras/my-style --save_captions
 END

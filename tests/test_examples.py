@@ -15,6 +15,7 @@ from examples.scenes import draw_scene, place_things, sample_scene
 from examples.styles import RANDOM_STYLES, STYLES, TRIGGER, write_caption
 
 BASES = REPOSITORY / "examples" / "bases"
+NAMES = ["florence2-tiny", "blip-tiny", "moondream-tiny", "vlm-tiny"]
 SHAPES = REPOSITORY / "examples" / "shapes"
 MAX_BASE_BYTES = 8_000_000
 
@@ -83,7 +84,7 @@ def test_every_picture_has_one_caption_and_none_leaks():
     assert not captions["train"] & captions["heldout"]
 
 
-@pytest.mark.parametrize("name", ["florence2-tiny", "blip-tiny", "moondream-tiny"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_base_is_small_enough_to_live_in_the_repository(name):
     files = {path.name: path.stat().st_size for path in (BASES / name).iterdir()}
     assert sum(files.values()) <= MAX_BASE_BYTES
@@ -100,13 +101,15 @@ def load_base(name, monkeypatch):
     elif name == "moondream-tiny":
         import caption_train.families.moondream.processor  # noqa: F401  (makes it known to the auto classes)
         from examples.pretrain_moondream import MOONDREAM as family
+    elif name == "vlm-tiny":
+        from examples.tiny_vlm import VLM as family
     else:
         from examples.tiny_blip import BLIP as family
     model = AutoModelForImageTextToText.from_pretrained(BASES / name)
     return family, model, AutoProcessor.from_pretrained(BASES / name)
 
 
-@pytest.mark.parametrize("name", ["florence2-tiny", "blip-tiny", "moondream-tiny"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_base_captions_unseen_scenes_in_plain_words(name, monkeypatch):
     from examples.pretrain import measure_exact_match
 
@@ -115,17 +118,38 @@ def test_a_base_captions_unseen_scenes_in_plain_words(name, monkeypatch):
 
 
 @pytest.mark.parametrize("style", ["detailed", "paragraph"])
-def test_florence_writes_what_the_prompt_asks_for(style, monkeypatch):
+@pytest.mark.parametrize("name", ["florence2-tiny", "vlm-tiny"])
+def test_a_base_that_is_asked_writes_what_the_prompt_asks_for(name, style, monkeypatch):
     from examples.pretrain import measure_exact_match
 
-    family, model, processor = load_base("florence2-tiny", monkeypatch)
+    family, model, processor = load_base(name, monkeypatch)
     assert measure_exact_match(family, model, processor, seed=2024, style=style, count=20) >= 0.85
 
 
-@pytest.mark.parametrize("name", ["florence2-tiny", "blip-tiny", "moondream-tiny"])
+@pytest.mark.parametrize("name", NAMES)
 def test_no_base_writes_the_house_style_before_training(name, monkeypatch):
     family, model, processor = load_base(name, monkeypatch)
     paths = sorted((SHAPES / "heldout").glob("*.txt"))[:20]
     images = [Image.open(next(SHAPES.glob(f"heldout/{path.stem}.[pj]*g"))).convert("RGB") for path in paths]
     captions = family.generate(model.eval(), processor, images, "plain")
     assert not {path.read_text().strip() for path in paths} & set(captions)
+
+
+def test_the_vlm_family_reads_the_vlm_base_as_its_pretraining_did(monkeypatch):
+    """The same ids for the prompt, and for a caption up to the token that ends it."""
+    from caption_train import load_family
+    from caption_train.families.vlm.presets import DEFAULT_PROMPT
+    from examples.tiny_vlm import IGNORED, make_batch
+
+    _, _, own = load_base("vlm-tiny", monkeypatch)
+    family = load_family("vlm")
+    _, processor = family.load(str(BASES / "vlm-tiny"))
+    family.configure(processor, {})
+    image, caption = Image.new("RGB", (100, 100), "red"), "a red circle on a white background"
+    pretrained = make_batch(own, [image], ["plain"], [caption])
+    collate_fn = family.make_collator(processor, prompt=DEFAULT_PROMPT, max_length=64)
+    trained = collate_fn([{"image": image, "caption": caption}])
+    assert trained["input_ids"].tolist() == pretrained["input_ids"].tolist()
+    assert (trained["pixel_values"] == pretrained["pixel_values"]).all()
+    due = pretrained["labels"][pretrained["labels"] != IGNORED]
+    assert own.tokenizer.decode(due) == f"{caption}{own.tokenizer.eos_token}"

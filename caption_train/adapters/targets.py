@@ -5,7 +5,7 @@ A part is a regular expression that matches the names of its modules.
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -58,6 +58,15 @@ def _name_each(model: nn.Module, targets: Sequence[str], parts: Sequence[str]) -
 def outside(parts: Sequence[str]) -> str | None:
     """Return a regular expression that matches the modules outside of all `parts`, or None without parts."""
     return rf"(?!(?:{'|'.join(parts)})$).*" if parts else None
+
+
+def find_part(name: str, parts: Mapping[str, str]) -> str | None:
+    """Return the part of a parameter by its name, which may be one of a LoRA; None if it is in none.
+
+    parts: part → regular expression of module names.
+    """
+    module = name.removeprefix("base_model.model.").rpartition(".")[0].partition(".lora_")[0]
+    return next((part for part, pattern in parts.items() if re.fullmatch(pattern, module)), None)
 
 
 def freeze_outside(model: nn.Module, parts: Sequence[str]) -> None:

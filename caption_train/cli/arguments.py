@@ -121,7 +121,8 @@ def _argument(flag: Field, hint: Any, default: Any, choices: Sequence[str] | Non
         return keywords | {"action": "store_true"}
     if typing.get_origin(kind) is list:
         many = {"action": "append"} if flag.metadata["repeated"] else {"action": "extend", "nargs": "+"}
-        return keywords | many | {"type": typing.get_args(kind)[0], "metavar": "NAME"}
+        metavar = flag.metadata["metavar"] or "NAME"
+        return keywords | many | {"type": typing.get_args(kind)[0], "metavar": metavar}
     keywords |= {
         "type": PARSERS.get(kind, kind),
         "metavar": flag.metadata["metavar"] or METAVARS.get(kind, "NAME"),

@@ -5,12 +5,13 @@ everything that is wrong, one line each, naming the flags.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from caption_train.config import compatibility
-from caption_train.config.fields import LARGEST_SEED, find_above, find_below, flag
+from caption_train.config.fields import LARGEST_SEED, find_above, find_below, flag, number
 
 METRICS = ("cider", "bleu", "rouge_l", "exact_match")
 
@@ -110,6 +111,11 @@ class TrainOptions:
     )
 
     learning_rate: float = _optim(1e-4, "peak learning rate")
+    part_learning_rates: list[str] | None = _optim(
+        None,
+        "peak learning rates of single parts, such as vision=1e-5 (--learning_rate if not given)",
+        metavar="PART=RATE",
+    )
     weight_decay: float = _optim(1e-4, "weight decay")
     batch_size: int = _optim(1, "images per process and micro-batch")
     gradient_accumulation_steps: int = _optim(1, "micro-batches per optimizer step")
@@ -195,7 +201,7 @@ class TrainOptions:
             for part in getattr(self, name)
             if part not in PARTS
         ]
-        problems += self._check_validation()
+        problems += self._check_part_rates() + self._check_validation()
         if self.name is not None and (not self.name.strip(". ") or set(self.name) & set("/\\\0")):
             problems.append(f"--name {self.name!r} cannot begin a folder's name: leave out slashes")
         if self.keep_tokens and not self.shuffle_captions:
@@ -209,6 +215,21 @@ class TrainOptions:
         if self.memory_budget is not None and parse_bytes(self.memory_budget) is None:
             problems.append(f"--memory_budget {self.memory_budget} is no size like 8GB, 7.5GiB or 900MB")
         return problems + compatibility.check(self)
+
+    def _check_part_rates(self) -> list[str]:
+        problems, seen = [], set()
+        for entry in self.part_learning_rates or []:
+            part, shown = entry.partition("=")[0], f"--part_learning_rates {entry}"
+            if part not in PARTS:
+                problems.append(f"{shown}: write PART=RATE; the parts are {', '.join(PARTS)}")
+            elif part in seen:
+                problems.append(f"{shown}: {part} has a rate already")
+            elif not _is_rate(entry.partition("=")[2]):
+                problems.append(f"{shown}: the rate must be a number above 0, as in {part}=1e-5")
+            elif self.train_parts and part not in self.train_parts:
+                problems.append(f"{shown}: {part} is frozen; add it to --train_parts, or drop its rate")
+            seen.add(part)
+        return problems
 
     def _check_validation(self) -> list[str]:
         problems = [
@@ -240,6 +261,23 @@ _COUNTS = (
     *("save_every_n_epochs", "save_every_n_steps", "sample_every_n_epochs", "sample_every_n_steps"),
     *("eval_every_n_epochs", "eval_every_n_steps", "metric_samples", "early_stopping_patience"),
 )
+
+
+def read_part_rates(entries: Sequence[str] | None) -> dict[str, float]:
+    """Return part → learning rate, sorted by part, from a checked `--part_learning_rates`.
+
+    >>> read_part_rates(["vision=1e-5", "projector=0.0001"])
+    {'projector': 0.0001, 'vision': 1e-05}
+    """
+    pairs = (entry.split("=") for entry in entries or [])
+    return {part: float(rate) for part, rate in sorted(pairs)}
+
+
+def _is_rate(text: str) -> bool:
+    try:
+        return number(text) > 0
+    except ValueError:
+        return False
 
 
 def parse_bytes(text: str) -> int | None:

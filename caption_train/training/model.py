@@ -22,7 +22,7 @@ from caption_train.adapters.record import (
     resolve_base,
 )
 from caption_train.adapters.targets import freeze_outside
-from caption_train.config.training import TrainOptions
+from caption_train.config.training import TrainOptions, read_part_rates
 from caption_train.data.pairs import Pair
 from caption_train.errors import UsageError
 from caption_train.families.base import Family, ModelFacts
@@ -41,7 +41,16 @@ def resolve_options(options: TrainOptions, family: Family) -> tuple[TrainOptions
         family, options.model_id, options.revision, prompt, settings=settings, flag="--model_id"
     )
     targets = options.target_modules or list(base.facts.lora_target_modules)
-    return replace(options, model_id=base.model_id, revision=base.revision, target_modules=targets), base
+    # In one order and spelling: a resumed run compares them as text.
+    rates = [f"{part}={rate}" for part, rate in read_part_rates(options.part_learning_rates).items()]
+    options = replace(
+        options,
+        model_id=base.model_id,
+        revision=base.revision,
+        target_modules=targets,
+        part_learning_rates=rates or None,
+    )
+    return options, base
 
 
 def load_trainable(

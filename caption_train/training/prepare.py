@@ -1,6 +1,6 @@
 """Makes a trainer from options: reads data, finds the checkpoint, loads the model, makes a run's parts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,13 @@ class Start:
         options: the options, with a resumed run's batch size.
         record: what the saved model will say about where it comes from.
         checkpoint: the checkpoint to resume from, or None.
+        parts: of the model, part → pattern of module names.
     """
 
     options: TrainOptions
     record: TrainingRecord
     checkpoint: Path | None
+    parts: Mapping[str, str]
 
     def list_facts(self) -> dict[str, Any]:
         """Return what must be equal in every process besides the flags, because machines may differ in it."""
@@ -117,7 +119,7 @@ def _decide_start(
         print_once(accelerator, *lines)
         if options.auto_batch_size and checkpoint is not None:
             options = adopt_batch_size(options, checkpoint)
-        start = Start(options, make_record(options, family, base, data), checkpoint)
+        start = Start(options, make_record(options, family, base, data), checkpoint, base.facts.parts)
         if checkpoint is not None:
             print_once(accelerator, *check_same_run(checkpoint, start.record, options.resume_anyway))
     check_same_on_all_ranks(accelerator, start.list_facts())
@@ -154,7 +156,7 @@ def _make_run(
     plan = _make_plan(options, len(data.train), accelerator)
     if parallelism(accelerator) == "FSDP":
         model = shard(model, accelerator)
-    optimizer = make_optimizer(options, model)
+    optimizer = make_optimizer(options, model, start.parts)
     lr_scheduler = make_lr_scheduler(options, optimizer, plan.total_steps)
     model, optimizer = prepare(accelerator, model, optimizer)
     # Until here all processes had the same seed, for equal LoRAs. Dropout must differ between them.

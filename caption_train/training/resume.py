@@ -10,7 +10,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from caption_train.adapters.record import TRAINING_FILE, TrainingRecord
-from caption_train.config.training import TrainOptions
+from caption_train.config.training import TrainOptions, read_part_rates
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.system.console import print_once
 from caption_train.system.files import copy_atomically, read_json_object
@@ -50,6 +50,7 @@ FACTS = ("family", "revision", "prompt")
 FIXED = {
     *("family", "--train_method", "--train_parts", "--target_modules", "--rank", "--dora"),
     *("--optimizer_name", "--optimizer_rank", "--accumulation_compression", "--accumulation_rank"),
+    "the parts of --part_learning_rates",
 }
 """Settings that decide which weights and optimizer state exist; with others, the saved ones do not fit."""
 
@@ -125,7 +126,10 @@ def resume_run(run: TrainingRun, checkpoint: Path) -> None:
     _restore_pointers(run, checkpoint)
 
 
-SCHEDULE = ("epochs", "learning_rate", "scheduler", "warmup_steps", "weight_decay", "lora_plus_ratio")
+SCHEDULE = (
+    *("epochs", "learning_rate", "part_learning_rates", "scheduler", "warmup_steps", "weight_decay"),
+    "lora_plus_ratio",
+)
 """Settings that determine the optimizer's rates, together with the number of steps."""
 
 
@@ -260,6 +264,8 @@ def _list_facts(record: Mapping[str, Any], by_content: bool) -> dict[str, Any]:
     facts = {shown: record.get(name) for shown, name in ({name: name for name in FACTS} | base).items()}
     facts |= {f"dataset's {name}": value for name, value in (record.get("dataset") or {}).items()}
     facts |= {f"--{name}": v for name, v in record["options"].items() if name not in MAY_CHANGE}
+    rates = read_part_rates(record["options"].get("part_learning_rates"))
+    facts |= {"the parts of --part_learning_rates": list(rates)}
     # A setting in effect counts, whether it was given or is the checkpoint's own.
     return facts | {f"--{name}": value for name, value in (record.get("settings") or {}).items()}
 

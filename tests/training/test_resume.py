@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,19 @@ def resume(base, pairs, finished, tmp_path):
         return prepare_training(options, get_family("blip"))
 
     return resume
+
+
+def test_rates_of_parts_may_change_if_it_is_insisted_on_but_not_which_parts_have_one(make):
+    train("blip", make(epochs=1, part_learning_rates=["vision=1e-4", "language=2e-4"]))
+    train("blip", make(epochs=1, part_learning_rates=["language=0.0002", "vision=0.0001"], resume="auto"))
+    changed = make(epochs=2, part_learning_rates=["vision=3e-4", "language=2e-4"], resume="auto")
+    with pytest.raises(UsageError, match=r"--part_learning_rates was \['language=0.0002', 'vision=0.0001'\]"):
+        train("blip", changed)
+    trainer = prepare_training(replace(changed, resume_anyway=True, scheduler="constant"), get_family("blip"))
+    assert sorted(trainer.run.lr_scheduler.get_last_lr()) == [2e-4, 3e-4, 1e-3]
+    trainer.train()
+    with pytest.raises(UsageError, match=r"the parts of --part_learning_rates was \['language', 'vision'\]"):
+        train("blip", make(part_learning_rates=["vision=1e-4"], resume="auto", resume_anyway=True))
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
 """Makes the optimizer and its learning-rate schedule."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate.state import PartialState
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
-from caption_train.config.training import TrainOptions
+from caption_train.adapters.targets import find_part
+from caption_train.config.training import TrainOptions, read_part_rates
+from caption_train.errors import UsageError
 from caption_train.training.optim.state_size import find_embeddings
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -14,13 +17,17 @@ FLORA_BETA1 = 0.9
 """Flora's momentum, from the paper. The default of flora-opt is none; `rank` would then have no effect."""
 
 
-def make_optimizer(options: TrainOptions, model: torch.nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(
+    options: TrainOptions, model: torch.nn.Module, parts: Mapping[str, str] | None = None
+) -> torch.optim.Optimizer:
     """Make the optimizer of the model's trainable parameters.
+
+    parts: part → pattern of module names, which `--part_learning_rates` needs.
 
     Flora's `scale_parameter` is off. It multiplies the learning rate by the size of the weight, which is zero
     for a new `lora_B`. Without it, `--learning_rate` means about the same as for AdamW.
     """
-    groups = group_parameters(options, model)
+    groups = group_parameters(options, model, parts or {})
     settings = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
     if options.optimizer_name == "AdamW":
         # Fused: one kernel per weight, without temporaries of its size; six times as fast on a CPU.
@@ -35,24 +42,36 @@ def make_optimizer(options: TrainOptions, model: torch.nn.Module) -> torch.optim
     return getattr(bitsandbytes.optim, options.optimizer_name)(groups, **settings)
 
 
-def group_parameters(options: TrainOptions, model: torch.nn.Module) -> list[dict[str, Any]]:
+def group_parameters(
+    options: TrainOptions, model: torch.nn.Module, parts: Mapping[str, str]
+) -> list[dict[str, Any]]:
     """Return the trainable parameters in groups of one learning rate and, for Flora, one rank.
 
     The rate of a `lora_B` is multiplied by `--lora_plus_ratio` (LoRA+, arXiv 2402.12354). The momentum of an
-    embedding is not compressed, as in Flora's paper.
+    embedding is not compressed, as in Flora's paper. Each part with a rate of its own has groups of its own,
+    behind those at `--learning_rate`, so that another rate does not change which groups there are.
+
+    Raises:
+        UsageError: nothing is trained in a part that has a rate of its own.
     """
     is_flora = options.optimizer_name == "Flora"
+    own_rates = read_part_rates(options.part_learning_rates)
+    patterns = {part: parts[part] for part in own_rates}
     embeddings = find_embeddings(model)
     groups: dict[tuple, list[torch.nn.Parameter]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
             is_fast = options.lora_plus_ratio is not None and "lora_B" in name
-            rate = options.learning_rate * (options.lora_plus_ratio if is_fast else 1)
+            part = find_part(name, patterns)
+            rate = own_rates.get(part, options.learning_rate) * (options.lora_plus_ratio if is_fast else 1)
             rank = options.optimizer_rank if is_flora and p not in embeddings else None
-            groups.setdefault((rate, rank), []).append(p)
+            groups.setdefault((part, rate, rank), []).append(p)
+    trained = {part for part, _, _ in groups}
+    if idle := [part for part in own_rates if part not in trained]:
+        raise UsageError(f"--part_learning_rates: nothing is trained in {', '.join(idle)}; drop its rate")
     return [
         {"params": parameters, "lr": rate, **({"rank": rank} if is_flora else {})}
-        for (rate, rank), parameters in groups.items()
+        for (_, rate, rank), parameters in sorted(groups.items(), key=lambda group: group[0][0] is not None)
     ]
 
 
