@@ -235,6 +235,6 @@ def _make_trainer(
         name = options.name or options.output_dir.name
         start_trackers(accelerator, name, run.record.options, run.progress)
     log = RunLog(accelerator, options.output_dir, run.plan.first_step)
-    evaluator = Evaluator(run, family, data.validation, log, collate_fn)
+    evaluator = Evaluator(run, family, data, log, collate_fn)
     sampler = PreviewCaptioner(run, family, data, log)
     return Trainer(run, evaluator, sampler, CheckpointSaver(run), log, lock)
