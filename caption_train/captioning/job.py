@@ -136,6 +136,7 @@ class CaptionJob:
             make_generation(self.options, self.plan.base.prompt),
             batch_size=self.options.batch_size,
             num_workers=self.options.num_workers,
+            worker_timeout=self.options.worker_timeout,
         )
         start = time.monotonic()
         # disable=None hides the bar without a terminal, where it would print one line per image.

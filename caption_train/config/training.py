@@ -42,6 +42,7 @@ class TrainOptions:
     keep_tokens: int = _data(0, "with --shuffle_captions, leave the first N tags in place")
     caption_dropout: float = _data(0.0, "probability of training on an empty caption")
     num_workers: int = _data(0, "processes that read and resize images ahead of the model")
+    worker_timeout: int = _data(600, "seconds to wait for a batch of --num_workers; 0 waits for ever")
     on_bad_data: str = _data(
         "stop",
         "list unusable rows and files and stop before training, or leave them out",
@@ -173,7 +174,8 @@ class TrainOptions:
             + find_below(self, 2, "max_length")
             + find_below(self, 1, "max_pixels")
         )
-        problems += find_below(self, 0, "keep_tokens", "num_workers", "warmup_steps", "weight_decay", "seed")
+        problems += find_below(self, 0, "keep_tokens", "num_workers", "worker_timeout", "warmup_steps")
+        problems += find_below(self, 0, "weight_decay", "seed")
         problems += find_above(self, LARGEST_SEED, "seed")
         problems += [
             f"--{name} must be above 0, not {getattr(self, name)}"

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ from caption_train.families.base import Batch, Family
 from caption_train.metrics.coco import score_captions
 from caption_train.system.devices import model_dtype, move_batch
 from caption_train.system.signals import ignore_in_worker
+from caption_train.system.workers import reading
+from caption_train.training.checkpoints.find import describe_latest
 from caption_train.training.distributed.fsdp import unsharded
 from caption_train.training.monitor.log import RunLog
 from caption_train.training.run.batch_plan import is_due
@@ -90,12 +93,13 @@ class Evaluator:
             batch_sampler=[[(0, index) for index in keys] for keys in _cut(share, run.plan.batch_size)],
             collate_fn=Collate(self.collate_fn),
             num_workers=run.options.num_workers,
+            timeout=run.options.worker_timeout if run.options.num_workers else 0,
             worker_init_fn=ignore_in_worker,
             generator=torch.Generator().manual_seed(0),
         )
-        losses, tokens, errors = 0.0, 0, []
-        with evaluating(run) as model:
-            for batch in loader:
+        losses, tokens, errors, latest = 0.0, 0, [], partial(describe_latest, run.options.output_dir)
+        with evaluating(run) as model, reading(loader, latest) as batches:
+            for batch in batches:
                 inputs = move_batch(batch.inputs, accelerator.device, model_dtype(model))
                 losses += model(**inputs).loss.item() * batch.label_tokens
                 tokens += batch.label_tokens
