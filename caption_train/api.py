@@ -186,6 +186,7 @@ def _caption(
         make_generation(options, base.prompt),
         batch_size=options.batch_size,
         num_workers=options.num_workers,
+        worker_timeout=options.worker_timeout,
     )
 
 

@@ -17,6 +17,10 @@ class UsageError(CaptionTrainError):
     exit_code = 2
 
 
+class ProcessError(CaptionTrainError):
+    """One of several processes could not finish, and the others do not know: it reports this itself."""
+
+
 @contextmanager
 def naming_model(flag: str) -> Iterator[None]:
     """Change `--model_id` in messages to the flag that this command has for the model.

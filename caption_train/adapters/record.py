@@ -271,5 +271,5 @@ def describe_options(options: TrainOptions) -> dict[str, Any]:
     return {
         name: str(value) if isinstance(value, Path) else value
         for name, value in values.items()
-        if kept[name] is True or value is not None
+        if kept[name] is True or value not in (None, [])
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from caption_train.errors import CaptionTrainError, UsageError, is_out_of_memory
 from caption_train.families.base import Family, Generated
 from caption_train.system.console import escape_unprintable
 from caption_train.system.devices import move_batch
-from caption_train.system.signals import leave_signals_to_parent
+from caption_train.system.signals import ignore_in_worker
+from caption_train.system.workers import hand_over, limit_workers, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -79,6 +81,7 @@ def caption_images(
     *,
     batch_size: int = 4,
     num_workers: int = 0,
+    worker_timeout: float = 0,
 ) -> Iterator[CaptionResult | Unreadable]:
     """Caption images.
 
@@ -90,32 +93,52 @@ def caption_images(
         generation: prompt and settings.
         batch_size: images per batch.
         num_workers: processes that open and encode images ahead of the model.
+        worker_timeout: seconds to wait for a batch of theirs; 0 waits for ever.
 
     Yields:
         A result for each image, in order, as soon as its batch is done.
 
     Raises:
-        CaptionTrainError: out of memory; names the flags that help.
+        CaptionTrainError: out of memory, or a worker died or does not answer; names the flags that help.
     """
+    num_workers, line = limit_workers(
+        min(num_workers, len(images) // batch_size),
+        lambda: family.measure_inputs(processor, generation.prompt) * batch_size,
+    )
+    if line:
+        print(line, file=sys.stderr)
     loader = DataLoader(
         ImageFiles(images),
         batch_size=batch_size,
         collate_fn=Encode(family, processor, generation.prompt),
-        num_workers=min(num_workers, len(images) // batch_size),
-        worker_init_fn=leave_signals_to_parent,
+        num_workers=num_workers,
+        timeout=worker_timeout if num_workers else 0,
+        worker_init_fn=ignore_in_worker,
         pin_memory=model.device.type == "cuda",
     )
-    for batch in _read(loader):
-        if batch["error"]:
-            raise batch["error"]
-        good = [item["path"] for item in batch["items"] if "error" not in item]
-        with out_of_memory_explained(model.device, batch_size), torch.inference_mode():
-            results = iter(_generate(family, model, processor, batch["inputs"], good, generation))
-        for item in batch["items"]:
-            if "error" in item:
-                yield Unreadable(item["path"], item["error"])
-            else:
-                yield CaptionResult(item["path"], item["size"], next(results))
+    with reading(loader) as batches:
+        for batch in batches:
+            yield from _caption_batch(batch, family, model, processor, generation, batch_size)
+
+
+def _caption_batch(
+    batch: dict[str, Any],
+    family: Family,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    generation: Generation,
+    batch_size: int,
+) -> Iterator[CaptionResult | Unreadable]:
+    if batch["error"]:
+        raise batch["error"]
+    good = [item["path"] for item in batch["items"] if "error" not in item]
+    with out_of_memory_explained(model.device, batch_size), torch.inference_mode():
+        results = iter(_generate(family, model, processor, batch["inputs"], good, generation))
+    for item in batch["items"]:
+        if "error" in item:
+            yield Unreadable(item["path"], item["error"])
+        else:
+            yield CaptionResult(item["path"], item["size"], next(results))
 
 
 class ImageFiles(Dataset):
@@ -159,7 +182,7 @@ class Encode:
         finally:
             for item in items:
                 item.pop("image", None)
-        return {"items": items, "inputs": inputs, "error": None}
+        return {"items": items, "inputs": hand_over(inputs), "error": None}
 
     def _encode(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return the model's inputs of all items with an image; what the family refuses gets an error."""
@@ -187,17 +210,6 @@ class Encode:
         except CaptionTrainError as error:
             return error
         return None
-
-
-def _read(loader: DataLoader) -> Iterator[dict[str, Any]]:
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise CaptionTrainError(
-            "a process that reads images was ended, for lack of memory perhaps: try a lower --num_workers"
-        ) from error
 
 
 def _generate(

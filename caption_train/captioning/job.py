@@ -152,6 +152,7 @@ class CaptionJob:
             make_generation(self.options, self.plan.base.prompt),
             batch_size=self.options.batch_size,
             num_workers=self.options.num_workers,
+            worker_timeout=self.options.worker_timeout,
         )
 
     def _ask_endpoint(self, share: Sequence[Path]) -> Iterator[CaptionResult | Unreadable]:

@@ -62,6 +62,7 @@ class CaptionOptions:
     seed: int = _captions(42, "seed of sampling; a caption depends on it and its image alone")
     batch_size: int = _captions(4, "images captioned at once, in every process")
     num_workers: int = _captions(2, "processes that read and resize images ahead of the model")
+    worker_timeout: int = _captions(600, "seconds to wait for a batch of --num_workers; 0 waits for ever")
 
     save_captions: bool = _output(False, "write every caption to a file beside its image")
     caption_extension: str = _output(".txt", "extension of those files")
@@ -86,7 +87,7 @@ class CaptionOptions:
         problems += find_below(
             self, 1, "beams", "max_token_length", "batch_size", "max_pixels", "concurrency"
         )
-        problems += find_below(self, 0, "temperature", "seed", "num_workers", "retries")
+        problems += find_below(self, 0, "temperature", "seed", "num_workers", "retries", "worker_timeout")
         if not 0 < self.top_p <= 1:
             problems.append(f"--top_p is a probability above 0, up to 1; {self.top_p} is not")
         if self.top_p < 1 and not self.temperature:

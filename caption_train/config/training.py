@@ -43,6 +43,9 @@ class TrainOptions:
     keep_tokens: int = _data(0, "with --shuffle_captions, leave the first N tags in place")
     caption_dropout: float = _data(0.0, "probability of training on an empty caption")
     num_workers: int = _data(0, "processes that read and resize images ahead of the model")
+    worker_timeout: int = _data(
+        600, "seconds to wait for a batch of --num_workers; 0 waits for ever", recorded=False
+    )
     on_bad_data: str = _data(
         "stop",
         "list unusable rows and files and stop before training, or leave them out",
@@ -115,6 +118,7 @@ class TrainOptions:
         None,
         "peak learning rates of single parts, such as vision=1e-5 (--learning_rate if not given)",
         metavar="PART=RATE",
+        recorded="if given",
     )
     weight_decay: float = _optim(1e-4, "weight decay")
     batch_size: int = _optim(1, "images per process and micro-batch")
@@ -183,7 +187,8 @@ class TrainOptions:
             + find_below(self, 2, "max_length")
             + find_below(self, 1, "max_pixels")
         )
-        problems += find_below(self, 0, "keep_tokens", "num_workers", "warmup_steps", "weight_decay", "seed")
+        problems += find_below(self, 0, "keep_tokens", "num_workers", "worker_timeout", "warmup_steps")
+        problems += find_below(self, 0, "weight_decay", "seed")
         problems += find_above(self, LARGEST_SEED, "seed")
         problems += [
             f"--{name} must be above 0, not {getattr(self, name)}"

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from caption_train.data.pairs import Pair
@@ -30,7 +30,7 @@ def split_by_content(
     """
     digests = digests or {image: _digest(image) for image in {pair.image for pair in pairs}}
     groups = Counter(digests[pair.image] for pair in pairs)
-    ranked = sorted(groups, key=lambda digest: hashlib.sha256(f"{seed} {digest}".encode()).digest())
+    ranked = rank_images(groups, seed)
     target, taken, chosen = min(round(fraction * len(pairs)), len(pairs) - 1), 0, set()
     for digest in ranked:
         if taken + groups[digest] <= target:
@@ -43,6 +43,43 @@ def split_by_content(
         [pair for pair in pairs if digests[pair.image] not in chosen],
         [pair for pair in pairs if digests[pair.image] in chosen],
     )
+
+
+def rank_images(digests: Iterable[str], seed: int) -> list[str]:
+    """Return the digests of images, each once, in an order that depends on the seed and the digests alone.
+
+    A split holds out the first ones; previews and metrics look at the first ones of those.
+    """
+    return sorted(set(digests), key=lambda digest: hashlib.sha256(f"{seed} {digest}".encode()).digest())
+
+
+def pick_images(pairs: Sequence[Pair], seed: int, digests: Mapping[Path, str]) -> list[Pair]:
+    """Return the first pair of each image, in the order of `rank_images`; copies of an image are one image.
+
+    Args:
+        pairs: the pairs to choose from.
+        seed: another seed gives another order.
+        digests: image → SHA-256 of its bytes.
+    """
+    first: dict[str, Pair] = {}
+    for pair in pairs:
+        first.setdefault(digests[pair.image], pair)
+    return [first[digest] for digest in rank_images(first, seed)]
+
+
+def drop_repeats(pairs: Sequence[Pair], digests: Mapping[Path, str]) -> list[Pair]:
+    """Return the pairs, in order, without those whose image, caption and prompt an earlier one has already.
+
+    Kohya's folders `10_name` repeat every row, which is meant for training only.
+
+    Args:
+        pairs: the pairs to choose from.
+        digests: image → SHA-256 of its bytes.
+    """
+    kept: dict[tuple[str, str, str | None], Pair] = {}
+    for pair in pairs:
+        kept.setdefault((digests[pair.image], pair.caption, pair.prompt), pair)
+    return list(kept.values())
 
 
 def fingerprint(pairs: Sequence[Pair], digests: Mapping[Path, str]) -> str:

@@ -195,6 +195,14 @@ class Family(ABC):
 
         self.encode(processor, [Image.new("RGB", (32, 32))], [max(prompts, key=len)])
 
+    def measure_inputs(self, processor: ProcessorMixin, prompt: str) -> int:
+        """Return how many bytes the model's inputs for one large image and its prompt have."""
+        import torch
+        from PIL import Image
+
+        inputs = self.encode(processor, [Image.new("RGB", (2048, 2048))], [prompt])
+        return sum(value.nbytes for value in inputs.values() if isinstance(value, torch.Tensor))
+
     def configure(self, processor: ProcessorMixin, settings: Mapping[str, Any]) -> None:  # noqa: B027
         """Apply values of the flags in `settings` to a processor; None is the checkpoint's own."""
 

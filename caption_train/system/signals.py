@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ SIGNALS = tuple(
 ECHO_SECONDS = 1.0
 """torchrun and mpirun forward a signal that the terminal sent to all; so two this close count as one."""
 
+ANSWER_SECONDS = 5.0
+"""How long a worker that is waited for may take after a signal: `docker stop` kills after ten."""
+
 
 class Interrupted(CaptionTrainError):
     """The run was asked to stop and has saved itself. The exit code is 128 + the signal's number."""
@@ -32,6 +36,10 @@ class Interrupted(CaptionTrainError):
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + number
+
+
+class NoAnswer(BaseException):
+    """A worker that is waited for does not answer in time. No `except Exception` catches it."""
 
 
 class Interrupts:
@@ -51,9 +59,11 @@ class Interrupts:
             # Under nohup, SIGHUP is ignored, and must stay so.
             if number != getattr(signal, "SIGHUP", None) or signal.getsignal(number) != signal.SIG_IGN:
                 self.previous[number] = signal.signal(number, self._note)
+        _active.append(self)
         return self
 
     def __exit__(self, *exception: object) -> None:
+        _active.remove(self)
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
@@ -85,6 +95,8 @@ class Interrupts:
         # os.write, because the signal may have interrupted a print() that holds the lock of stderr.
         words = f"\n{signal.Signals(number).name}: finishing this step, then saving; once more to leave now\n"
         os.write(2, words.encode())
+        if _waits:
+            signal.setitimer(signal.ITIMER_REAL, ANSWER_SECONDS)
 
     def _is_echo(self, number: int) -> bool:
         """Tell whether a signal is only the first one again, forwarded by a launcher, not the second."""
@@ -96,9 +108,48 @@ class Interrupts:
 
 
 def ignore_in_worker(worker_id: int) -> None:
-    """Ignore signals in a DataLoader worker: the training process needs it until its step is finished."""
+    """Ignore signals in a DataLoader worker: its process needs it until a step is finished."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+_active: list[Interrupts] = []
+_waits: list[float] = []
+
+
+@contextmanager
+def limiting_wait(seconds: float) -> Iterator[None]:
+    """Wait for a DataLoader worker inside the `with` block, at most `seconds` (0: as long as it takes).
+
+    After a signal to a training run it may only take ANSWER_SECONDS more. torch's own timeout does not count
+    while a batch is carried over, and without an end to the wait one signal would not end the run.
+
+    Raises:
+        NoAnswer: it took longer.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not (is_main and hasattr(signal, "setitimer")):
+        yield
+        return
+    previous = signal.signal(signal.SIGALRM, _end_wait)
+    _waits.append(seconds)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, ANSWER_SECONDS if was_interrupted() else seconds)
+        yield
+    finally:
+        _waits.pop()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def was_interrupted() -> bool:
+    """Tell whether a training run of this process got a signal."""
+    return any(interrupts.number for interrupts in _active)
+
+
+def _end_wait(number: int, frame: FrameType | None) -> None:
+    if _waits:
+        raise NoAnswer
 
 
 def _without_resume(arguments: list[str]) -> list[str]:
@@ -108,12 +159,6 @@ def _without_resume(arguments: list[str]) -> list[str]:
             kept.append(argument)
         skip = argument == "--resume"
     return kept
-
-
-def leave_signals_to_parent(worker: int) -> None:
-    """Ignore Ctrl-C in a DataLoader worker, which gets it too; the main process ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Terminated(KeyboardInterrupt):

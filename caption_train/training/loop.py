@@ -1,21 +1,22 @@
 """Trains a model of any family: the loop over steps, and what one step does."""
 
 import math
+import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 
-from caption_train.errors import CaptionTrainError
+from caption_train.errors import ProcessError
 from caption_train.system.console import ProgressBar, print_once
 from caption_train.system.devices import model_dtype, move_batch
 from caption_train.system.lock import OutputLock
 from caption_train.system.memory import HeapTrimmer
 from caption_train.system.processes import keep_groups
-from caption_train.system.signals import Interrupts
+from caption_train.system.signals import Interrupts, NoAnswer
+from caption_train.system.workers import reading
 from caption_train.training.checkpoints.find import describe_latest
 from caption_train.training.checkpoints.state import restore_random_state
 from caption_train.training.distributed.accelerator import accumulate
@@ -66,21 +67,26 @@ class Trainer:
         # Errors that only one process may have are handled outside of report_once, or none would print them.
         with (
             explain_out_of_memory(self.run.options, self.run.accelerator),
-            self._explain_dead_worker(),
             report_once(self.run.accelerator),
             Interrupts(self.run.accelerator) as interrupts,
         ):
             try:
-                self._loop(interrupts)
+                with reading(self.run.train_dataloader, self._describe_latest) as batches:
+                    self._loop(interrupts, batches)
                 return self.saver.finish()
+            except NoAnswer:
+                self._leave_hung(interrupts)
             finally:
                 keep_groups()
                 self.log.close()
                 self.lock.release()
 
-    def _loop(self, interrupts: Interrupts) -> None:
+    def _describe_latest(self) -> str:
+        return describe_latest(self.run.options.output_dir)
+
+    def _loop(self, interrupts: Interrupts, batches: Iterator[MicroBatch]) -> None:
         run, plan, progress = self.run, self.run.plan, self.run.progress
-        began, batches = time.perf_counter(), iter(run.train_dataloader)
+        began = time.perf_counter()
         if plan.first_step == 0:
             self.sampler.before_first_step()
         if run.random_states is not None:
@@ -171,19 +177,17 @@ class Trainer:
         progress.images += images
         return tokens
 
-    @contextmanager
-    def _explain_dead_worker(self) -> Iterator[None]:
-        """Turn the error that torch raises when a DataLoader worker died into one line."""
-        try:
-            yield
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            options = self.run.options
-            raise CaptionTrainError(
-                f"--num_workers {options.num_workers}: a process that reads images died, most likely of too "
-                f"little memory; use fewer; {describe_latest(options.output_dir)}"
-            ) from error
+    def _leave_hung(self, interrupts: Interrupts) -> None:
+        """Save and leave after a signal, although a worker does not answer: the last step is complete."""
+        if self.run.accelerator.num_processes == 1:
+            interrupts.leave(self.saver.save_interrupted())
+        # Saving needs all processes, and the others wait for this one in the middle of their step.
+        error = ProcessError(
+            f"{signal.Signals(interrupts.number).name}: a process that reads images does not answer; "
+            + self._describe_latest()
+        )
+        error.exit_code = 128 + interrupts.number
+        raise error
 
     def _progress_bar(self) -> ProgressBar:
         plan, shown = self.run.plan, self.run.accelerator.is_local_main_process

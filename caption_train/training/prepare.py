@@ -1,7 +1,7 @@
 """Makes a trainer from options: reads data, finds the checkpoint, loads the model, makes a run's parts."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from caption_train.system.console import print_once
 from caption_train.system.files import find_commit
 from caption_train.system.launcher import notice_launcher
 from caption_train.system.lock import OutputLock
+from caption_train.system.workers import limit_workers
 from caption_train.training.batch_size import fit_batch_size
 from caption_train.training.checkpoints.store import clear_partial
 from caption_train.training.distributed.accelerator import make_accelerator
@@ -101,6 +102,7 @@ def _prepare(
     start = _decide_start(options, family, base, data, accelerator)
     model, processor = _load(start, family, base, data, accelerator)
     collate_fn = family.make_collator(processor, prompt=base.prompt, max_length=options.max_length)
+    start = _limit_workers(start, lambda: family.measure_inputs(processor, base.prompt), accelerator)
     run = _make_run(start, model, processor, data, collate_fn, accelerator)
     if start.checkpoint is not None:
         resume_run(run, start.checkpoint)
@@ -142,6 +144,15 @@ def _load(
     record.base_commit = find_commit(options.model_id, options.revision)
     record.trainable_parameters, record.total_parameters = count_parameters(model)
     return model, processor
+
+
+def _limit_workers(start: Start, measure_inputs: Callable[[], int], accelerator: Accelerator) -> Start:
+    """Return the start with as many `--num_workers` as the shared memory of this machine has room for."""
+    options = start.options
+    workers, line = limit_workers(options.num_workers, lambda: measure_inputs() * options.batch_size)
+    if line:
+        print_once(accelerator, line)
+    return replace(start, options=replace(options, num_workers=workers))
 
 
 def _make_run(
@@ -220,7 +231,12 @@ def _make_loader(
         caption_dropout=options.caption_dropout,
     )
     return make_train_dataloader(
-        dataset, plan, collate_fn, num_workers=options.num_workers, pin_memory=device.type == "cuda"
+        dataset,
+        plan,
+        collate_fn,
+        num_workers=options.num_workers,
+        worker_timeout=options.worker_timeout,
+        pin_memory=device.type == "cuda",
     )
 
 
@@ -238,6 +254,6 @@ def _make_trainer(
         name = options.name or options.output_dir.name
         start_trackers(accelerator, name, run.record.options, run.progress)
     log = RunLog(accelerator, options.output_dir, run.plan.first_step)
-    evaluator = Evaluator(run, family, data.validation, log, collate_fn)
+    evaluator = Evaluator(run, family, data, log, collate_fn)
     sampler = PreviewCaptioner(run, family, data, log)
     return Trainer(run, evaluator, sampler, CheckpointSaver(run), log, lock)

@@ -38,7 +38,17 @@ from caption_train.training.run.run import TrainingRun
 MAY_CHANGE = {
     *("model_id", "prompt", "task", "preset"),  # what they come to is in FACTS
     *("dataset_dir", "caption_extension", "follow_symlinks", "validation_dir", "output_dir", "metrics"),
-    *("epochs", "num_workers", "device", "name", "log_with", "cache_converted", "plan", "memory_budget"),
+    *(
+        "epochs",
+        "num_workers",
+        "worker_timeout",
+        "device",
+        "name",
+        "log_with",
+        "cache_converted",
+        "plan",
+        "memory_budget",
+    ),
     *("resume", "resume_anyway", "keep_last", "max_bad_steps", "on_bad_data", "auto_batch_size"),
     *("save_every_n_epochs", "save_every_n_steps", "sample_every_n_epochs", "sample_every_n_steps"),
     *("eval_every_n_epochs", "eval_every_n_steps", "early_stopping_patience", "load_best_at_end"),

@@ -7,7 +7,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.errors import CaptionTrainError, ProcessError, UsageError
 
 LISTED = 10
 """How many differences are named at most, because a dataset may have thousands."""
@@ -40,6 +40,8 @@ def report_once(accelerator: Accelerator) -> Iterator[None]:
     """Let only the main process report an error that all processes have at the same time."""
     try:
         yield
+    except ProcessError:
+        raise
     except CaptionTrainError as error:
         if accelerator.is_main_process:
             raise

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from caption_train.data.images import ImageError, open_image
 from caption_train.data.pairs import Pair
+from caption_train.data.split import pick_images
 from caption_train.families.base import Family
 from caption_train.system.console import print_rich
 from caption_train.training.distributed.fsdp import unsharded
@@ -23,8 +24,8 @@ COUNT = 4
 class PreviewCaptioner:
     """Captions the same few images before the first step and every `--sample_every_n_…`.
 
-    They are the first validation images. Without validation, they are training images, and the title says so.
-    They are kept in memory, so that a run does not stop when a file disappears.
+    They are validation images, chosen by their content. Without validation, they are training images, and the
+    title says so. They are kept in memory, so that a run does not stop when a file disappears.
     """
 
     def __init__(self, run: TrainingRun, family: Family, data: TrainingData, log: RunLog) -> None:
@@ -35,7 +36,8 @@ class PreviewCaptioner:
         self.images: list[tuple[Pair, Image.Image]] = []
         options = run.options
         self.wanted = bool(options.sample_every_n_steps or options.sample_every_n_epochs)
-        for pair in pairs[:COUNT] if self.wanted else ():
+        chosen = pick_images(pairs, options.seed, data.digests) if self.wanted else []
+        for pair in chosen[:COUNT]:
             try:
                 self.images.append((pair, open_image(pair.image)))
             except ImageError:

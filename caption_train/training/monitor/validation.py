@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,32 +14,50 @@ from torch.utils.data import DataLoader
 
 from caption_train.data.images import ImageError, open_image
 from caption_train.data.pairs import Pair
+from caption_train.data.split import drop_repeats, rank_images
 from caption_train.families.base import Batch, Family
 from caption_train.metrics.coco import score_captions
 from caption_train.system.console import print_once
 from caption_train.system.devices import model_dtype, move_batch
 from caption_train.system.signals import ignore_in_worker
+from caption_train.system.workers import reading
+from caption_train.training.checkpoints.find import describe_latest
 from caption_train.training.distributed.fsdp import unsharded
 from caption_train.training.monitor.log import RunLog
 from caption_train.training.run.batch_plan import is_due
 from caption_train.training.run.batches import CaptionDataset, Collate
+from caption_train.training.run.data import TrainingData
 from caption_train.training.run.run import TrainingRun
 
 MAX_NEW_TOKENS = 64
 
 
+@dataclass
+class Question:
+    """An image to caption for the metrics, what the model is asked, and all captions that it has."""
+
+    image: Path
+    prompt: str
+    references: list[str] = field(default_factory=list)
+
+
 class Evaluator:
-    """Measures loss and caption metrics on fixed validation pairs, and remembers the best step."""
+    """Measures loss and caption metrics on fixed validation pairs, and remembers the best step.
+
+    A row that is repeated counts once.
+    """
 
     def __init__(
         self,
         run: TrainingRun,
         family: Family,
-        pairs: Sequence[Pair],
+        data: TrainingData,
         log: RunLog,
         collate_fn: Callable[[Sequence[dict]], Batch],
     ) -> None:
-        self.run, self.family, self.pairs, self.log, self.collate_fn = run, family, pairs, log, collate_fn
+        self.run, self.family, self.log, self.collate_fn = run, family, log, collate_fn
+        self.pairs = drop_repeats(data.validation, data.digests)
+        self.questions = _list_questions(self.pairs, data, run)[: run.options.metric_samples]
 
     def after_step(self, step: int) -> None:
         """Evaluate if it is due after this 0-based optimizer step; by default, at the end of every epoch."""
@@ -72,12 +92,13 @@ class Evaluator:
             batch_sampler=[[(0, index) for index in keys] for keys in _cut(share, run.plan.batch_size)],
             collate_fn=Collate(self.collate_fn),
             num_workers=run.options.num_workers,
+            timeout=run.options.worker_timeout if run.options.num_workers else 0,
             worker_init_fn=ignore_in_worker,
             generator=torch.Generator().manual_seed(0),
         )
-        losses, tokens, errors = 0.0, 0, []
-        with evaluating(run) as model:
-            for batch in loader:
+        losses, tokens, errors, latest = 0.0, 0, [], partial(describe_latest, run.options.output_dir)
+        with evaluating(run) as model, reading(loader, latest) as batches:
+            for batch in batches:
                 inputs = move_batch(batch.inputs, accelerator.device, model_dtype(model))
                 # The loss is a mean over tokens; sums over batches need it times their number.
                 losses += model(**inputs).loss.item() * batch.label_tokens
@@ -93,25 +114,24 @@ class Evaluator:
             print_once(self.run.accelerator, f"skipped {error}")
 
     def _score(self) -> dict[str, float]:
-        """Caption the first `--metric_samples` images, and compare each with all captions that it has."""
+        """Caption the images of `questions`, and compare each caption with its references."""
         run, accelerator = self.run, self.run.accelerator
-        references: dict[tuple[Path, str], list[str]] = {}
-        for pair in self.pairs:
-            key = pair.image, pair.prompt or run.record.prompt
-            references.setdefault(key, []).append(pair.caption)
-        keys = list(references)[: run.options.metric_samples]
         rows = []
-        share = keys[accelerator.process_index :: accelerator.num_processes]
+        share = self.questions[accelerator.process_index :: accelerator.num_processes]
         for part in _cut(share, run.plan.batch_size):
-            opened = {}
-            for path, prompt in part:
+            opened = []
+            for question in part:
                 try:
-                    opened[path, prompt] = open_image(path)
+                    opened.append((question, open_image(question.image)))
                 except ImageError:
                     # It was reported when the loss was measured.
                     continue
-            captions = caption_images(run, self.family, list(opened.values()), [key[1] for key in opened])
-            rows += [(str(key), c, references[key]) for key, c in zip(opened, captions, strict=True)]
+            images, prompts = [image for _, image in opened], [question.prompt for question, _ in opened]
+            captions = caption_images(run, self.family, images, prompts)
+            rows += [
+                (str((question.image, question.prompt)), caption, question.references)
+                for (question, _), caption in zip(opened, captions, strict=True)
+            ]
         # Sorted, so that the rounding of sums does not depend on the number of processes.
         rows = sorted(gather_object(rows))
         if not rows:
@@ -143,6 +163,20 @@ class Evaluator:
                 f"{self.run.progress.best_step}; stopping"
             )
         print_once(self.run.accelerator, *lines)
+
+
+def _list_questions(pairs: Sequence[Pair], data: TrainingData, run: TrainingRun) -> list[Question]:
+    """Return what `--metrics` captions: each image and prompt once, in the order of `rank_images`.
+
+    The order of the folder would show the model one category only, if folders or names are categories.
+    """
+    found: dict[tuple[str, str], Question] = {}
+    for pair in pairs:
+        prompt = pair.prompt or run.record.prompt
+        question = found.setdefault((data.digests[pair.image], prompt), Question(pair.image, prompt))
+        question.references.append(pair.caption)
+    order = {d: place for place, d in enumerate(rank_images((d for d, _ in found), run.options.seed))}
+    return [found[key] for key in sorted(found, key=lambda key: order[key[0]])]
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families.labels import count_label_tokens
 from caption_train.system.console import escape_unprintable
 from caption_train.system.signals import ignore_in_worker
+from caption_train.system.workers import hand_over
 from caption_train.training.run.batch_plan import BatchPlan, Key
 
 
@@ -117,7 +118,7 @@ class Collate:
             left = [item | ({"error": r} if r else {}) for item, r in zip(good, reasons, strict=True)]
             return self([*left, *({"error": error} for error in errors)])
         label_tokens = count_label_tokens(inputs["labels"]) if good else 0
-        return MicroBatch(inputs, [item["file"] for item in good], label_tokens, errors)
+        return MicroBatch(hand_over(inputs), [item["file"] for item in good], label_tokens, errors)
 
     def _try(self, item: dict) -> str | None:
         """Return why the family refuses an item alone, in a line that names its file."""
@@ -134,6 +135,7 @@ def make_train_dataloader(
     collate_fn: Callable[[Sequence[dict]], dict[str, Any]],
     *,
     num_workers: int = 0,
+    worker_timeout: float = 0,
     pin_memory: bool = False,
 ) -> DataLoader:
     """Return a loader of all micro-batches that `plan` has left, across the ends of epochs.
@@ -146,6 +148,7 @@ def make_train_dataloader(
         plan: which samples to read, and in which order.
         collate_fn: the family's collator.
         num_workers: processes that read images; 0 reads them in this one.
+        worker_timeout: seconds to wait for a batch of theirs; 0 waits for ever.
         pin_memory: whether to copy batches to page-locked memory.
     """
     return DataLoader(
@@ -153,6 +156,7 @@ def make_train_dataloader(
         batch_sampler=plan,
         collate_fn=Collate(collate_fn),
         num_workers=num_workers,
+        timeout=worker_timeout if num_workers else 0,
         pin_memory=pin_memory,
         worker_init_fn=ignore_in_worker,
         generator=torch.Generator().manual_seed(0),

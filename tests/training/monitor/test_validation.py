@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from caption_train.data.images import open_image
+from caption_train.data.rows import write_metadata
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import get_family
 from caption_train.families.labels import count_label_tokens
@@ -146,3 +148,56 @@ def test_options_that_validation_cannot_follow_are_refused(make):
     assert "--metrics spice" in problems[0]
     assert "--validation_split and --validation_dir" in problems[1]
     assert "--metric_for_best cider" in problems[2]
+
+
+@pytest.fixture(scope="module")
+def categories(tmp_path_factory):
+    """Eight folders of six images each, every row three times, as Kohya's repeats make them."""
+    folder, rows = tmp_path_factory.mktemp("categories"), []
+    for number in range(8):
+        write_pairs(folder / f"c{number}", 6, seed=10 + number)
+        names = [f"c{number}/{image:02d}.png" for image in range(6)]
+        rows += [{"file_name": name, "text": f"a {name}", "split": "validation"} for name in names] * 3
+    rows += [{"file_name": "c0/00.png", "text": "a thing to train on"}]
+    write_metadata(folder / "metadata.jsonl", rows)
+    return folder
+
+
+def test_metrics_and_previews_look_into_every_folder_and_at_each_image_once(make, categories):
+    options = make(validation_dir=None, metrics=["cider"], metric_samples=20, sample_every_n_epochs=1)
+    trainer = prepare_training(replace(options, dataset_dir=categories), get_family("blip"))
+    assert len(trainer.evaluator.pairs) == 48
+    images = [question.image for question in trainer.evaluator.questions]
+    assert len(set(images)) == 20 and len({image.parent for image in images}) >= 6
+    shown = [pair.image for pair, _ in trainer.sampler.images]
+    assert shown == images[:4] and len({image.parent for image in shown}) > 1
+
+
+def test_the_images_of_the_metrics_depend_on_bytes_and_seed_not_on_names(make, categories, tmp_path):
+    renamed = shutil.copytree(categories, tmp_path / "renamed")
+    for number in range(8):
+        (renamed / f"c{number}").rename(renamed / f"d{7 - number}")
+    text = (renamed / "metadata.jsonl").read_text()
+    for number in range(8):
+        text = text.replace(f'"c{number}/', f'"d{7 - number}/')
+    (renamed / "metadata.jsonl").write_text(text)
+
+    def look_at(folder, **changes) -> list[bytes]:
+        options = make(**{"validation_dir": None, "metrics": ["bleu"], "metric_samples": 5, **changes})
+        trainer = prepare_training(replace(options, dataset_dir=folder), get_family("blip"))
+        return [question.image.read_bytes() for question in trainer.evaluator.questions]
+
+    assert look_at(categories) == look_at(renamed)
+    assert look_at(categories) != look_at(categories, seed=7)
+    everything = look_at(categories, metric_samples=48)
+    assert len(set(everything)) == 48 and sorted(everything) == sorted(look_at(renamed, metric_samples=99))
+
+
+def test_copies_of_an_image_are_one_image_with_all_its_captions(make, held_out, tmp_path):
+    own = shutil.copytree(held_out, tmp_path / "own")
+    shutil.copy(own / "00.png", own / "copy.png")
+    (own / "copy.txt").write_text("another caption of it")
+    trainer = prepare_training(make(validation_dir=own, metrics=["cider"]), get_family("blip"))
+    references = {question.image.name: question.references for question in trainer.evaluator.questions}
+    assert len(references) == 5
+    assert references["00.png"] == [(own / "00.txt").read_text(), "another caption of it"]

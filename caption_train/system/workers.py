@@ -1,0 +1,176 @@
+"""Decides how many processes read images ahead of the model, carries their batches over, and ends them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caption_train.errors import ProcessError
+from caption_train.system.signals import NoAnswer, limiting_wait, was_interrupted
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
+SHARED_MEMORY = Path("/dev/shm")
+PREFETCHED = 2
+"""Batches that a worker makes ahead: torch's default."""
+FILES_OF_PROCESS, FILES_OF_WORKER = 40, 24
+"""File descriptors that a process needs, and each worker besides: its pipes, and a file for each tensor."""
+SMALL = 4 << 30
+"""With as much shared memory as this, no batch is measured: that takes a moment."""
+
+
+def limit_workers(asked: int, measure_batch: Callable[[], int]) -> tuple[int, str | None]:
+    """Return how many workers this machine has room for, and a line that says so if it is fewer than `asked`.
+
+    Batches go from the workers to this process through /dev/shm. Docker gives it 64 MB.
+
+    Args:
+        asked: the value of `--num_workers`.
+        measure_batch: returns how many bytes a batch has.
+    """
+    if not asked:
+        return 0, None
+    problems = {}
+    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else SMALL
+    if free < SMALL:
+        free //= max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+        batch = max(measure_batch(), 1)
+        # Each worker makes some batches ahead; besides, one is used and one is on its way.
+        room = max(free // batch - PREFETCHED, 0) // PREFETCHED
+        problems[room] = (
+            f"{SHARED_MEMORY} has {free / 1e6:,.1f} MB free and a batch takes {batch / 1e6:,.1f} MB "
+            "(docker run --shm-size=2g makes it larger)"
+        )
+    if (files := _read_file_limit()) is not None:
+        room = max(files - FILES_OF_PROCESS, 0) // FILES_OF_WORKER
+        problems[room] = f"a process may have {files} files open (ulimit -n 1024 allows more)"
+    room = min(problems, default=asked)
+    if room >= asked:
+        return asked, None
+    return room, f"--num_workers {asked}: {room or 'none'} used: {problems[room]}"
+
+
+def _read_file_limit() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+class ByPipe:
+    """A tensor in a worker that becomes a tensor again in the main process, sent as bytes through a pipe."""
+
+    def __init__(self, tensor: Any) -> None:
+        self.tensor = tensor
+
+    def __reduce__(self) -> tuple:
+        import torch
+
+        return torch.from_numpy, (self.tensor.numpy(),)
+
+
+def hand_over(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the tensors of a batch ready to be sent to the main process, if this is a worker.
+
+    torch would put them into shared memory later, in a thread whose errors are lost together with the batch:
+    the main process would wait for it for ever. What has no room there is sent through the pipe, slower.
+    """
+    import torch
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        try:
+            return value.share_memory_()
+        except (RuntimeError, OSError):
+            return ByPipe(value)
+
+    is_worker = torch.utils.data.get_worker_info() is not None
+    return {name: move(value) if is_worker else value for name, value in inputs.items()}
+
+
+@contextmanager
+def reading(loader: DataLoader, advise: Callable[[], str] | None = None) -> Iterator[Iterator[Any]]:
+    """Yield an iterator of a loader. If the `with` block ends early, its workers are killed, even hung ones.
+
+    A signal ends the wait for a worker that does not answer: see `limiting_wait`.
+
+    Args:
+        loader: the loader.
+        advise: returns what to add to the message of an error.
+
+    Raises:
+        ProcessError: a worker died or does not answer within the loader's timeout.
+    """
+    batches, finished = None, False
+    try:
+        batches = iter(loader)
+        yield _wait_for(batches, loader.timeout) if loader.num_workers else batches
+        finished = True
+    except OSError as error:
+        if batches is not None:
+            raise
+        raise ProcessError(
+            f"--num_workers {loader.num_workers}: processes that read images cannot be started: "
+            f"{error.strerror or error}; use fewer, or 0"
+        ) from error
+    except (RuntimeError, NoAnswer) as error:
+        is_late = isinstance(error, NoAnswer) and not was_interrupted()
+        if (reason := _explain("DataLoader timed out" if is_late else str(error), loader)) is None:
+            raise
+        raise ProcessError(f"{reason}; {advise()}" if advise else reason) from error
+    finally:
+        if not finished:
+            _kill_workers(batches)
+
+
+def _wait_for(batches: Iterator[Any], timeout: float) -> Iterator[Any]:
+    while True:
+        # One second more, so that torch's own timeout comes first.
+        with limiting_wait(timeout and timeout + 1):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
+def _explain(message: str, loader: DataLoader) -> str | None:
+    flag = f"--num_workers {loader.num_workers}"
+    if message.startswith("DataLoader worker"):
+        return f"{flag}: a process that reads images died, most likely of too little memory; use fewer"
+    if message.startswith("DataLoader timed out"):
+        return (
+            f"{flag}: no process that reads images answered within {loader.timeout:g} seconds; check the "
+            "disk that holds the images, or wait longer with --worker_timeout"
+        )
+    if "Communication with the workers" in message:
+        return f"{flag}: too many open files: use fewer, or allow more with ulimit -n 4096"
+    return None
+
+
+def _kill_workers(batches: Any) -> None:
+    """End the workers of an iterator. They ignore SIGTERM, and torch waits for those that are stopped."""
+    workers = [worker for worker in getattr(batches, "_workers", ()) if worker.pid is not None]
+    if not workers:
+        return
+    # torch's own handler of SIGCHLD raises an error for every worker that it did not end itself.
+    is_main = threading.current_thread() is threading.main_thread()
+    can_set = is_main and hasattr(signal, "SIGCHLD")
+    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if can_set else None
+    try:
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.join(timeout=1)
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGCHLD, previous)
