@@ -14,10 +14,9 @@ from caption_train.training.batch_size import is_out_of_memory
 from caption_train.training.failures import explain_out_of_memory
 from caption_train.training.loop import Trainer
 from caption_train.training.optim.state_size import count_state, find_embeddings
-from caption_train.training.prepare import prepare_training
 from caption_train.training.run.data import TrainingData
 from tests.fixtures.forked import start
-from tests.fixtures.runs import assert_same_run, train
+from tests.fixtures.runs import assert_same_run, prepare_run, train
 
 PAIRS, RUN = 12, {"epochs": 1}
 
@@ -38,7 +37,7 @@ def two_images_at_most(monkeypatch):
 
 
 def test_a_batch_is_made_to_fit_and_the_effective_batch_stays(make, two_images_at_most, capsys):
-    trainer = prepare_training(make(batch_size=6, auto_batch_size=True), get_family("blip"))
+    trainer = prepare_run(make(batch_size=6, auto_batch_size=True), get_family("blip"))
     plan = trainer.run.plan
     # 6, then 3, then 1: the divisors of six.
     assert (plan.batch_size, plan.accumulation_steps, plan.effective_batch_size) == (1, 6, 6)
@@ -54,7 +53,7 @@ def test_a_fitted_run_is_the_run_that_was_started_so(make, two_images_at_most, t
 
 def test_a_resumed_run_keeps_the_batch_that_fitted(make, two_images_at_most):
     train("blip", make(batch_size=4, auto_batch_size=True))
-    resumed = prepare_training(
+    resumed = prepare_run(
         make(batch_size=4, auto_batch_size=True, epochs=2, resume="auto"), get_family("blip")
     )
     assert resumed.run.plan.batch_size == 2
@@ -119,6 +118,6 @@ def test_measuring_leaves_the_run_as_it_was(make, tmp_path, monkeypatch, capsys,
 def test_a_trial_makes_room_for_the_state_its_optimizer_has(make, monkeypatch, changes):
     rooms, empty = [], torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: rooms.append(a[0]) or empty(*a, **k))
-    run = prepare_training(make(train_method="full", **changes), get_family("blip")).run
+    run = prepare_run(make(train_method="full", **changes), get_family("blip")).run
     trained = [p for p in run.model.parameters() if p.requires_grad]
     assert count_state(run.options, trained, find_embeddings(run.model)) in rooms

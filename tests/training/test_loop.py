@@ -19,9 +19,8 @@ from caption_train.errors import CaptionTrainError
 from caption_train.families import get_family
 from caption_train.training.checkpoints.find import list_checkpoints
 from caption_train.training.loop import Trainer
-from caption_train.training.prepare import prepare_training
 from tests.fixtures.forked import start_ranks
-from tests.fixtures.runs import make_options, read_log, save_base, write_pairs
+from tests.fixtures.runs import make_options, prepare_run, read_log, save_base, write_pairs
 
 FAMILIES = ("blip", "florence")
 
@@ -49,7 +48,7 @@ def make_trainer(bases, pairs_dir, tmp_path):
     def make(family: str = "blip", **changes) -> Trainer:
         dataset_dir = changes.pop("dataset_dir", pairs_dir)
         options = make_options(family, bases[family], dataset_dir, tmp_path / "out", **changes)
-        return prepare_training(options, get_family(family))
+        return prepare_run(options, get_family(family))
 
     return make
 
@@ -146,10 +145,10 @@ def test_blocks_that_stochastic_depth_skips_at_first_are_not_dead(pairs_dir, tmp
     config["vision_config"]["drop_path_rate"] = 0.7
     (base / "config.json").write_text(json.dumps(config))
     options = make_options("florence", base, pairs_dir, tmp_path / "out", batch_size=1, epochs=2)
-    prepare_training(options, get_family("florence")).train()
+    prepare_run(options, get_family("florence")).train()
     assert len(read_log(tmp_path / "out")) == 20
     never = make_options("florence", base, pairs_dir, tmp_path / "other", batch_size=1, epochs=3)
-    trainer = prepare_training(never, get_family("florence"))
+    trainer = prepare_run(never, get_family("florence"))
     monkeypatch.setattr(torch, "rand", lambda *_, **keywords: torch.zeros(1, 1, 1, **keywords))
     with pytest.raises(CaptionTrainError, match=r"LoRA modules get no gradient.*vision_tower"):
         trainer.train()

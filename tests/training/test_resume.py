@@ -16,9 +16,8 @@ from caption_train.system.lock import OutputLock
 from caption_train.training.checkpoints import find
 from caption_train.training.loop import Trainer
 from caption_train.training.optim.optimizer import make_lr_scheduler, make_optimizer
-from caption_train.training.prepare import prepare_training
 from tests.fixtures.forked import start, start_ranks
-from tests.fixtures.runs import assert_same_run, make_options, read_log, train
+from tests.fixtures.runs import assert_same_run, make_options, prepare_run, read_log, train
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,7 @@ def resume(base, pairs, finished, tmp_path):
         settings = {"epochs": 1, "batch_size": 4, "save_every_n_steps": 1, "resume": "auto", **changes}
         dataset_dir = settings.pop("dataset_dir", pairs)
         options = make_options("blip", base, dataset_dir, tmp_path / "out", **settings)
-        return prepare_training(options, get_family("blip"))
+        return prepare_run(options, get_family("blip"))
 
     return resume
 
@@ -48,7 +47,7 @@ def test_rates_of_parts_may_change_if_it_is_insisted_on_but_not_which_parts_have
     changed = make(epochs=2, part_learning_rates=["vision=3e-4", "language=2e-4"], resume="auto")
     with pytest.raises(UsageError, match=r"--part_learning_rates was \['language=0.0002', 'vision=0.0001'\]"):
         train("blip", changed)
-    trainer = prepare_training(replace(changed, resume_anyway=True, scheduler="constant"), get_family("blip"))
+    trainer = prepare_run(replace(changed, resume_anyway=True, scheduler="constant"), get_family("blip"))
     assert sorted(trainer.run.lr_scheduler.get_last_lr()) == [2e-4, 3e-4, 1e-3]
     trainer.train()
     with pytest.raises(UsageError, match=r"the parts of --part_learning_rates was \['language', 'vision'\]"):

@@ -12,8 +12,7 @@ from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import get_family
 from caption_train.training.checkpoints.find import find_latest, follow, list_checkpoints, point
 from caption_train.training.monitor.validation import Evaluator
-from caption_train.training.prepare import prepare_training
-from tests.fixtures.runs import read_log, train
+from tests.fixtures.runs import prepare_run, read_log, train
 
 PAIRS = 6
 RUN = {"epochs": 1, "save_every_n_steps": 1, "validation_split": 0.2, "eval_every_n_steps": 1}
@@ -33,7 +32,7 @@ def finished(make, falling, tmp_path):
 
 
 def resume(make, **changes):
-    return prepare_training(make(**{"resume": "auto", **changes}), get_family("blip"))
+    return prepare_run(make(**{"resume": "auto", **changes}), get_family("blip"))
 
 
 def find(folder, step):
@@ -206,12 +205,12 @@ def test_every_schedule_is_stretched_over_more_epochs_at_once(make, falling, cap
 def test_the_base_is_known_by_what_is_in_it_not_by_its_place(finished, make, base, tmp_path):
     options = make(resume="auto")
     options = replace(options, model_id=str(shutil.copytree(base, tmp_path / "moved")))
-    assert prepare_training(options, get_family("blip")).run.plan.first_step == 3
+    assert prepare_run(options, get_family("blip")).run.plan.first_step == 3
     weights = bytearray((tmp_path / "moved" / "model.safetensors").read_bytes())
     weights[-100_000] ^= 1
     (tmp_path / "moved" / "model.safetensors").write_bytes(weights)
     with pytest.raises(UsageError, match="base_model's content was"):
-        prepare_training(options, get_family("blip"))
+        prepare_run(options, get_family("blip"))
 
 
 def test_where_links_cannot_be_a_file_names_the_checkpoint(tmp_path, monkeypatch):

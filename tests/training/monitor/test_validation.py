@@ -16,9 +16,8 @@ from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import get_family
 from caption_train.families.labels import count_label_tokens
 from caption_train.training.monitor.validation import Evaluator
-from caption_train.training.prepare import prepare_training
 from tests.fixtures.forked import start_ranks
-from tests.fixtures.runs import make_options, read_log, train, write_pairs
+from tests.fixtures.runs import make_options, prepare_run, read_log, train, write_pairs
 
 PAIRS = 8
 
@@ -42,7 +41,7 @@ def read_evaluations(output_dir) -> list[dict]:
 
 
 def test_the_loss_is_per_token_and_without_dropout(make):
-    trainer = prepare_training(make(dropout=0.5), get_family("blip"))
+    trainer = prepare_run(make(dropout=0.5), get_family("blip"))
     evaluator, run = trainer.evaluator, trainer.run
     run.model.train()
     before = torch.get_rng_state()
@@ -93,7 +92,7 @@ def test_a_run_that_stopped_early_stays_stopped(make, monkeypatch):
 
 def test_without_an_image_left_to_validate_on_nothing_is_the_best(make, held_out, tmp_path):
     own = shutil.copytree(held_out, tmp_path / "own")
-    trainer = prepare_training(make(validation_dir=own, metrics=["cider"]), get_family("blip"))
+    trainer = prepare_run(make(validation_dir=own, metrics=["cider"]), get_family("blip"))
     shutil.rmtree(own)
     summary = trainer.train()
     assert summary["best_step"] is None and len(summary["skipped_files"]) == 5
@@ -134,12 +133,12 @@ def test_two_processes_measure_what_one_does(make, tmp_path):
 def test_a_disk_without_room_for_one_checkpoint_is_refused_before_training(make, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100_000))
     with pytest.raises(CaptionTrainError, match=r"0\.1 MB free, one checkpoint takes more than 0\.5 MB"):
-        prepare_training(make(), get_family("blip"))
+        prepare_run(make(), get_family("blip"))
 
 
 def test_asking_for_the_best_without_validation_images_is_refused(make):
     with pytest.raises(UsageError, match="--load_best_at_end needs validation images"):
-        prepare_training(make(validation_dir=None, load_best_at_end=True), get_family("blip"))
+        prepare_run(make(validation_dir=None, load_best_at_end=True), get_family("blip"))
 
 
 def test_options_that_validation_cannot_follow_are_refused(make):
@@ -165,7 +164,7 @@ def categories(tmp_path_factory):
 
 def test_metrics_and_previews_look_into_every_folder_and_at_each_image_once(make, categories):
     options = make(validation_dir=None, metrics=["cider"], metric_samples=20, sample_every_n_epochs=1)
-    trainer = prepare_training(replace(options, dataset_dir=categories), get_family("blip"))
+    trainer = prepare_run(replace(options, dataset_dir=categories), get_family("blip"))
     assert len(trainer.evaluator.pairs) == 48
     images = [question.image for question in trainer.evaluator.questions]
     assert len(set(images)) == 20 and len({image.parent for image in images}) >= 6
@@ -184,7 +183,7 @@ def test_the_images_of_the_metrics_depend_on_bytes_and_seed_not_on_names(make, c
 
     def look_at(folder, **changes) -> list[bytes]:
         options = make(**{"validation_dir": None, "metrics": ["bleu"], "metric_samples": 5, **changes})
-        trainer = prepare_training(replace(options, dataset_dir=folder), get_family("blip"))
+        trainer = prepare_run(replace(options, dataset_dir=folder), get_family("blip"))
         return [question.image.read_bytes() for question in trainer.evaluator.questions]
 
     assert look_at(categories) == look_at(renamed)
@@ -197,7 +196,7 @@ def test_copies_of_an_image_are_one_image_with_all_its_captions(make, held_out, 
     own = shutil.copytree(held_out, tmp_path / "own")
     shutil.copy(own / "00.png", own / "copy.png")
     (own / "copy.txt").write_text("another caption of it")
-    trainer = prepare_training(make(validation_dir=own, metrics=["cider"]), get_family("blip"))
+    trainer = prepare_run(make(validation_dir=own, metrics=["cider"]), get_family("blip"))
     references = {question.image.name: question.references for question in trainer.evaluator.questions}
     assert len(references) == 5
     assert references["00.png"] == [(own / "00.txt").read_text(), "another caption of it"]
