@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 
@@ -70,6 +70,8 @@ def save_adapter(model: PeftModel, folder: Path, weights: dict[str, torch.Tensor
         weights: the trained weights, if the model itself holds only a shard of each.
     """
     if getattr(model, "lora_start", None) is None:
+        for config in model.peft_config.values():
+            _sort_sets(config)
         # save_embedding_layers=False: otherwise PEFT asks the hub whether the vocabulary has grown.
         model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
         return
@@ -82,7 +84,15 @@ def save_adapter(model: PeftModel, folder: Path, weights: dict[str, torch.Tensor
         folder / "adapter_model.safetensors",
         metadata={"format": "pt"},
     )
+    _sort_sets(config)
     config.save_pretrained(str(folder))
+
+
+def _sort_sets(config: PeftConfig) -> None:
+    """Make lists of a configuration's sets: the order of a set of strings differs from run to run."""
+    for name, value in vars(config).items():
+        if isinstance(value, set):
+            setattr(config, name, sorted(value))
 
 
 def _numel(parameter: nn.Parameter) -> int:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from caption_train.config.fields import LARGEST_SEED, find_above, find_below, flag
+from caption_train.config.fields import LARGEST_SEED, find_above, find_below, find_not_utf8, flag
 
 KEY_VARIABLE = "CAPTION_TRAIN_API_KEY"
 """Environment variable of a server's key: no flag, which other users of the machine would see."""
@@ -83,6 +83,8 @@ class CaptionOptions:
         """Return everything that is wrong with these options, one line each."""
         problems = [] if self.images else ["--images is required"]
         problems += ["--images is empty; is a variable not set?"] if "" in self.images else []
+        # Images and what is written beside them may have any name.
+        problems += find_not_utf8(self, "images", "output", "visualize")
         problems += find_above(self, LARGEST_SEED, "seed")
         problems += find_below(
             self, 1, "beams", "max_token_length", "batch_size", "max_pixels", "concurrency"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from caption_train.config.fields import flag
+from caption_train.config.fields import find_not_utf8, flag
 from caption_train.errors import UsageError
 
 _source = partial(flag, group="what to export")
@@ -50,7 +50,8 @@ class ExportOptions:
 
     def check(self) -> list[str]:
         """Return everything that is wrong with these options, one line each."""
-        return [f"{name} is required" for name in ("source", "output_dir") if getattr(self, name) is None]
+        missing = [name for name in ("source", "output_dir") if getattr(self, name) is None]
+        return [f"{name} is required" for name in missing] + find_not_utf8(self, "image")
 
     def check_paths(self) -> None:
         """Raise UsageError with everything that does not fit the files on disk, one line each."""

@@ -5,7 +5,7 @@ import math
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, field
+from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -135,3 +135,29 @@ def convert_value(value: Any, hint: Any, flag: Field, choices: Sequence[str] | N
     if choices and value not in choices:
         raise ValueError
     return value
+
+
+def find_not_utf8(options: Any, *exempt: str) -> list[str]:
+    r"""Return a line for each option that is not UTF-8, as a file name may be on Linux.
+
+    Such a value trains for an epoch and then cannot be written down: no JSON file can hold it.
+
+    >>> from caption_train.config.exporting import ExportOptions
+    >>> find_not_utf8(ExportOptions(source=Path("caf\udce9")))
+    ['--source caf\\udce9 is not UTF-8: rename it, or write it in UTF-8']
+
+    Args:
+        options: the options of a command.
+        exempt: names of options that may be anything.
+    """
+    problems = []
+    for option in fields(options):
+        value = getattr(options, option.name) if option.name not in exempt else None
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str | Path) and str(text) != (shown := _escape_surrogates(str(text))):
+                problems.append(f"--{option.name} {shown} is not UTF-8: rename it, or write it in UTF-8")
+    return problems
+
+
+def _escape_surrogates(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -11,7 +11,14 @@ from functools import partial
 from pathlib import Path
 
 from caption_train.config import compatibility
-from caption_train.config.fields import LARGEST_SEED, find_above, find_below, flag, number
+from caption_train.config.fields import (
+    LARGEST_SEED,
+    find_above,
+    find_below,
+    find_not_utf8,
+    flag,
+    number,
+)
 
 METRICS = ("cider", "bleu", "rouge_l", "exact_match")
 
@@ -182,6 +189,7 @@ class TrainOptions:
         problems = [
             f"--{name} is required" for name in ("dataset_dir", "output_dir") if getattr(self, name) is None
         ]
+        problems += find_not_utf8(self)
         problems += (
             find_below(self, 1, *_COUNTS)
             + find_below(self, 2, "max_length")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,9 @@ from caption_train.config.exporting import ExportOptions
 from caption_train.errors import CaptionTrainError, UsageError, naming_model
 from caption_train.exporting.proof import caption_once, check_same_tokens, open_proof_image
 from caption_train.families import CONVERTIBLE, FAMILIES
+from caption_train.system.files import apply_umask
+from caption_train.system.holder import Holder
+from caption_train.system.lock import LOCK_FILE, OutputLock
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
     from caption_train.families.base import Family
 
 
+PARTIAL = ".export-"
 ABOUT = ("training.json", "README.md")
 """Files in which a trained adapter or model describes itself."""
 
@@ -74,9 +79,11 @@ def export(options: ExportOptions, family: Family) -> str:
         model = load_adapter(model, options.source, family)
     before = caption_once(family, model, processor, image, base.prompt)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial_folder = Path(tempfile.mkdtemp(prefix=".export-", dir=output_dir.parent))
+    _clear_abandoned(output_dir.parent)
+    partial_folder = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=output_dir.parent))
+    lock = OutputLock(partial_folder)
     try:
-        partial_folder.chmod(0o755)
+        lock.acquire()
         whole = options.merge or not options.is_adapter
         if whole:
             _write_model(options, family, model, processor, partial_folder, base)
@@ -91,10 +98,11 @@ def export(options: ExportOptions, family: Family) -> str:
             report = export(replace(options, dtype="float32"), family)
             return f"{report} in float32: the base's own precision rounds the merge to other tokens"
         check_same_tokens(before, after, options)
-        for file in partial_folder.iterdir():
-            file.chmod(0o644)  # safetensors makes files that nobody else can read
+        lock.release()
+        apply_umask(partial_folder)
         _put_in_place(partial_folder, output_dir)
     finally:
+        lock.release()
         shutil.rmtree(partial_folder, ignore_errors=True)
     return (
         f"before: {before.text}\nafter:  {after.text}\n"
@@ -106,6 +114,14 @@ def _load(family: Family, base: Base) -> tuple[Any, Any]:
     model, processor = family.load(base.model_id, revision=base.revision)
     family.configure(processor, base.settings)
     return model, processor
+
+
+def _clear_abandoned(parent: Path) -> None:
+    """Delete the folders of exports that were killed: those whose lock nobody holds any more."""
+    for folder in parent.glob(f"{PARTIAL}{'?' * 8}"):
+        with suppress(OSError):
+            if not folder.is_symlink() and Holder.read(folder / LOCK_FILE).is_surely_dead():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _put_in_place(folder: Path, target: Path) -> None:

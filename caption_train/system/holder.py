@@ -1,6 +1,7 @@
 """Who holds a lock file, and whether that process lives. Standard library only, but for psutil."""
 
 import os
+import socket
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,6 +51,12 @@ class Holder:
             if isinstance(found, dict) and type(found.get("pid")) is int:
                 return replace(holder, process_id=found["pid"], host=str(found.get("host") or "") or None)
         return holder
+
+    def is_surely_dead(self) -> bool:
+        """Tell whether this host alone knows that the holder has ended, without watching the file."""
+        if self.is_locked or self.host != socket.gethostname():
+            return False
+        return self.is_locked is False or not is_running(self.process_id)
 
     def __str__(self) -> str:
         return f"process {self.process_id or 'unknown'} on {self.host or 'an unknown host'}"

@@ -5,6 +5,7 @@ filelock's SoftFileLease was weighed and left: it never takes over from a holder
 (NFS). The system's own record lock knows all of these.
 """
 
+import gc
 import json
 import os
 import secrets
@@ -14,6 +15,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from threading import Event, Lock, Thread
+from weakref import WeakSet
 
 from caption_train.errors import CaptionTrainError
 from caption_train.system.console import print_line
@@ -72,6 +74,8 @@ class OutputLock:
         """
         self.made_folder = not self.path.parent.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if _beats.hold(self.path):
+            gc.collect()  # A run of this process that was dropped unfinished holds nothing.
         if _beats.hold(self.path):
             raise CaptionTrainError(self._refusal(f"process {os.getpid()} on {socket.gethostname()}"))
         left = None
@@ -218,7 +222,7 @@ class _Beats:
     """The locks that this process holds, and one thread that touches their files."""
 
     def __init__(self) -> None:
-        self._locks: list[OutputLock] = []
+        self._locks: WeakSet[OutputLock] = WeakSet()
         self._process_id = os.getpid()
         self._guard, self._wake = Lock(), Event()
         self._thread: Thread | None = None
@@ -228,13 +232,13 @@ class _Beats:
         self._forget_parent()
         with suppress(OSError):
             there = path.lstat()
-            return any(os.path.samestat(os.fstat(lock.descriptor), there) for lock in self._locks)
+            return any(os.path.samestat(os.fstat(lock.descriptor), there) for lock in list(self._locks))
         return False
 
     def add(self, lock: OutputLock) -> None:
         self._forget_parent()
         with self._guard:
-            self._locks.append(lock)
+            self._locks.add(lock)
             self._wake.set()
             if self._thread is None:
                 self._thread = Thread(target=self._run, name="locks", daemon=True)
@@ -242,7 +246,7 @@ class _Beats:
 
     def remove(self, lock: OutputLock) -> None:
         with self._guard:
-            self._locks = [other for other in self._locks if other is not lock]
+            self._locks.discard(lock)
             self._wake.set()
 
     def _forget_parent(self) -> None:
@@ -254,7 +258,7 @@ class _Beats:
             self._wake.wait(BEAT_SECONDS)
             self._wake.clear()
             with self._guard:
-                for lock in self._locks:
+                for lock in list(self._locks):
                     lock.touch()
                 if not self._locks:
                     self._thread = None

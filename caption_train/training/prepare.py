@@ -24,7 +24,8 @@ from caption_train.system.launcher import notice_launcher
 from caption_train.system.lock import OutputLock
 from caption_train.system.workers import limit_workers
 from caption_train.training.batch_size import fit_batch_size
-from caption_train.training.checkpoints.store import clear_partial
+from caption_train.training.checkpoints.find import BEST, forget
+from caption_train.training.checkpoints.store import clear_partial, explain_failure
 from caption_train.training.distributed.accelerator import make_accelerator
 from caption_train.training.distributed.fsdp import parallelism, prepare, shard
 from caption_train.training.distributed.ranks import check_same_on_all_ranks, raise_on_all_ranks
@@ -188,10 +189,16 @@ def _make_run(
 def _open_output_dir(options: TrainOptions, accelerator: Accelerator) -> OutputLock:
     """Make the output folder and lock it against other runs; the main process does this for all."""
     lock = OutputLock(options.output_dir)
-    if Path(options.model_id).is_dir() and options.output_dir.resolve() == Path(options.model_id).resolve():
-        raise UsageError(
-            f"--output_dir {options.output_dir}: holds the base, --model_id; choose another folder"
-        )
+    for name, what in (
+        ("model_id", "the base"),
+        ("dataset_dir", "the images"),
+        ("validation_dir", "validation images"),
+    ):
+        value = getattr(options, name)
+        if value and Path(value).is_dir() and options.output_dir.resolve() == Path(value).resolve():
+            raise UsageError(
+                f"--output_dir {options.output_dir}: holds {what}, --{name}; choose another folder"
+            )
     if accelerator.is_main_process:
         try:
             if line := lock.acquire():
@@ -253,7 +260,11 @@ def _make_trainer(
     if options.log_with:
         name = options.name or options.output_dir.name
         start_trackers(accelerator, name, run.record.options, run.progress)
-    log = RunLog(accelerator, options.output_dir, run.plan.first_step)
+    with raise_on_all_ranks(accelerator):
+        log = RunLog(accelerator, options.output_dir, run.plan.first_step)
+        if accelerator.is_main_process and run.plan.first_step == 0:
+            with explain_failure(options.output_dir, BEST):
+                forget(options.output_dir, BEST)
     evaluator = Evaluator(run, family, data, log, collate_fn)
     sampler = PreviewCaptioner(run, family, data, log)
     return Trainer(run, evaluator, sampler, CheckpointSaver(run), log, lock)

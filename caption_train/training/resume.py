@@ -13,7 +13,7 @@ from caption_train.adapters.record import TRAINING_FILE, TrainingRecord
 from caption_train.config.training import TrainOptions, read_part_rates
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.system.console import print_once
-from caption_train.system.files import copy_atomically, read_json_object
+from caption_train.system.files import read_json_object
 from caption_train.training.checkpoints.find import (
     BEST,
     LAST,
@@ -24,15 +24,16 @@ from caption_train.training.checkpoints.find import (
     find_latest,
     find_step,
     follow,
+    forget,
     is_checkpoint,
     list_checkpoints,
     point,
 )
 from caption_train.training.checkpoints.progress import Progress
 from caption_train.training.checkpoints.state import read_state
-from caption_train.training.checkpoints.store import write_checkpoint
+from caption_train.training.checkpoints.store import explain_failure, write_checkpoint
 from caption_train.training.distributed.ranks import raise_on_all_ranks
-from caption_train.training.monitor.log import LOG_FILE
+from caption_train.training.monitor.log import bring_log_back
 from caption_train.training.run.run import TrainingRun
 
 MAY_CHANGE = {
@@ -150,16 +151,17 @@ def _restore_pointers(run: TrainingRun, checkpoint: Path) -> None:
     with raise_on_all_ranks(accelerator):
         if accelerator.is_main_process:
             here = _copy_to_output_dir(checkpoint, output_dir, is_newest=True)
-            log = checkpoint.parent / LOG_FILE
-            if here.parent.resolve() != checkpoint.parent and log.is_file():
-                copy_atomically(log, output_dir / LOG_FILE)
-            point(output_dir, LAST, here)
-            if progress.best_step is not None:
-                found = find_step(checkpoint.parent, progress.run_id, progress.best_step)
-                best = here if progress.best_step == progress.global_step else found
-            if best is not None:
-                best = _copy_to_output_dir(best, output_dir)
-                point(output_dir, BEST, best)
+            with explain_failure(output_dir, "what the run is resumed from"):
+                bring_log_back(output_dir, progress.run_id, checkpoint.parent)
+                point(output_dir, LAST, here)
+                if progress.best_step is not None:
+                    found = find_step(checkpoint.parent, progress.run_id, progress.best_step)
+                    best = here if progress.best_step == progress.global_step else found
+                if best is None:
+                    forget(output_dir, BEST)
+                else:
+                    best = _copy_to_output_dir(best, output_dir)
+                    point(output_dir, BEST, best)
     if progress.best_step is not None and gather_object([best])[0] is None:
         step = progress.best_step
         print_once(

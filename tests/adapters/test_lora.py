@@ -1,11 +1,13 @@
 """The LoRA around a model of three layers: what is trained, what is dead, what fits."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
 from caption_train.adapters.load import fill_adapter, load_adapter
-from caption_train.adapters.lora import count_parameters, wrap_with_lora
+from caption_train.adapters.lora import count_parameters, save_adapter, wrap_with_lora
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.training.monitor.health import copy_lora_b, find_dead_modules
 from tests.fixtures.fake_family import FakeFamily
@@ -124,3 +126,13 @@ def test_a_damaged_adapter_is_one_line(tmp_path):
     with pytest.raises(CaptionTrainError, match="--peft_model") as caught:
         load_adapter(Model(), folder, family=FakeFamily())
     assert "\n" not in str(caught.value)
+
+
+def test_equal_runs_save_equal_configurations(tmp_path):
+    names = [f"layer{number}" for number in range(40)]
+    model = nn.ModuleDict({name: nn.Linear(2, 2) for name in names})
+    wrapped = wrap_with_lora(model, names, rank=1, alpha=1, dropout=0.0)
+    save_adapter(wrapped, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    # A set of texts is in another order in every process.
+    assert config["target_modules"] == sorted(names)

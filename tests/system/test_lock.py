@@ -248,6 +248,17 @@ def test_one_process_cannot_hold_a_lock_twice(tmp_path):
     lock.release()
 
 
+def test_a_run_of_this_process_that_was_dropped_holds_nothing(tmp_path):
+    dropped = OutputLock(tmp_path)
+    dropped.acquire()
+    dropped.itself = dropped
+    del dropped
+    lock = OutputLock(tmp_path)
+    assert f"left behind by process {os.getpid()}" in lock.acquire()
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_forked_worker_lets_go_of_nothing(tmp_path):
     lock = OutputLock(tmp_path)
     lock.acquire()

@@ -29,11 +29,26 @@ def point(output_dir: Path, pointer: str, checkpoint: Path) -> None:
         if error.errno not in NO_LINKS:
             raise
         write_atomically(temporary, checkpoint.name)
-    target = output_dir / pointer
-    if target.is_dir() and not target.is_symlink():
-        # A copy of the folder that followed links made a real checkpoint of this name: keep it.
-        target.rename(find_free_name(target))
-    temporary.replace(target)
+    _keep_real_folder(output_dir / pointer)
+    temporary.replace(output_dir / pointer)
+
+
+def forget(output_dir: Path, pointer: str) -> None:
+    """Remove `output_dir/pointer`, which an earlier run has left; not what it points to."""
+    _keep_real_folder(output_dir / pointer)
+    (output_dir / pointer).unlink(missing_ok=True)
+
+
+def _keep_real_folder(pointer: Path) -> None:
+    # A copy of the output folder that followed links has made a real checkpoint of this name.
+    if pointer.is_dir() and not pointer.is_symlink():
+        pointer.rename(find_free_name(pointer))
+
+
+def find_last_run(output_dir: Path) -> str | None:
+    """Return the id of the run that `last` points to a checkpoint of, or None."""
+    run_id = _read_progress(follow(output_dir / LAST)).get("run_id")
+    return run_id if isinstance(run_id, str) else None
 
 
 def follow(path: Path) -> Path:

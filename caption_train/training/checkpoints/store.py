@@ -35,6 +35,7 @@ from safetensors import SafetensorError
 from caption_train.adapters.record import TRAINING_FILE
 from caption_train.errors import CaptionTrainError
 from caption_train.system.files import (
+    apply_umask,
     clear_temporary,
     copy_atomically,
     find_free_name,
@@ -77,6 +78,7 @@ def write_checkpoint(output_dir: Path, name: str, write: Callable[[Path], None],
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         write(partial)
+        apply_umask(partial)
         _write_manifest(partial)
         sync_folder(partial)
         # A complete checkpoint is never replaced.

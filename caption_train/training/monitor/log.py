@@ -5,22 +5,35 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 
-from caption_train.system.files import parse_json, write_atomically
+from caption_train.system.files import (
+    copy_atomically,
+    find_free_name,
+    open_own,
+    parse_json,
+    read_regular_file,
+    write_atomically,
+)
+from caption_train.training.checkpoints.find import find_last_run
 from caption_train.training.checkpoints.store import explain_failure
 
 LOG_FILE = "log.jsonl"
+_MOST_BYTES = 4 << 30
 
 
 class RunLog:
     """Writes one line of JSON per optimizer step, and the same values to the trackers.
+
+    A new run in the folder of an earlier one sets that one's log aside; see `set_log_aside`.
 
     Args:
         accelerator: only its main process writes.
@@ -34,9 +47,12 @@ class RunLog:
         self.file: io.FileIO | None = None
         if accelerator.is_main_process:
             with explain_failure(output_dir, LOG_FILE):
+                if first_step == 0:
+                    set_log_aside(output_dir)
                 write_atomically(self.path, "".join(_lines_before(self.path, first_step)))
+                descriptor = open_own(self.path, os.O_WRONLY | os.O_APPEND)
                 # Unbuffered: data that could not be written would raise again when the file is closed.
-                self.file = self.path.open("ab", buffering=0)
+                self.file = open(descriptor, "ab", buffering=0)  # noqa: PTH123, SIM115
 
     def write(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
         """Log the values of an optimizer step, which is counted from 1."""
@@ -69,11 +85,64 @@ class RunLog:
         self.accelerator.end_training()
 
 
+def set_log_aside(output_dir: Path) -> None:
+    """Rename the log of an earlier run to `log-RUN_ID.jsonl`, or to one with its date if its run is unknown.
+
+    Raises:
+        OSError: the log cannot be renamed.
+    """
+    path = output_dir / LOG_FILE
+    if not os.path.lexists(path) or (path.is_dir() and not path.is_symlink()) or not path.lstat().st_size:
+        return
+    aside = _path_aside(output_dir, find_last_run(output_dir) or "")
+    # The run may have been killed before its first checkpoint; then `last` leads to a run before it.
+    if aside is None or os.path.lexists(aside):
+        written = datetime.fromtimestamp(path.lstat().st_mtime, UTC)
+        aside = find_free_name(output_dir / f"log-{written:%Y%m%d-%H%M%S}.jsonl")
+    path.rename(aside)
+
+
+def bring_log_back(output_dir: Path, run_id: str, source: Path) -> None:
+    """Make `log.jsonl` the log of a run that is resumed. Call it before `last` points to that run.
+
+    Args:
+        output_dir: the folder of the log.
+        run_id: the run that is resumed.
+        source: the folder of its checkpoint, perhaps another one, where its log is too.
+
+    Raises:
+        OSError: a log cannot be read or renamed.
+    """
+    path, aside = output_dir / LOG_FILE, _path_aside(source, run_id)
+    is_aside = aside is not None and aside.is_file()
+    is_others = find_last_run(output_dir) not in (run_id, None)
+    if source.resolve() == output_dir.resolve():
+        if is_aside or is_others:
+            set_log_aside(output_dir)
+        if is_aside:
+            aside.rename(path)
+        return
+    if is_others:
+        set_log_aside(output_dir)
+    if is_aside or (source / LOG_FILE).is_file():
+        copy_atomically(aside if is_aside else source / LOG_FILE, path)
+
+
+def _path_aside(output_dir: Path, run_id: str) -> Path | None:
+    # The id comes from a file that anybody may have written.
+    return output_dir / f"log-{run_id}.jsonl" if re.fullmatch(r"[\w-]{1,64}", run_id, re.ASCII) else None
+
+
 def _lines_before(path: Path, first_step: int) -> list[str]:
-    """Return the lines of the log up to the step that a resumed run continues from."""
-    if not path.exists() or first_step == 0:
+    """Return the lines of the log up to the step that a resumed run continues from.
+
+    Raises:
+        OSError: the log is a link, a folder or a pipe, or cannot be read.
+    """
+    if not os.path.lexists(path) or first_step == 0:
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    text = read_regular_file(path, _MOST_BYTES, is_own=True).decode("utf-8", "replace")
+    lines = text.splitlines(keepends=True)
     return [line for line in lines if line.endswith("\n") and 0 < _step_of(line) <= first_step]
 
 
