@@ -11,11 +11,12 @@ import torch
 from caption_train.adapters.lora import wrap_with_lora
 from caption_train.adapters.quantization import make_quantization_config
 from caption_train.cli.commands import train_main
-from caption_train.config.training import PARTS
+from caption_train.config.training import PARTS, TrainOptions
 from caption_train.errors import UsageError
 from caption_train.families import get_family
 from caption_train.training.memory.gradient_checkpointing import enable_checkpointing
 from caption_train.training.monitor.health import copy_lora_b, find_dead_modules
+from caption_train.training.optim.optimizer import group_parameters
 from tests.fixtures.forked import start_ranks
 from tests.fixtures.runs import assert_same_run, make_options, read_log, train, write_pairs
 from tests.fixtures.vlm import KINDS, save_vlm
@@ -67,6 +68,24 @@ def test_parts_are_known_without_weights_and_every_lora_in_them_is_alive(family,
     model(**batch_of(processor)).loss.backward()
     optimizer.step()
     assert find_dead_modules(model, before) == []
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TYPES if kind != "gemma3"])
+def test_every_part_of_a_lora_learns_at_its_own_rate(family, tiny_base, kind):
+    facts = family.describe(str(tiny_base(f"vlm/{kind}")))
+    model, _ = family.load(str(tiny_base(f"vlm/{kind}")))
+    parts = [facts.parts[part] for part in PARTS]
+    model = wrap_with_lora(model, facts.lora_target_modules, rank=2, alpha=4, dropout=0, parts=parts)
+    rates = {"vision": 1e-5, "projector": 1e-4, "language": 1e-3}
+    options = TrainOptions(part_learning_rates=[f"{part}={rate}" for part, rate in rates.items()])
+    groups = group_parameters(options, model, facts.parts)
+    by_parameter = {p: group["lr"] for group in groups for p in group["params"]}
+    assert set(by_parameter.values()) == set(rates.values())
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            layer = name.removeprefix("base_model.model.").partition(".lora_")[0]
+            (part,) = (part for part in PARTS if re.fullmatch(facts.parts[part], layer))
+            assert by_parameter[p] == rates[part], name
 
 
 def test_the_default_is_every_linear_of_the_language_part_and_no_head(family, tiny_base):
