@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from caption_train.families.base import Batch, Family, Generated, ModelFacts
+from caption_train.families.loading import guarding_load
 from caption_train.families.vlm.presets import DEFAULT_PROMPT, PRESETS
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Vlm(Family):
     presets = PRESETS
     settings = ("system_prompt", "max_pixels")
 
+    @guarding_load
     def describe(self, model_id: str, revision: str | None = None) -> ModelFacts:
         """Return parts, LoRA targets and the default prompt of a checkpoint; see `Family.describe`."""
         from caption_train.families.vlm.checkpoint import find_folder
@@ -65,6 +67,7 @@ class Vlm(Family):
         """Return the settings in effect; see `Family.read_settings`."""
         return processor.settings
 
+    @guarding_load
     def load(
         self,
         model_id: str,
