@@ -25,6 +25,7 @@ from caption_train.data.images import open_items
 from caption_train.data.pairs import Pair
 from caption_train.errors import UsageError
 from caption_train.families.base import Batch
+from caption_train.system.damage import explaining_damage
 from caption_train.system.devices import model_dtype, move_batch
 
 DATA_IMAGES = 32
@@ -226,10 +227,11 @@ def initialize_lora(
         if init in PRINCIPAL:
             start_from_weights(model, init, device)
         return
-    weights = load_peft_weights(str(checkpoint), device="cpu")
-    if init in PRINCIPAL:
-        weights = resume_start(model, weights, init, device)
-    fill_adapter(model, weights, checkpoint)
+    with explaining_damage(f"--resume {checkpoint}: the adapter cannot be loaded"):
+        weights = load_peft_weights(str(checkpoint), device="cpu")
+        if init in PRINCIPAL:
+            weights = resume_start(model, weights, init, device)
+        fill_adapter(model, weights, checkpoint)
 
 
 def initialize_from_data(

@@ -1,16 +1,18 @@
 """Loads a saved adapter onto its base, and refuses one whose tensors do not fit."""
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors import SafetensorError
 from torch import nn
 
+from caption_train.adapters.patterns import check_patterns
 from caption_train.errors import CaptionTrainError
 from caption_train.families.base import Family
+from caption_train.system.damage import describe_error, explaining_damage, find_damage, refuse_odd_files
+from caption_train.system.files import read_json_object
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -28,7 +30,11 @@ def load_adapter(model: nn.Module, folder: Path | str, family: Family) -> PeftMo
     """
     from peft import PeftConfig, load_peft_weights
 
-    try:
+    what = f"--peft_model {folder}"
+    refuse_odd_files(folder, what)
+    with explaining_damage(f"{what}: cannot be loaded on this base", partial(_reason, folder)):
+        names = [name for name, _ in model.named_modules()]
+        check_patterns(read_json_object(Path(folder) / "adapter_config.json"), names, folder)
         converted = family.convert_adapter(folder, model)
         # Checked here, because PEFT would look for missing weights on the hub.
         if converted is None and not any((Path(folder) / name).is_file() for name in WEIGHT_FILES):
@@ -39,9 +45,6 @@ def load_adapter(model: nn.Module, folder: Path | str, family: Family) -> PeftMo
         )
         config.inference_mode = True
         return fill_adapter(get_peft_model(model, config), weights, folder).eval()
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError, UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CaptionTrainError(f"--peft_model {folder}: cannot be loaded on this base: {reason}") from error
 
 
 def fill_adapter(model: PeftModel, weights: dict[str, torch.Tensor], folder: Path | str) -> PeftModel:
@@ -72,6 +75,10 @@ def fill_adapter(model: PeftModel, weights: dict[str, torch.Tensor], folder: Pat
         )
     set_peft_model_state_dict(model, weights)
     return model
+
+
+def _reason(folder: Path | str, error: BaseException) -> str:
+    return find_damage(folder) or describe_error(error)
 
 
 def find_shared(model: PeftModel) -> list[str]:

@@ -220,7 +220,7 @@ def _check_family(what: str, trained: str | None, family: str) -> None:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        return read_json_object(path, dict.fromkeys(_TEXTS, str))
+        return read_json_object(path, dict.fromkeys(_TEXTS, str) | {"settings": dict})
     except (FileNotFoundError, NotADirectoryError):
         return None
 

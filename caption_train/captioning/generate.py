@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from caption_train.data.images import ImageError, normalize_image, open_image
 from caption_train.errors import CaptionTrainError, UsageError, is_out_of_memory, naming_model
 from caption_train.families.base import Family, Generated
 from caption_train.system.console import escape_unprintable
+from caption_train.system.damage import explaining_damage
 from caption_train.system.devices import move_batch
 from caption_train.system.signals import ignore_in_worker
 from caption_train.system.workers import hand_over, limit_workers, reading
@@ -64,7 +65,7 @@ def load_captioner(
     dtype = getattr(torch, options.dtype)
     with out_of_memory_explained(device, options.batch_size), naming_model("--base_model"):
         model, processor = family.load(base.model_id, revision=base.revision, dtype=dtype)
-        family.configure(processor, base.settings)
+        family.set_up(processor, base.model_id, base.settings, [base.prompt])
         if options.peft_model:
             from caption_train.adapters.load import load_adapter
 
@@ -117,8 +118,11 @@ def caption_images(
         pin_memory=model.device.type == "cuda",
     )
     with reading(loader) as batches:
-        for batch in batches:
-            yield from _caption_batch(batch, family, model, processor, generation, batch_size)
+        for number, batch in enumerate(batches):
+            # What is wrong with a checkpoint's generation_config.json shows when it first generates.
+            with nullcontext() if number else explaining_damage("the model cannot caption: is it damaged?"):
+                results = _caption_batch(batch, family, model, processor, generation, batch_size)
+            yield from results
 
 
 def _caption_batch(
@@ -128,17 +132,18 @@ def _caption_batch(
     processor: ProcessorMixin,
     generation: Generation,
     batch_size: int,
-) -> Iterator[CaptionResult | Unreadable]:
+) -> list[CaptionResult | Unreadable]:
     if batch["error"]:
         raise batch["error"]
     good = [item["path"] for item in batch["items"] if "error" not in item]
     with out_of_memory_explained(model.device, batch_size), torch.inference_mode():
         results = iter(_generate(family, model, processor, batch["inputs"], good, generation))
-    for item in batch["items"]:
-        if "error" in item:
-            yield Unreadable(item["path"], item["error"])
-        else:
-            yield CaptionResult(item["path"], item["size"], next(results))
+    return [
+        Unreadable(item["path"], item["error"])
+        if "error" in item
+        else CaptionResult(item["path"], item["size"], next(results))
+        for item in batch["items"]
+    ]
 
 
 class ImageFiles(Dataset):

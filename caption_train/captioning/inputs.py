@@ -10,6 +10,7 @@ from caption_train.data.formats import IMAGE_SUFFIXES, natural_key
 from caption_train.data.scan import scan_folder
 from caption_train.errors import UsageError
 from caption_train.system.console import escape_unprintable
+from caption_train.system.files import read_regular_file
 
 LIST_SUFFIXES = frozenset({".txt", ".lst", ".list"})
 
@@ -123,8 +124,8 @@ def _expand(pattern: str, recursive: bool, missing: list[str]) -> list[Path]:
 def _read_list(path: Path, missing: list[str]) -> list[Path]:
     """Return the files that a list names, relative to the current folder or to the folder of the list."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_regular_file(path).decode("utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
         raise UsageError(
             f"--images {escape_unprintable(path)}: cannot be read as a list of images: {error}"
         ) from error

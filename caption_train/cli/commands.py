@@ -125,7 +125,7 @@ def train_main(family_name: str, argv: Sequence[str] | None = None, prog: str | 
         from caption_train.training.monitor.console import print_summary
         from caption_train.training.prepare import prepare_training
 
-        with explain_lost_process(options.output_dir):
+        with explain_lost_process(options.output_dir, options.rank_timeout):
             trainer = prepare_training(options, family)
             summary = trainer.train()
         if trainer.run.accelerator.is_main_process:

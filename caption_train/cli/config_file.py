@@ -6,10 +6,13 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import Field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from caption_train.config.fields import convert_value
 from caption_train.errors import UsageError
+from caption_train.system.console import escape_unprintable
+from caption_train.system.files import read_regular_file
 
 
 def read_config_file(
@@ -29,13 +32,7 @@ def read_config_file(
     Raises:
         UsageError: the file cannot be read, or lists flags or values that do not exist; names all of them.
     """
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"--config {path}: cannot be read as YAML: {reason}") from error
+    values = _read_yaml(path)
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -44,14 +41,47 @@ def read_config_file(
     problems, config = [], {}
     for name, value in values.items():
         if name not in flags:
-            close = difflib.get_close_matches(str(name), flags, 1)
+            close = difflib.get_close_matches(_show(name).strip("'"), flags, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            problems.append(f"--config {path}: unknown key {name!r}{hint}")
+            problems.append(f"--config {path}: unknown key {_show(name)}{hint}")
             continue
         try:
             config[name] = convert_value(value, hints[name], flags[name], choices[name])
-        except (TypeError, ValueError, argparse.ArgumentTypeError):
-            problems.append(f"--config {path}: {name}: {value!r} is not a valid value")
+        except (TypeError, ValueError, OverflowError, argparse.ArgumentTypeError):
+            problems.append(f"--config {path}: {name}: {_show(value)} is not a valid value")
     if problems:
         raise UsageError("\n".join(problems))
     return config
+
+
+def _read_yaml(path: Path) -> Any:
+    """Return what a YAML file says: the one way in which this toolkit reads one."""
+    import yaml
+
+    try:
+        text = read_regular_file(path, MAX_BYTES).decode("utf-8-sig")
+        # A few lines of aliases of aliases stand for more values than fit into memory.
+        if (
+            sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader))
+            > MAX_ALIASES
+        ):
+            raise ValueError(f"more than {MAX_ALIASES} aliases (*name)")
+        return yaml.safe_load(text)
+    except RecursionError:
+        reason = "nested too deeply"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except Exception as error:  # yaml has errors of many types for odd values, such as the date 2026-13-45
+        reason = " ".join(str(error).partition(";")[0].split()) or type(error).__name__
+    raise UsageError(f"--config {path}: cannot be read as YAML: {escape_unprintable(reason)[:300]}")
+
+
+MAX_BYTES, MAX_ALIASES = 1 << 20, 10
+
+
+def _show(value: Any) -> str:
+    """Return a value on one short line."""
+    try:
+        return shorten(escape_unprintable(repr(value)), 100, placeholder=" …")[:100]
+    except ValueError:
+        return "a number of thousands of digits"

@@ -68,7 +68,14 @@ def number(value: Any) -> float:
     return result
 
 
-PARSERS = {Path: path, float: number}
+def whole_number(value: Any) -> int:
+    """Return a whole number of at most 64 bits, which is all that torch counts with; ValueError otherwise."""
+    if not -(2**63) <= (result := int(value)) < 2**63:
+        raise ValueError("too large")
+    return result
+
+
+PARSERS = {Path: path, float: number, int: whole_number}
 LARGEST_SEED = 2**31 - 1
 """numpy accepts 32 bits, and every process adds its rank to the seed."""
 

@@ -162,6 +162,11 @@ class TrainOptions:
     activation_checkpointing: bool = _memory(
         False, "activation checkpointing together with FloraAccelerator", aliases=("-ac",)
     )
+    rank_timeout: int = _memory(
+        900,
+        "with several processes, seconds to wait for one that does not answer before the others end",
+        recorded=False,
+    )
     plan: bool = _memory(False, "print what the run would hold in memory, and exit")
     memory_budget: str | None = _memory(
         None, "with --plan, find the cheapest flags that fit, say, 8GB", metavar="SIZE"
@@ -270,7 +275,7 @@ _COUNTS = (
         "gradient_accumulation_steps",
         "epochs",
     ),
-    *("optimizer_rank", "accumulation_rank", "max_pixels"),
+    *("optimizer_rank", "accumulation_rank", "max_pixels", "rank_timeout"),
     *("save_every_n_epochs", "save_every_n_steps", "sample_every_n_epochs", "sample_every_n_steps"),
     *("eval_every_n_epochs", "eval_every_n_steps", "metric_samples", "early_stopping_patience"),
 )

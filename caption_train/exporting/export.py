@@ -112,7 +112,7 @@ def export(options: ExportOptions, family: Family) -> str:
 
 def _load(family: Family, base: Base) -> tuple[Any, Any]:
     model, processor = family.load(base.model_id, revision=base.revision)
-    family.configure(processor, base.settings)
+    family.set_up(processor, base.model_id, base.settings, [base.prompt])
     return model, processor
 
 

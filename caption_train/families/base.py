@@ -195,6 +195,26 @@ class Family(ABC):
 
         self.encode(processor, [Image.new("RGB", (32, 32))], [max(prompts, key=len)])
 
+    def set_up(
+        self, processor: ProcessorMixin, model_id: str, settings: Mapping[str, Any], prompts: Sequence[str]
+    ) -> None:
+        """Configure a processor that was just loaded, and try it: if it is damaged, it fails here.
+
+        Args:
+            processor: the processor.
+            model_id: where it comes from, for messages.
+            settings: what `configure` applies.
+            prompts: all that a run will use, for `check_inputs`.
+
+        Raises:
+            CaptionTrainError: the processor does not work; UsageError for what `check_inputs` refuses.
+        """
+        from caption_train.system.damage import explaining_damage
+
+        with explaining_damage(f"--model_id {model_id}: its processor or settings are damaged"):
+            self.configure(processor, settings)
+            self.check_inputs(processor, prompts)
+
     def measure_inputs(self, processor: ProcessorMixin, prompt: str) -> int:
         """Return how many bytes the model's inputs for one large image and its prompt have."""
         import torch

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from caption_train.errors import CaptionTrainError
 from caption_train.families.base import Batch, Family, Generated, ModelFacts
+from caption_train.families.loading import guarding_load
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,7 @@ class Blip(Family):
     )
     train_defaults = {"learning_rate": 1e-3, "batch_size": 2}
 
+    @guarding_load
     def load(
         self,
         model_id: str,

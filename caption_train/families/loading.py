@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.system.damage import describe_error, explaining_damage, find_damage, refuse_odd_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
+
+T = TypeVar("T")
 
 MINIMUM_TRANSFORMERS = (5, 13)
 """In older versions, the native Florence-2 class shifts the labels twice, so its loss is wrong."""
@@ -39,7 +43,15 @@ def load_model(model_class: type, model_id: str, *, strict: bool = False, **keyw
     logging.disable_progress_bar()
     with explained(model_id):
         _check_kind(model_class, model_id, keywords.get("revision"))
-        model, info = model_class.from_pretrained(model_id, output_loading_info=True, **keywords)
+        model, info = model_class.from_pretrained(
+            model_id, output_loading_info=True, ignore_mismatched_sizes=True, **keywords
+        )
+    if wrong := sorted(info["mismatched_keys"]):
+        name, stored, expected = wrong[0]
+        raise CaptionTrainError(
+            f"--model_id {model_id}: {len(wrong)} tensors have another shape than config.json says, such as "
+            f"{name}: {tuple(stored)} instead of {tuple(expected)}"
+        )
     if missing := sorted(info["missing_keys"]):
         raise CaptionTrainError(
             f"--model_id {model_id}: {len(missing)} tensors of {model_class.__name__} are not in the "
@@ -74,15 +86,26 @@ def find_side_files(model_id: str, revision: str | None = None) -> Path:
 
 @contextmanager
 def explained(model_id: str) -> Iterator[None]:
-    """Turn errors inside the `with` block into one line that says why `model_id` could not be read."""
+    """Turn errors inside the `with` block into one line that says why `model_id` could not be read.
+
+    See `explaining_damage` for what belongs inside.
+    """
     if _looks_like_path(model_id) and not Path(model_id).is_dir():
         raise UsageError(f"--model_id {model_id}: there is no such folder")
-    try:
+    refuse_odd_files(model_id, f"--model_id {model_id}")
+    with explaining_damage(f"--model_id {model_id}", partial(_reason, model_id)):
         yield
-    except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, CaptionTrainError):
-            raise
-        raise CaptionTrainError(f"--model_id {model_id}: {_reason(model_id, error)}") from error
+
+
+def guarding_load(load: Callable[..., T]) -> Callable[..., T]:
+    """Make a family's `load`, or another method that reads a checkpoint, explain its errors in one line."""
+
+    @wraps(load)
+    def guarded(family: Any, model_id: str, *args: Any, **keywords: Any) -> T:
+        with explained(model_id):
+            return load(family, model_id, *args, **keywords)
+
+    return guarded
 
 
 def check_transformers() -> None:
@@ -120,7 +143,7 @@ def _looks_like_path(model_id: str) -> bool:
     return model_id.startswith(("/", "./", "../", "~")) or model_id.count("/") > 1 or "\\" in model_id
 
 
-def _reason(model_id: str, error: Exception) -> str:
+def _reason(model_id: str, error: BaseException) -> str:
     # transformers wraps the hub's errors, so the true reason may be several causes deep.
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
@@ -134,10 +157,6 @@ def _reason(model_id: str, error: Exception) -> str:
         return "the hub has no such model, or it is private: check the spelling, or run `hf auth login`"
     if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError"}:
         return "not in the local cache, and the hub cannot be reached: go online once, or give a folder"
-    if Path(model_id).is_dir() and isinstance(error, OSError):
-        return f"the folder is not a complete model: {_first_line(error)}"
-    return _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if Path(model_id).is_dir() and isinstance(error, OSError) and not find_damage(model_id):
+        return f"the folder is not a complete model: {describe_error(error)}"
+    return find_damage(model_id) or describe_error(error)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-from caption_train.errors import CaptionTrainError
+from caption_train.errors import CaptionTrainError, is_out_of_memory
 from caption_train.system.files import read_json_object
 
 
@@ -40,15 +39,19 @@ def open_weights(path: Path) -> dict[str, Any]:
         CaptionTrainError: the file is damaged, or holds code, or holds no names.
     """
     import torch
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     damaged = f"{path} is damaged, or holds other things than tensors"
+    if not path.is_file():
+        raise CaptionTrainError(f"{path} is not a regular file")
     try:
         if path.suffix == ".safetensors":
             file = safe_open(path, framework="pt")
             return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # torch and safetensors have no common type for a damaged file
+        if is_out_of_memory(error):
+            raise
         raise CaptionTrainError(damaged) from error
     if not isinstance(contents, dict):
         raise CaptionTrainError(damaged)

@@ -17,7 +17,7 @@ from caption_train.training.memory.savers import find_savers
 
 
 @contextmanager
-def explain_lost_process(output_dir: Path) -> Iterator[None]:
+def explain_lost_process(output_dir: Path, rank_timeout: int) -> Iterator[None]:
     """Turn the error that torch raises when another process is gone into one line."""
     try:
         yield
@@ -26,8 +26,8 @@ def explain_lost_process(output_dir: Path) -> Iterator[None]:
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
             raise
         raise CaptionTrainError(
-            "another process of this run has ended, or cannot be reached any more; "
-            + describe_latest(output_dir)
+            "another process of this run has ended, or has not answered for --rank_timeout "
+            f"{rank_timeout} seconds; " + describe_latest(output_dir)
         ) from error
 
 

@@ -96,7 +96,7 @@ def make_planner(options: TrainOptions, family: Family) -> tuple[Planner, TrainO
     )
     before = resident_memory()
     model, processor = load_trainable(plain, family, base.facts, accelerator)
-    family.configure(processor, base.settings)
+    family.set_up(processor, base.model_id, base.settings, [base.prompt])
     collate_fn = family.make_collator(processor, prompt=base.prompt, max_length=options.max_length)
     batch = collate_fn([_make_worst(pairs)])
     on_cpu = accelerator.device.type == "cpu"

@@ -136,10 +136,9 @@ def _load(
     set_seed(options.seed)
     with raise_on_all_ranks(accelerator):
         model, processor = load_trainable(options, family, base.facts, accelerator, start.checkpoint)
-        family.configure(processor, base.settings)
         # A prompt too long for this model is better refused here than in a process that reads images.
         prompts = {pair.prompt for pair in data.train + data.validation if pair.prompt}
-        family.check_inputs(processor, [base.prompt, *sorted(prompts)])
+        family.set_up(processor, options.model_id, base.settings, [base.prompt, *sorted(prompts)])
     print_once(accelerator, *base.facts.notes, *base.changes, *family.describe_inputs(processor))
     record.settings = family.read_settings(processor)
     record.base_commit = find_commit(options.model_id, options.revision)

@@ -39,17 +39,8 @@ from caption_train.training.run.run import TrainingRun
 MAY_CHANGE = {
     *("model_id", "prompt", "task", "preset"),  # what they come to is in FACTS
     *("dataset_dir", "caption_extension", "follow_symlinks", "validation_dir", "output_dir", "metrics"),
-    *(
-        "epochs",
-        "num_workers",
-        "worker_timeout",
-        "device",
-        "name",
-        "log_with",
-        "cache_converted",
-        "plan",
-        "memory_budget",
-    ),
+    *("epochs", "num_workers", "worker_timeout", "rank_timeout", "device", "name", "log_with"),
+    *("cache_converted", "plan", "memory_budget"),
     *("resume", "resume_anyway", "keep_last", "max_bad_steps", "on_bad_data", "auto_batch_size"),
     *("save_every_n_epochs", "save_every_n_steps", "sample_every_n_epochs", "sample_every_n_steps"),
     *("eval_every_n_epochs", "eval_every_n_steps", "early_stopping_patience", "load_best_at_end"),
@@ -208,7 +199,9 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
 def adopt_batch_size(options: TrainOptions, checkpoint: Path) -> TrainOptions:
     """Return the options with the batch size that `--auto_batch_size` found when the run was started."""
     saved = read_record(checkpoint)["options"]
-    found = saved["batch_size"], saved["gradient_accumulation_steps"]
+    found = tuple(saved.get(name) for name in ("batch_size", "gradient_accumulation_steps"))
+    if not all(type(value) is int for value in found):
+        raise CaptionTrainError(f"--resume {checkpoint}: {TRAINING_FILE} does not say the batch size")
     # With another effective batch size it is another run, which `check_same_run` refuses.
     if math.prod(found) != options.batch_size * options.gradient_accumulation_steps:
         return options

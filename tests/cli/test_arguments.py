@@ -1,5 +1,6 @@
 """A command line from a dataclass, and the YAML file behind it."""
 
+import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from caption_train.cli.arguments import parse_options
 from caption_train.cli.commands import caption_main, train_main
 from caption_train.config.fields import flag
+from caption_train.config.training import TrainOptions
 from caption_train.errors import UsageError
 
 
@@ -200,3 +202,38 @@ def test_images_may_be_given_by_position(parsed):
     caption_main("blip", ["a.png", "b.png", "--beams", "2"])
     caption_main("blip", ["--images", "a.png", "b.png"])
     assert [options.images for options in parsed] == [["a.png", "b.png"]] * 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "name: 2026-13-45",
+        "seed: !!int abc",
+        "seed: " + "9" * 5_000,
+        "seed: 0x" + "f" * 5_000,
+        "learning_rate: 0x" + "f" * 5_000,
+        "name: " + "[" * 5_000,
+        "? [a, b]\n: 1",
+        "when: !!timestamp x",
+        "a: &a [x, x]\n" + "".join(f"k{i}: &k{i} [*a, *a, *a]\n" for i in range(9)),
+        "epochs: !!python/object/apply:os.system [exit 7]",
+        "x" * 3_000 + ": 1",
+        "name: \0",
+        "seed: {" * 300 + "}" * 300,
+    ],
+)
+def test_odd_yaml_is_one_line(text, tmp_path):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UsageError, match=r"--config .*a\.yaml") as error:
+        parse_options(TrainOptions, ["--config", str(tmp_path / "a.yaml")], prog="train")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "zeros"])
+def test_a_config_that_is_no_regular_file_is_never_waited_for(kind, tmp_path):
+    path = tmp_path / "a.yaml"
+    {"pipe": lambda: os.mkfifo(path), "folder": path.mkdir, "zeros": lambda: path.symlink_to("/dev/zero")}[
+        kind
+    ]()
+    with pytest.raises(UsageError, match="not a regular file"):
+        parse_options(TrainOptions, ["--config", str(path)], prog="train")

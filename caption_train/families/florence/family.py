@@ -19,7 +19,7 @@ from caption_train.families.florence.tasks import (
     find_task,
     refuse_token,
 )
-from caption_train.families.loading import check_transformers
+from caption_train.families.loading import check_transformers, guarding_load
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,6 +62,7 @@ class Florence(Family):
         "`python export_adapter.py . merged/ --merge` base and LoRA as one model."
     )
 
+    @guarding_load
     def load(
         self,
         model_id: str,
@@ -189,6 +190,7 @@ class Florence(Family):
 
         save_legacy(model, processor, folder)
 
+    @guarding_load
     def find_stored_dtype(self, model_id: str, revision: str | None = None) -> torch.dtype:
         """Return the precision of the checkpoint's weights."""
         from caption_train.families.florence.files import find_checkpoint

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caption_train.families.base import Batch, Family, Generated, ModelFacts
+from caption_train.families.loading import guarding_load
 from caption_train.families.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Moondream(Family):
     presets = PRESETS | {"descriptive": "long", "short": "short"}
     has_legacy_layout = True
 
+    @guarding_load
     def load(
         self,
         model_id: str,
@@ -122,6 +124,7 @@ class Moondream(Family):
 
         write_legacy(folder, model.config, model.state_dict(), processor.tokenizer)
 
+    @guarding_load
     def find_stored_dtype(self, model_id: str, revision: str | None = None) -> torch.dtype:
         """Return the precision of the checkpoint's weights."""
         from caption_train.families.moondream.files import find_dtype

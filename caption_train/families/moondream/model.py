@@ -171,6 +171,9 @@ class MoondreamForConditionalGeneration(MoondreamPreTrainedModel, MoondreamGener
 
         legacy = None if kwargs.get("state_dict") is not None else read_legacy(name, **kwargs)
         if legacy is None:
+            if name and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+                # A random model of the released size would be made first, and then not fit the weights.
+                raise OSError("there is no config.json")
             loaded = super().from_pretrained(name, *args, **kwargs)
         else:
             config, state_dict = legacy

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caption_train.errors import UsageError
+from caption_train.system.files import read_json_object
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -66,4 +66,7 @@ def find_stop_ids(folder: Path, config: PretrainedConfig, tokenizer: PreTrainedT
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return a file's JSON object, {} where there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        return read_json_object(path)
+    except FileNotFoundError:
+        return {}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from caption_train.families.base import Batch, Family, Generated, ModelFacts
+from caption_train.families.loading import guarding_load
 from caption_train.families.presets import PRESETS
 from caption_train.families.vlm.presets import DEFAULT_PROMPT
 
@@ -36,6 +37,7 @@ class Vlm(Family):
     settings = ("system_prompt", "max_pixels")
     can_be_served = True
 
+    @guarding_load
     def describe(self, model_id: str, revision: str | None = None) -> ModelFacts:
         """Return parts, LoRA targets and the default prompt of a checkpoint; see `Family.describe`."""
         from caption_train.families.vlm.checkpoint import find_folder
@@ -76,6 +78,7 @@ class Vlm(Family):
         """Return the settings in effect; see `Family.read_settings`."""
         return processor.settings
 
+    @guarding_load
     def load(
         self,
         model_id: str,

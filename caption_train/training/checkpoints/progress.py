@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from caption_train.errors import CaptionTrainError
 from caption_train.system.files import read_json_object, write_atomically
@@ -24,6 +25,17 @@ _TYPES = {
 def make_run_id() -> str:
     """Return a new run's id, which sorts after those of earlier runs."""
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
+
+
+def _check_counts(values: dict[str, Any], path: Path) -> None:
+    """Raise CaptionTrainError for a missing or impossible count; null is a result that is not there."""
+    optional = {"last_loss", "loss_mean", "best_value", "best_step"}
+    for name, value in values.items():
+        is_count = _TYPES.get(name) is int
+        if (value is None and name in _TYPES.keys() - optional) or (
+            is_count and not 0 <= (value or 0) < 2**62
+        ):
+            raise CaptionTrainError(f"--resume: {path}: {name} cannot be {str(value)[:40]}")
 
 
 @dataclass
@@ -92,6 +104,7 @@ class Progress:
         path = folder / PROGRESS_FILE
         try:
             values = read_json_object(path, _TYPES, name=f"--resume: {path}")
+            _check_counts(values, path)
         except OSError as error:
             raise CaptionTrainError(f"--resume: {path} cannot be read: {error.strerror}") from error
         return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})

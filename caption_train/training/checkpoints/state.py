@@ -12,7 +12,8 @@ from accelerate.utils import gather_object
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.errors import UsageError
+from caption_train.system.damage import explaining_damage
 from caption_train.training.checkpoints.find import STATE
 from caption_train.training.checkpoints.progress import Progress
 from caption_train.training.distributed.fsdp import scatter_state
@@ -34,7 +35,11 @@ def capture_random_state(accelerator: Accelerator) -> list[dict[str, Any]]:
 
 def restore_random_state(accelerator: Accelerator, states: list[dict[str, Any]]) -> None:
     """Restore the random state of this process."""
-    state = states[accelerator.process_index]
+    with explaining_damage("--resume: state/random.pt is damaged"):
+        _restore_random_state(accelerator, states[accelerator.process_index])
+
+
+def _restore_random_state(accelerator: Accelerator, state: dict[str, Any]) -> None:
     random.setstate((3, tuple(state["python"]), state["python_gauss"]))
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
@@ -95,37 +100,50 @@ def read_state(
         CaptionTrainError: its optimizer does not fit this run.
     """
 
-    def load(name: str) -> Any:
-        return torch.load(checkpoint / STATE / f"{name}.pt", map_location="cpu", weights_only=True)
+    def load(name: str, kind: type = dict) -> Any:
+        path = checkpoint / STATE / f"{name}.pt"
+        with explaining_damage(f"--resume {path}: is damaged, so it cannot go on from here"):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(content, kind):
+                raise ValueError(f"holds a {type(content).__name__}, not a {kind.__name__}")
+            return content
 
-    random_states = load("random")
+    random_states = load("random", list)
     if len(random_states) != accelerator.num_processes:
         raise UsageError(
             f"--resume {checkpoint}: saved by {len(random_states)} processes, this run has "
             f"{accelerator.num_processes}; launch as many as before"
         )
     fresh = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(scatter_state(optimizer, load("optimizer")))
-    except (ValueError, KeyError) as error:
-        raise CaptionTrainError(
-            f"--resume {checkpoint}: its optimizer does not fit this run: {error}"
-        ) from error
-    schedule = load("lr_scheduler")
+    saved, schedule = load("optimizer"), load("lr_scheduler")
+    with explaining_damage(f"--resume {checkpoint}: its optimizer does not fit this run"):
+        optimizer.load_state_dict(scatter_state(optimizer, saved))
+        _check_moments(optimizer)
+    with explaining_damage(f"--resume {checkpoint}: its learning-rate schedule does not fit this run"):
+        was = float(schedule["_last_lr"][0])
+        steps = range(schedule["last_epoch"])
     if anew:
         for group, settings in zip(optimizer.param_groups, fresh, strict=True):
             group.update(settings)
-        _catch_up(lr_scheduler, schedule["last_epoch"])
+        _catch_up(lr_scheduler, steps)
     else:
         lr_scheduler.load_state_dict(schedule)
     if accelerator.scaler is not None and (checkpoint / STATE / "scaler.pt").exists():
         accelerator.scaler.load_state_dict(load("scaler"))
-    return random_states, schedule["_last_lr"][0]
+    return random_states, was
 
 
-def _catch_up(lr_scheduler: LRScheduler, steps: int) -> None:
+def _check_moments(optimizer: Optimizer) -> None:
+    """Raise ValueError if AdamW's moments are not shaped like their parameters; its step would fail."""
+    for p, values in getattr(optimizer, "optimizer", optimizer).state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in values and getattr(values[name], "shape", None) != p.shape:
+                raise ValueError(f"{name} of a parameter {list(p.shape)} has another shape")
+
+
+def _catch_up(lr_scheduler: LRScheduler, steps: range) -> None:
     with warnings.catch_warnings():
         # torch warns of scheduler steps without optimizer steps, which are intended here.
         warnings.simplefilter("ignore")
-        for _ in range(steps):
+        for _ in steps:
             lr_scheduler.step()

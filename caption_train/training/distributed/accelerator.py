@@ -3,11 +3,12 @@
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch.distributed.fsdp import FSDPModule
 
 from caption_train.config.compatibility import check
@@ -39,6 +40,7 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
         "mixed_precision": options.mixed_precision,
         "log_with": options.log_with,
         "project_dir": options.output_dir,
+        "kwargs_handlers": [InitProcessGroupKwargs(timeout=timedelta(seconds=options.rank_timeout))],
         "gradient_accumulation_plugin": GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
     }
     if options.accumulation_compression:

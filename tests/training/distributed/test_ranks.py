@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -76,6 +77,18 @@ def test_a_process_that_is_killed_ends_the_other_with_one_line(run_script, pairs
     codes, words = run_script(pairs, on_rank_1=lambda: in_step(4, kill))
     assert codes == [1, -signal.SIGKILL]
     (line,) = [line for line in words.splitlines() if "another process of this run has ended" in line]
+    assert "the last good checkpoint is" in line and "epoch-0001" in line
+
+
+def test_a_process_that_hangs_ends_the_other_within_the_limit(run_script, pairs):
+    def hang() -> None:
+        time.sleep(20)
+        os._exit(9)
+
+    began = time.monotonic()
+    codes, words = run_script(pairs, "--rank_timeout", "4", on_rank_1=lambda: in_step(4, hang))
+    assert codes == [1, 9] and time.monotonic() - began < 120
+    (line,) = [line for line in words.splitlines() if "has not answered for --rank_timeout 4 seconds" in line]
     assert "the last good checkpoint is" in line and "epoch-0001" in line
 
 
