@@ -9,6 +9,7 @@ import json
 import os
 import random
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -65,8 +66,7 @@ def sound(tiny_base, base, train_tiny, tmp_path_factory, picture):
             return read_lora(family)
         return OTHERS[kind](tmp_path_factory.mktemp(kind), base)
 
-    made = {}
-    return lambda kind: made.setdefault(kind, make(kind)) if kind not in made else made[kind]
+    return cache(make)
 
 
 @pytest.fixture(scope="session")
