@@ -136,6 +136,15 @@ def test_no_folder_holds_more_than_a_dozen_modules():
         assert len(modules) <= MOST_MODULES, folder
 
 
+def test_no_function_is_longer_than_fifty_lines_its_docstring_aside():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                first = node.body[0]
+                spoken = first.end_lineno - first.lineno + 1 if ast.get_docstring(node) else 0
+                assert node.end_lineno - node.lineno + 1 - spoken <= 50, f"{path}: {node.name}"
+
+
 def test_nothing_outside_the_families_imports_one():
     for name, arrows in ARROWS.items():
         if not name.startswith("families"):

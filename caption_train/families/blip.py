@@ -130,6 +130,17 @@ class BlipCollator:
         processor: the model's processor.
         prompt: the prompt of items without one of their own.
         max_length: limit of caption and `[SEP]` in tokens.
+
+    >>> from PIL import Image
+    >>> from caption_train.families import get_family
+    >>> processor = get_family("blip").load("examples/bases/blip-tiny")[1]
+    >>> collate = get_family("blip").make_collator(processor, prompt='', max_length=16)
+    >>> batch = collate([{"image": Image.new("RGB", (64, 64)), "caption": "a red square"}])
+    >>> list(batch["pixel_values"].shape), list(batch["input_ids"].shape)
+    ([1, 3, 96, 96], [1, 5])
+    >>> labels = batch["labels"][0]
+    >>> processor.tokenizer.decode(labels[labels != -100])
+    'a red square [SEP]'
     """
 
     processor: BlipProcessor

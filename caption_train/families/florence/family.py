@@ -216,6 +216,17 @@ class FlorenceCollator:
         prompt: the prompt of items without one of their own.
         max_length: limit of a row of labels in tokens, `<s>` and `</s>` included; the model's positions limit
             it as well.
+
+    >>> from PIL import Image
+    >>> from caption_train.families import get_family
+    >>> processor = get_family("florence").load("examples/bases/florence2-tiny")[1]
+    >>> collate = get_family("florence").make_collator(processor, prompt='<CAPTION>', max_length=16)
+    >>> batch = collate([{"image": Image.new("RGB", (64, 64)), "caption": "a red square"}])
+    >>> list(batch["input_ids"].shape), list(batch["labels"].shape)
+    ([1, 18], [1, 5])
+    >>> labels = batch["labels"][0]
+    >>> processor.tokenizer.decode(labels[labels != -100])
+    '<s>a red square</s>'
     """
 
     processor: Florence2Processor

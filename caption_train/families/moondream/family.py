@@ -152,6 +152,17 @@ class MoondreamCollator:
         processor: the model's processor.
         prompt: the prompt of items without one of their own.
         max_length: limit of caption and EOS in tokens.
+
+    >>> from PIL import Image
+    >>> from caption_train.families import get_family
+    >>> processor = get_family("moondream").load("examples/bases/moondream-tiny")[1]
+    >>> collate = get_family("moondream").make_collator(processor, prompt='normal', max_length=16)
+    >>> batch = collate([{"image": Image.new("RGB", (64, 64)), "caption": "a red square"}])
+    >>> list(batch["input_ids"].shape), list(batch["labels"].shape)
+    ([1, 19], [1, 19])
+    >>> labels = batch["labels"][0]
+    >>> processor.tokenizer.decode(labels[labels != -100])
+    'a red square<|endoftext|>'
     """
 
     processor: MoondreamProcessor

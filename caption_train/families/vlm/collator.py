@@ -61,6 +61,17 @@ class VlmCollator:
                     . P P P z E                 - - - - z E                       - z E -
 
     keeps_logits: whether the model takes `logits_to_keep` and `shift_labels`.
+
+    >>> from PIL import Image
+    >>> from caption_train.families import get_family
+    >>> processor = get_family("vlm").load("examples/bases/vlm-tiny")[1]
+    >>> collate = get_family("vlm").make_collator(processor, prompt='Describe.', max_length=16)
+    >>> batch = collate([{"image": Image.new("RGB", (64, 64)), "caption": "a red square"}])
+    >>> list(batch["input_ids"].shape), list(batch["shift_labels"].shape)
+    ([1, 23], [1, 5])
+    >>> labels = batch["labels"][0]
+    >>> processor.tokenizer.decode(labels[labels != -100])
+    'a red square<|im_end|>'
     """
 
     processor: VlmProcessor
