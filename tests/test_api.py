@@ -119,3 +119,17 @@ def test_pixels_without_a_meaning_are_an_error_of_the_image(tiny_base):
     image = Image.new("LAB", (8, 8))
     with pytest.raises(caption_train.CaptionTrainError, match="image 0"):
         caption_train.caption(image, family="blip", base_model=tiny_base("blip"), device="cpu")
+
+
+def test_the_installed_command_names_itself_as_what_comes_next(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "caption_train",
+        "compile",
+        "examples/shapes/heldout",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    following = done.stdout.splitlines()[-4:]
+    assert all(line.startswith("  caption-train train ") for line in following)

@@ -7,13 +7,14 @@ import sys
 from collections.abc import Sequence
 
 from caption_train.cli.arguments import parse_options
-from caption_train.cli.exit_codes import program_name, run
+from caption_train.cli.exit_codes import run
 from caption_train.config.captioning import CaptionOptions
 from caption_train.config.compiling import CompileOptions
 from caption_train.config.training import TrainOptions
 from caption_train.errors import UsageError
 from caption_train.families import FAMILIES, get_family
 from caption_train.system.console import print_result, set_quiet
+from caption_train.system.launcher import program_name, start_command
 from caption_train.version import __version__
 
 TRAIN = """Train a LoRA for {title} on your own captions.
@@ -129,7 +130,8 @@ def train_main(family_name: str, argv: Sequence[str] | None = None, prog: str | 
             trainer = prepare_training(options, family)
             summary = trainer.train()
         if trainer.run.accelerator.is_main_process:
-            print_summary(summary, options, family.inference_script)
+            start = start_command("caption", family.name, ["python", family.inference_script])
+            print_summary(summary, options, start)
         return 0
 
     return run(work)

@@ -6,10 +6,10 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 from caption_train.errors import CaptionTrainError, is_out_of_memory
 from caption_train.system.console import quiet_libraries
+from caption_train.system.launcher import program_name
 from caption_train.system.processes import end_at_once, is_one_of_several
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
@@ -74,9 +74,3 @@ def _fail(message: str, exit_code: int) -> int:
     for line in message.splitlines():
         print(f"{speaker}: {line}", file=sys.stderr)
     return exit_code
-
-
-def program_name() -> str:
-    """Return the name that the user started this program by."""
-    name = Path(sys.argv[0]).name
-    return "caption-train" if name == "__main__.py" else name

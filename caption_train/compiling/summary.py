@@ -10,6 +10,7 @@ from caption_train.config.compiling import CompileOptions
 from caption_train.data.formats import METADATA_NAME
 from caption_train.families import FAMILIES, get_family
 from caption_train.system.console import escape_unprintable
+from caption_train.system.launcher import start_command
 
 if TYPE_CHECKING:
     from caption_train.compiling.result import Compiled
@@ -122,7 +123,8 @@ def _next_commands(compiled: "Compiled", options: CompileOptions) -> Iterator[st
     if options.follow_symlinks and compiled.prefix is not None:
         arguments.append("--follow_symlinks")
     for family in map(get_family, FAMILIES):
-        yield "  " + shlex.join(["accelerate", "launch", family.training_script, *arguments])
+        script = ["accelerate", "launch", family.training_script]
+        yield "  " + shlex.join([*start_command("train", family.name, script), *arguments])
 
 
 def _print(lines: Iterable[str]) -> None:

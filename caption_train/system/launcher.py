@@ -12,6 +12,8 @@ from pathlib import Path
 from caption_train.system.console import print_line
 
 PR_SET_PDEATHSIG = 1
+INSTALLED = "caption-train"
+"""The name of the command that `pip install` makes."""
 
 
 def notice_launcher(num_processes: int) -> None:
@@ -94,3 +96,20 @@ def is_torchrun(command: list[str]) -> bool:
 def _is_accelerate(command: list[str]) -> bool:
     names = [Path(part).name for part in command[:4]]
     return "accelerate-launch" in names or ("accelerate" in names and "launch" in command)
+
+
+def program_name() -> str:
+    """Return the name that the user started this program by."""
+    program = Path(sys.argv[0])
+    # `python -m caption_train` runs the package's own __main__.py.
+    is_package = program.name == "__main__.py" and program.parent == Path(__file__).parents[1]
+    return INSTALLED if is_package else program.name
+
+
+def start_command(verb: str, family: str, script: Sequence[str]) -> list[str]:
+    """Return how to start a verb for a family: as the installed command where it runs, else as the script.
+
+    >>> start_command("train", "some", ["python", "train_some.py"])
+    ['python', 'train_some.py']
+    """
+    return [INSTALLED, verb, family] if program_name() == INSTALLED else list(script)

@@ -46,7 +46,7 @@ def test_the_last_line_of_a_run_can_be_run(tmp_path, capsys, method, flag):
         "loss": 0.5,
     }
     summary |= {"peak_memory_bytes": 1, "skipped_steps": 0, "skipped_files": []}
-    print_summary(summary, options, "inference.py")
+    print_summary(summary, options, ["python", "inference.py"])
     assert f"  python inference.py {flag} '{tmp_path}/a b' --images FOLDER\n" in capsys.readouterr().err
 
 

@@ -1,7 +1,7 @@
 """Prints a run's resolved settings at its start, and its result at its end."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -55,8 +55,8 @@ def print_settings(
     )
 
 
-def print_summary(summary: Mapping[str, Any], options: TrainOptions, script: str) -> None:
-    """Print how the run ended, and the command that captions with the result."""
+def print_summary(summary: Mapping[str, Any], options: TrainOptions, start: Sequence[str]) -> None:
+    """Print how the run ended, and the command that captions with the result; start: what begins it."""
     loss = "" if summary["loss"] is None else f"last loss {summary['loss']:.4f}, "
     print_line(
         f"{count_things(summary['global_step'], 'step')} in {summary['wall_seconds']:,.1f} s, "
@@ -71,7 +71,5 @@ def print_summary(summary: Mapping[str, Any], options: TrainOptions, script: str
     for reason in summary["skipped_files"]:
         print_line(f"skipped {reason}")
     folder = options.output_dir
-    command = shlex.join(
-        ["python", script, name_flag(options.train_method), str(folder), "--images", "FOLDER"]
-    )
+    command = shlex.join([*start, name_flag(options.train_method), str(folder), "--images", "FOLDER"])
     print_line(f"saved to {folder}; caption with:\n  {command}")
