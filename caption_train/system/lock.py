@@ -6,6 +6,7 @@ filelock's SoftFileLease was weighed and left: it never takes over from a holder
 """
 
 import gc
+import hashlib
 import json
 import os
 import secrets
@@ -78,10 +79,12 @@ class OutputLock:
             gc.collect()  # A run of this process that was dropped unfinished holds nothing.
         if _beats.hold(self.path):
             raise CaptionTrainError(self._refusal(f"process {os.getpid()} on {socket.gethostname()}"))
-        left = None
-        while not self._create():
-            holder = self._read()
-            if holder is not None and self._is_dead(holder) and self._remove(holder) and holder.host:
+        left, holder = None, None
+        while not self._create(instead_of=holder):
+            left, holder = None, self._read()
+            if holder is not None and not self._is_dead(holder):
+                holder = None
+            elif holder is not None and holder.host:
                 left = f"{self.path}: left behind by {holder}; taken over"
         self._process_id = os.getpid()
         _beats.add(self)
@@ -115,8 +118,15 @@ class OutputLock:
         with suppress(OSError, TypeError):
             os.utime(self.descriptor if os.utime in os.supports_fd else self.path)
 
-    def _create(self) -> bool:
-        """Make the lock file, signed and held already when it gets its name; False where there is one."""
+    def _create(self, instead_of: Holder | None = None) -> bool:
+        """Make the lock file, signed and locked already when it gets its name.
+
+        Args:
+            instead_of: a dead holder whose file it replaces.
+
+        Returns:
+            False if there is a lock file, or another one than the dead holder's.
+        """
         who = {"pid": os.getpid(), "host": socket.gethostname(), "token": secrets.token_hex(8)}
         content = json.dumps(who).encode()
         descriptor, name = tempfile.mkstemp(TEMPORARY, f".{self.path.name[:50]}.", self.path.parent)
@@ -128,7 +138,10 @@ class OutputLock:
             if fcntl is None:
                 os.close(descriptor)  # Windows renames no open file.
                 descriptor = -1
-            move_to_free_name(temporary, self.path, content)
+            if instead_of is None:
+                move_to_free_name(temporary, self.path, content)
+            elif not self._replace(instead_of, temporary):
+                return False
             if descriptor < 0 or not os.path.samestat(os.fstat(descriptor), self.path.lstat()):
                 # Without links, and renames that replace nothing, it is another file.
                 descriptor = _close_and_open(descriptor, self.path)
@@ -143,6 +156,39 @@ class OutputLock:
             if descriptor >= 0:
                 os.close(descriptor)
 
+    def _replace(self, holder: Holder, temporary: Path) -> bool:
+        """Rename a new lock file over a dead holder's; False if another run has been faster.
+
+        Of all who found this holder dead, one at a time may do so, under a name that follows from what the
+        holder wrote: a file that is checked and then removed may be another run's by then.
+        """
+        digest = hashlib.sha256(holder.content).hexdigest()[:8]
+        guard = self.path.with_name(f".{self.path.name[:50]}.{digest}{TEMPORARY}")
+        try:
+            descriptor = open_own(guard, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        except FileExistsError:
+            if self._stays(holder, GRACE_SECONDS):
+                guard.unlink(missing_ok=True)  # Of a run that was killed just here.
+            return False
+        except OSError as error:
+            raise self._explain(error, f"left behind by {holder}, and cannot be taken over") from error
+        try:
+            try_lock(descriptor, exclusive=True)
+            now = self._read()
+            if now is None or now.content != holder.content:
+                return False
+            temporary.replace(self.path)
+        except OSError as error:
+            raise self._explain(error, f"left behind by {holder}, and cannot be taken over") from error
+        finally:
+            # Windows deletes no open file, and a guard that is closed first is unlocked.
+            if fcntl is None:
+                os.close(descriptor)
+            guard.unlink(missing_ok=True)
+            if fcntl is not None:
+                os.close(descriptor)
+        return True
+
     def _read(self) -> Holder | None:
         """Return what the lock file says now, None where there is none."""
         try:
@@ -150,10 +196,11 @@ class OutputLock:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise CaptionTrainError(
-                f"{self.output}: {self.path}: {error.strerror or error}, where the lock of one run at a time "
-                "goes; delete it if no run is at work there"
-            ) from error
+            raise self._explain(error, "where the lock of one run at a time goes") from error
+
+    def _explain(self, error: OSError, what: str) -> CaptionTrainError:
+        reason = f"{self.path}: {error.strerror or error}, {what}"
+        return CaptionTrainError(f"{self.output}: {reason}; delete it if no run is at work there")
 
     def _is_dead(self, holder: Holder) -> bool:
         """Tell whether nobody holds the lock any more; False where it changed and is to be read again.
@@ -191,25 +238,6 @@ class OutputLock:
             if self._read() != holder:
                 return False
         return True
-
-    def _remove(self, holder: Holder) -> bool:
-        """Remove a dead holder's file, if it still is that one: another run may have been faster."""
-        aside = self.path.with_name(f".{self.path.name[:50]}.{secrets.token_hex(4)}{TEMPORARY}")
-        try:
-            self.path.rename(aside)
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise CaptionTrainError(
-                f"{self.output}: {self.path}: left behind by {holder}, and cannot be taken over: "
-                f"{error.strerror or error}; delete it, or choose another folder"
-            ) from error
-        is_the_one = Holder.read(aside).content == holder.content
-        if not is_the_one:
-            with suppress(FileExistsError):
-                move_to_free_name(aside, self.path, holder.content)
-        aside.unlink(missing_ok=True)
-        return is_the_one
 
     def _refusal(self, holder: Holder | str) -> str:
         return (
@@ -253,13 +281,17 @@ class _Beats:
         if self._process_id != os.getpid():
             self.__init__()
 
+    def _touch_all(self) -> None:
+        # A method of its own, whose variables end with it: this thread keeps no lock alive while it waits.
+        for lock in list(self._locks):
+            lock.touch()
+
     def _run(self) -> None:
         while True:
             self._wake.wait(BEAT_SECONDS)
             self._wake.clear()
             with self._guard:
-                for lock in list(self._locks):
-                    lock.touch()
+                self._touch_all()
                 if not self._locks:
                     self._thread = None
                     return

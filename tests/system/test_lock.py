@@ -1,5 +1,6 @@
 """One run at a time in a folder."""
 
+import hashlib
 import json
 import os
 import socket
@@ -14,6 +15,7 @@ import pytest
 from caption_train.config.training import TrainOptions
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import get_family
+from caption_train.system.files import TEMPORARY
 from caption_train.system.lock import LOCK_FILE, OutputLock
 from caption_train.training.prepare import prepare_training
 
@@ -266,6 +268,38 @@ def test_a_forked_worker_lets_go_of_nothing(tmp_path):
     with pytest.raises(CaptionTrainError, match="another run"):
         end_in_child(lambda: OutputLock(tmp_path).acquire())
     lock.release()
+
+
+@pytest.mark.parametrize("killed_in_between", [False, True])
+def test_of_runs_that_find_the_same_dead_holder_one_takes_over_at_a_time(tmp_path, killed_in_between, soon):
+    end(hold_elsewhere(tmp_path))
+    if killed_in_between:
+        digest = hashlib.sha256((tmp_path / LOCK_FILE).read_bytes()).hexdigest()[:8]
+        (tmp_path / f".{LOCK_FILE}.{digest}{TEMPORARY}").touch()
+    start, children = time.monotonic() + 0.3, []
+    for _ in range(6):
+        if process_id := os.fork():
+            children.append(process_id)
+            continue
+        lock, code = OutputLock(tmp_path), 1
+        time.sleep(max(0, start - time.monotonic()))
+        try:
+            lock.acquire()
+            # Fails where another one is in here.
+            (tmp_path / "inside").touch(exist_ok=False)
+            time.sleep(0.05)
+            (tmp_path / "inside").unlink()
+            lock.release()
+            code = 0
+        except FileExistsError:
+            code = 66
+        except CaptionTrainError:
+            pass
+        finally:
+            os._exit(code)
+    codes = {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children}
+    assert 0 in codes and codes <= {0, 1}
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("has_links", [True, False])
