@@ -365,3 +365,35 @@ def test_odd_rows_pass_through_and_changed_ones_keep_their_other_members(
     name = f"z{changed}.png"
     assert CaptionFile(path).captions() == had | {"a.png": "new", name: had.get(name, "changed")}
     assert kept == ([name] if had.get(name, "changed") != "changed" else [])
+
+
+CELLS = st.sampled_from(
+    ["", "a", "1.10", '"q"', '"a, ""b"""', '"two\nlines"', '"two\r\nlines"', " space ", "é", "\u2028"]
+)
+
+
+@settings(max_examples=200)
+@given(
+    rows=st.lists(st.lists(CELLS, max_size=5), max_size=4),
+    columns=st.lists(st.sampled_from(["text", "caption", "n", "answer", "", "n"]), max_size=3),
+    end=st.sampled_from(["\n", "\r\n"]),
+    blank=st.booleans(),
+    mark=st.sampled_from(["", "\ufeff"]),
+    changed=st.integers(0, 3),
+)
+def test_odd_tables_pass_through(tmp_path_factory, rows, columns, end, blank, mark, changed):
+    path = tmp_path_factory.mktemp("odd") / "captions.csv"
+    lines = [",".join([f"z{number}.png", *cells]) + end for number, cells in enumerate(rows)]
+    header = ",".join(["file_name", *columns]) + end
+    path.write_bytes((mark + header + (end if blank else "").join(["", *lines])).encode())
+    had = CaptionFile(path).captions()
+    file = CaptionFile(path)
+    file.write(Caption(path.parent / "a.png", "new", remarks=["cut"]))
+    file.write(Caption(path.parent / f"z{changed}.png", "changed"))
+    file.finish()
+    text, name = path.read_bytes().decode(), f"z{changed}.png"
+    assert text.startswith(mark + "file_name")
+    for number, line in enumerate(lines):
+        if number != changed or name in had:
+            assert line in text
+    assert CaptionFile(path).captions() == had | {"a.png": "new", name: had.get(name, "changed")}
