@@ -136,8 +136,9 @@ def read_state(
 def _check_moments(optimizer: Optimizer) -> None:
     """Raise ValueError if AdamW's moments are not shaped like their parameters; its step would fail."""
     for p, values in getattr(optimizer, "optimizer", optimizer).state.items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            if name in values and getattr(values[name], "shape", None) != p.shape:
+        # Flora's exp_avg, which has no exp_avg_sq beside it, is compressed.
+        for name in ("exp_avg", "exp_avg_sq") if "exp_avg_sq" in values else ():
+            if getattr(values.get(name), "shape", None) != p.shape:
                 raise ValueError(f"{name} of a parameter {list(p.shape)} has another shape")
 
 
