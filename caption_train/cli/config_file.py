@@ -3,7 +3,7 @@
 import argparse
 import difflib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field
 from pathlib import Path
 from textwrap import shorten
@@ -60,12 +60,7 @@ def _read_yaml(path: Path) -> Any:
 
     try:
         text = read_regular_file(path, MAX_BYTES).decode("utf-8-sig")
-        # A few lines of aliases of aliases stand for more values than fit into memory.
-        if (
-            sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader))
-            > MAX_ALIASES
-        ):
-            raise ValueError(f"more than {MAX_ALIASES} aliases (*name)")
+        _check_shape(yaml.parse(text, yaml.SafeLoader))
         return yaml.safe_load(text)
     except RecursionError:
         reason = "nested too deeply"
@@ -76,7 +71,24 @@ def _read_yaml(path: Path) -> Any:
     raise UsageError(f"--config {path}: cannot be read as YAML: {escape_unprintable(reason)[:300]}")
 
 
-MAX_BYTES, MAX_ALIASES = 1 << 20, 10
+MAX_BYTES, MAX_ALIASES, MAX_DEPTH = 1 << 20, 10, 20
+
+
+def _check_shape(events: Iterable[Any]) -> None:
+    """Raise ValueError for YAML that would take too long to read, before that is done.
+
+    A few lines of aliases of aliases stand for more values than fit into memory, and each level of nesting
+    makes every later token slower.
+    """
+    aliases = depth = 0
+    for event in events:
+        kind = type(event).__name__
+        aliases += kind == "AliasEvent"
+        depth += kind.endswith("StartEvent") - kind.endswith("EndEvent")
+        if aliases > MAX_ALIASES:
+            raise ValueError(f"more than {MAX_ALIASES} aliases (*name)")
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
 
 
 def _show(value: Any) -> str:

@@ -213,6 +213,7 @@ def test_images_may_be_given_by_position(parsed):
         "seed: 0x" + "f" * 5_000,
         "learning_rate: 0x" + "f" * 5_000,
         "name: " + "[" * 5_000,
+        '{"a": ' * 150_000 + "1" + "}" * 150_000,
         "? [a, b]\n: 1",
         "when: !!timestamp x",
         "a: &a [x, x]\n" + "".join(f"k{i}: &k{i} [*a, *a, *a]\n" for i in range(9)),
