@@ -9,7 +9,7 @@ import torch
 
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families.moondream.releases import RELEASES, TOKENIZER_NAMES
-from caption_train.families.weight_files import open_weights, read_shard_names
+from caption_train.families.weight_files import open_weights, read_object, read_shard_names
 
 END_OF_TEXT = "<|endoftext|>"
 STARMIE = ("moondream/starmie-v1", "35192e10a54e36eabe0a7cc57a2c1aab371cafc5")
@@ -68,6 +68,19 @@ def find_dtype(model_id: str, revision: str | None = None) -> torch.dtype:
     if not kinds:
         raise CaptionTrainError(f"--model_id {model_id}: there are no weights in it")
     return max(kinds, key=lambda kind: kind.itemsize)
+
+
+def check_sizes_given(folder: Path) -> None:
+    """Raise CaptionTrainError if a folder's config.json does not say how large its model is.
+
+    transformers would make a model of the released size first, which takes long, and then find that it does
+    not fit the weights.
+    """
+    config = read_object(folder / "config.json")
+    if absent := [
+        part for part in ("text_config", "vision_config") if not isinstance(config.get(part), dict)
+    ]:
+        raise CaptionTrainError(f"--model_id {folder}: config.json has no {absent[0]}: copy it anew")
 
 
 def read_tokenizer(model_id: str | Path, revision: str | None, bos_token_id: int) -> Any:

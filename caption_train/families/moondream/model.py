@@ -21,6 +21,7 @@ from transformers.utils import can_return_tuple
 
 from caption_train.families.moondream import processor  # noqa: F401  (so that AutoProcessor knows it too)
 from caption_train.families.moondream.config import MoondreamConfig
+from caption_train.families.moondream.files import check_sizes_given
 from caption_train.families.moondream.generation import (
     CACHE,
     MoondreamGenerationMixin,
@@ -171,9 +172,8 @@ class MoondreamForConditionalGeneration(MoondreamPreTrainedModel, MoondreamGener
 
         legacy = None if kwargs.get("state_dict") is not None else read_legacy(name, **kwargs)
         if legacy is None:
-            if name and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-                # A random model of the released size would be made first, and then not fit the weights.
-                raise OSError("there is no config.json")
+            if name and Path(name).is_dir():
+                check_sizes_given(Path(name))
             loaded = super().from_pretrained(name, *args, **kwargs)
         else:
             config, state_dict = legacy

@@ -1,6 +1,7 @@
 """Weights of every kind and name load completely, and what is wrong with a folder is said in one line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -240,3 +241,13 @@ def test_a_release_knows_whether_a_space_precedes_the_question(release, space):
     """A filled config.json has no word for it: CodeGen's releases had one, but for the first."""
     official = {"config": {"tokenizer": {"bos_id": 50256, "eos_id": 50256}}}
     assert native_dict(official, release)["question_space"] == space
+
+
+@pytest.mark.parametrize("content", [None, "{}", '{"model_type": "moondream1"}'])
+def test_a_native_folder_whose_config_gives_no_sizes_is_refused_at_once(content, tiny_base, tmp_path):
+    folder = shutil.copytree(tiny_base("moondream"), tmp_path / "base")
+    (folder / "config.json").unlink()
+    if content is not None:
+        (folder / "config.json").write_text(content)
+    with pytest.raises(CaptionTrainError, match=r"config\.json"):
+        FAMILY.load(str(folder))
