@@ -133,6 +133,6 @@ def split_of(row: Mapping[str, Any]) -> str:
 
 def write_metadata(path: Path | str, rows: Iterable[Mapping[str, str]]) -> None:
     """Write rows to a metadata.jsonl, completely or not at all."""
-    with open_atomically(path) as file:
+    with open_atomically(path, follow_link=True) as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

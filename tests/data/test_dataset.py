@@ -290,3 +290,15 @@ def test_a_fingerprint_tells_datasets_apart_wherever_they_lie(tmp_path):
     moved[0].image.write_bytes(b"9")
     assert hash_all(pairs) != hash_all(moved), "of the same size"
     assert hash_all([]) == hash_all([])
+
+
+def test_a_linked_metadata_jsonl_is_written_through_its_link_and_one_to_nothing_is_replaced(tmp_path):
+    for name, target in (("linked", tmp_path / "real.jsonl"), ("dangling", tmp_path / "gone.jsonl")):
+        (tmp_path / "real.jsonl").write_text("")
+        path = tmp_path / name / "metadata.jsonl"
+        path.parent.mkdir()
+        path.symlink_to(target)
+        write_metadata(path, [{"file_name": "a.png", "text": "a"}])
+        assert path.is_symlink() == (name == "linked")
+        assert (tmp_path / "real.jsonl").read_text() == (path.read_text() if name == "linked" else "")
+    assert not (tmp_path / "gone.jsonl").exists()
