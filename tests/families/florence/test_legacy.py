@@ -204,9 +204,9 @@ def change_vision(folder, **fields):
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "the tokenizer of .* cannot be read"),
         (
             lambda folder: (folder / "preprocessor_config.json").write_text("{"),
-            "preprocessor_config.json is not",
+            r"preprocessor_config\.json: cannot be read: broken JSON",
         ),
-        (lambda folder: (folder / "config.json").write_text("[]"), "config.json holds no JSON object"),
+        (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json: holds no JSON object"),
         (lambda folder: torch.save([], folder / "pytorch_model.bin"), "other things than tensors"),
         (lambda folder: torch.save({"step": 3}, folder / "pytorch_model.bin"), "other .* tensors: step"),
         (lambda folder: change_vision(folder, depths=[1, 1]), "config.json describes no Florence-2"),

@@ -202,7 +202,7 @@ def test_biases_that_the_file_lacks_are_the_bases(tmp_path, tensors, base):
         ),
         (
             lambda path: (path.parent / "adapter_config.json").write_text("{"),
-            "adapter_config.json is not JSON",
+            r"adapter_config\.json: cannot be read: broken JSON",
         ),
     ],
 )
