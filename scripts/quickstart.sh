@@ -59,7 +59,7 @@ say python compile_captions.py examples/shapes/train "$out/dataset"
 
 step "2. Train a LoRA on it"
 # Given in full, so that accelerate neither warns of what it assumes nor takes what another project configured.
-launch=(accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no)
+launch=(accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no)
 say "${launch[@]}" "$train" --dataset_dir "$out/dataset" --output_dir "$out/lora" --model_id "$base" "${recipe[@]}"
 
 step "3. Caption pictures it has never seen: the base alone, then with the LoRA"
@@ -76,6 +76,6 @@ Next, with your own images (a.jpg with its caption in a.txt) and a real model:
 
   source .venv/bin/activate
   python compile_captions.py IMAGES
-  accelerate launch $train --dataset_dir IMAGES --output_dir loras/my-style${model:+ --model_id $model}
+  accelerate launch --quiet $train --dataset_dir IMAGES --output_dir loras/my-style${model:+ --model_id $model}
   python $caption --images PHOTOS --peft_model loras/my-style --save_captions
 END

@@ -21,8 +21,13 @@ TRAIN = """Train a LoRA for {title} on your own captions.
 
   {start} --dataset_dir images/ --output_dir loras/my-style
 
-dataset_dir holds images with captions beside them (a.png, a.txt), or what compile_captions.py made of them.
-output_dir can be given to an inference script as --peft_model; every checkpoint in it can be, too."""
+{note}dataset_dir holds images with captions beside them (a.png, a.txt), or what compile_captions.py made of
+them. output_dir can be given to an inference script as --peft_model; every checkpoint in it can be, too."""
+
+LAUNCHED = """On one device `python {prog} …` does the same. Without --quiet, accelerate prints
+a traceback of its own below every error.
+
+"""
 
 CAPTION = """Caption images with {title}, with a LoRA of yours if you have one.
 
@@ -106,7 +111,7 @@ def train_main(family_name: str, argv: Sequence[str] | None = None, prog: str | 
             TrainOptions,
             argv,
             prog=prog,
-            description=TRAIN.format(title=family.title, start=_start("accelerate launch", prog)),
+            description=_describe_training(family.title, prog),
             positionals=("dataset_dir", "output_dir"),
             defaults={
                 "model_id": family.model_id,
@@ -205,6 +210,11 @@ def export_main(argv: Sequence[str] | None = None, prog: str | None = None) -> i
         return 0
 
     return run(work)
+
+
+def _describe_training(title: str, prog: str) -> str:
+    note = "" if " " in prog else LAUNCHED.format(prog=prog)
+    return TRAIN.format(title=title, start=_start("accelerate launch --quiet", prog), note=note)
 
 
 def _start(launcher: str, prog: str) -> str:

@@ -10,7 +10,7 @@ from caption_train.config.compiling import CompileOptions
 from caption_train.data.formats import METADATA_NAME
 from caption_train.families import FAMILIES, get_family
 from caption_train.system.console import escape_unprintable
-from caption_train.system.launcher import start_command
+from caption_train.system.launcher import start_command, training_launcher
 
 if TYPE_CHECKING:
     from caption_train.compiling.result import Compiled
@@ -123,7 +123,7 @@ def _next_commands(compiled: "Compiled", options: CompileOptions) -> Iterator[st
     if options.follow_symlinks and compiled.prefix is not None:
         arguments.append("--follow_symlinks")
     for family in map(get_family, FAMILIES):
-        script = ["accelerate", "launch", family.training_script]
+        script = [*training_launcher(), family.training_script]
         yield "  " + shlex.join([*start_command("train", family.name, script), *arguments])
 
 

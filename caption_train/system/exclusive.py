@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from caption_train.system.files import finish_temporary, mode_of, open_temporary
+from caption_train.system.files import fcntl, finish_temporary, mode_of, open_temporary
 
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK)
 """What file systems without hard links answer: FAT, some network and cloud drives."""
@@ -94,8 +94,8 @@ def _put_back(temporary: Path, path: Path, content: bytes) -> None:
 
 def move_to_free_name(temporary: Path, path: Path, content: bytes) -> None:
     """Give a finished file its name; FileExistsError where there is one of that name."""
-    if os.name == "nt":
-        temporary.rename(path)  # which fails there where the name exists
+    if fcntl is None:
+        temporary.rename(path)  # which fails on Windows where the name exists
         return
     try:
         path.hardlink_to(temporary)

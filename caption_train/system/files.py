@@ -308,6 +308,31 @@ def find_commit(model_id: str, revision: str | None = None) -> str | None:
     return Path(found).parent.name if isinstance(found, str) else None
 
 
+def sync_folder(folder: Path) -> None:
+    """Flush every file below `folder`, and the folders themselves, to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder to the disk, as far as the system can.
+
+    Windows cannot open a folder, and flushes only what is open for writing.
+    """
+    is_folder = path.is_dir()
+    if is_folder and fcntl is None:
+        return
+    descriptor = os.open(path, os.O_RDONLY if fcntl is not None else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync a folder, and do not need to.
+        if not (is_folder and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def mode_of(path: Path) -> int:
     """Return the permissions of a file that is there, or those that a new one gets."""
     if path.is_file() and not path.is_symlink():

@@ -6,12 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from caption_train.system.files import open_own, parse_json
-
-try:
-    import fcntl
-except ImportError:  # Windows, where the holder's process is asked for
-    fcntl = None
+from caption_train.system.files import fcntl, open_own, parse_json
 
 _MOST_BYTES = 4096
 
@@ -64,7 +59,7 @@ class Holder:
 
 def try_lock(descriptor: int, *, exclusive: bool) -> bool | None:
     """Return whether the record lock was taken, None on a file system or system that has none."""
-    if fcntl is None:
+    if fcntl is None:  # Windows, where the holder's process is asked for
         return None
     try:
         fcntl.lockf(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)

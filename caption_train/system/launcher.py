@@ -1,10 +1,12 @@
 """Finds out how this process was launched: by accelerate or torchrun, and with how many processes."""
 
 import ctypes
+import itertools
 import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,17 +14,19 @@ from pathlib import Path
 from caption_train.system.console import print_line
 
 PR_SET_PDEATHSIG = 1
+NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 INSTALLED = "caption-train"
 """The name of the command that `pip install` makes."""
 
 
 def notice_launcher(num_processes: int) -> None:
-    """React to `accelerate launch`: end when it ends, warn if it started fewer processes than asked for."""
+    """React to `accelerate launch`: end when it ends, and say what it does otherwise than one may think."""
     command = read_command(os.getppid())
     if not _is_accelerate(command):
         return
     _end_with_parent()
-    if line := describe_missing_processes(command, num_processes):
+    missing = describe_missing_processes(command, num_processes)
+    for line in filter(None, (missing, None if missing else describe_no_configuration(command))):
         print_line(line)
 
 
@@ -79,6 +83,47 @@ def describe_missing_processes(command: list[str], num_processes: int) -> str | 
         f"accelerate launch --num_processes {asked[1]}: only {num_processes} running, as it does on CPUs; "
         f"start with: torchrun --nproc_per_node {asked[1]} SCRIPT --device cpu"
     )
+
+
+def describe_no_configuration(command: list[str]) -> str | None:
+    """Return a line if `accelerate launch` was never configured and is not given the number of processes."""
+    from accelerate.commands.config.config_args import default_config_file
+
+    before = command[: next((i for i, part in enumerate(command) if part.endswith(".py")), None)]
+    if re.search(r" --(config[_-]file|num[_-]processes)[ =]", f"{' '.join(before)} "):
+        return None
+    if Path(default_config_file).is_file():
+        return None
+    return (
+        "accelerate launch: not configured, so it chose the processes and no mixed precision by itself; "
+        "run `accelerate config` once, or on one device start with python"
+    )
+
+
+def training_launcher() -> list[str]:
+    """Return what starts a training script on this machine: accelerate where there are several GPUs."""
+    count = count_gpus()
+    if count < 2:
+        return ["python"]
+    return ["accelerate", "launch", "--quiet", "--multi_gpu", "--num_processes", str(count)]
+
+
+def count_gpus() -> int:
+    """Return how many NVIDIA GPUs this process may use, without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        names = [name.strip() for name in visible.split(",")]
+        # CUDA stops at the first name that is no GPU's.
+        return len(list(itertools.takewhile(lambda name: name and not name.startswith("-"), names)))
+    if NVIDIA_GPUS.is_dir():
+        return sum(1 for _ in NVIDIA_GPUS.iterdir())
+    if sys.platform != "win32" or not shutil.which("nvidia-smi"):
+        return 0
+    try:
+        shown = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU ") for line in shown.stdout.splitlines())
 
 
 def _end_with_parent() -> None:

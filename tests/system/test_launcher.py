@@ -2,11 +2,17 @@
 
 import os
 
+import pytest
+
+from caption_train.system import launcher
 from caption_train.system.launcher import (
+    count_gpus,
     describe_missing_processes,
+    describe_no_configuration,
     notice_launcher,
     read_command,
     relaunch_command,
+    training_launcher,
 )
 
 ACCELERATE = [
@@ -66,3 +72,51 @@ def test_a_program_that_the_shell_finds_by_its_name_is_called_by_it(tmp_path, mo
     monkeypatch.setenv("PATH", str(tmp_path))
     command = ["/venv/bin/python", str(program), "launch", "train.py"]
     assert relaunch_command("train.py", command) == ["accelerate", "launch"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_said"),
+    [
+        ([], True),
+        (["--quiet"], True),
+        (["--num_processes", "1"], False),
+        (["--num-processes=1"], False),
+        (["--config_file", "one.yaml"], False),
+    ],
+)
+def test_accelerate_that_was_never_configured_is_said_in_one_line(flags, is_said, tmp_path, monkeypatch):
+    from accelerate.commands.config import config_args
+
+    monkeypatch.setattr(config_args, "default_config_file", str(tmp_path / "default_config.yaml"))
+    command = [
+        "/venv/bin/python",
+        "/venv/bin/accelerate",
+        "launch",
+        *flags,
+        "train.py",
+        "--config_file",
+        "a.yaml",
+    ]
+    line = describe_no_configuration(command)
+    assert (line is not None) == is_said and "\n" not in (line or "")
+    (tmp_path / "default_config.yaml").write_text("{}")
+    assert describe_no_configuration(command) is None
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"), [("", 0), ("-1", 0), ("0", 1), ("0,3", 2), ("GPU-a,GPU-b,-1,GPU-c", 2)]
+)
+def test_gpus_are_counted_as_cuda_shows_them(visible, count, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert count_gpus() == count
+
+
+def test_what_starts_a_training_fits_the_machine(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(launcher, "NVIDIA_GPUS", tmp_path)
+    assert training_launcher() == ["python"]
+    (tmp_path / "0000:01:00.0").mkdir()
+    assert training_launcher() == ["python"]
+    (tmp_path / "0000:02:00.0").mkdir()
+    assert training_launcher()[:3] == ["accelerate", "launch", "--quiet"]
+    assert training_launcher()[-2:] == ["--num_processes", "2"]

@@ -41,6 +41,8 @@ from caption_train.system.files import (
     find_free_name,
     hash_file,
     read_json_object,
+    sync,
+    sync_folder,
     write_atomically,
 )
 from caption_train.training.checkpoints.find import (
@@ -85,7 +87,7 @@ def write_checkpoint(output_dir: Path, name: str, write: Callable[[Path], None],
         final = find_free_name(output_dir / name)
         partial.rename(final)
         # Without this, a power cut could undo the rename.
-        _sync(output_dir)
+        sync(output_dir)
         for pointer in pointers:
             point(output_dir, pointer, final)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -152,24 +154,6 @@ def prune(output_dir: Path, run_id: str, keep: int, protected: Collection[Path] 
             # Renamed first, because an interrupted deletion would leave a damaged checkpoint.
             with suppress(OSError):
                 shutil.rmtree(old.rename(old.with_name(f"{PARTIAL}{old.name}")), ignore_errors=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush every file below `folder`, and the folders themselves, to the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems cannot sync a folder, and do not need to.
-        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _write_manifest(folder: Path) -> None:
