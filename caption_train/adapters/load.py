@@ -9,6 +9,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from caption_train.adapters.patterns import check_patterns
+from caption_train.adapters.record import find_adapter
 from caption_train.errors import CaptionTrainError
 from caption_train.families.base import Family
 from caption_train.system.damage import describe_error, explaining_damage, find_damage, refuse_odd_files
@@ -30,6 +31,7 @@ def load_adapter(model: nn.Module, folder: Path | str, family: Family) -> PeftMo
     """
     from peft import PeftConfig, load_peft_weights
 
+    folder = find_adapter(folder)
     what = f"--peft_model {folder}"
     refuse_odd_files(folder, what)
     with explaining_damage(f"{what}: cannot be loaded on this base", partial(_reason, folder)):

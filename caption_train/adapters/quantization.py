@@ -1,7 +1,7 @@
 """Loads the frozen base in 4 or 8 bits with bitsandbytes."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,9 +22,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 def make_quantization_config(
     options: TrainOptions, mixed_precision: str | None = None, parts: Mapping[str, str] | None = None
 ) -> "BitsAndBytesConfig | None":
-    """Return what `from_pretrained` needs to quantize, or None without `--quantize`.
-
-    4 bits are NF4 with quantized constants (QLoRA, arXiv 2305.14314).
+    """Return what `from_pretrained` needs to quantize a base to train, or None without `--quantize`.
 
     Args:
         options: the options of the run.
@@ -34,21 +32,37 @@ def make_quantization_config(
     """
     if options.quantize is None:
         return None
-    from transformers import BitsAndBytesConfig
-
     skipped = None
     if options.quantize_parts:
         # If any module to skip is named, transformers no longer skips the head by itself.
         kept = [pattern for name, pattern in parts.items() if name not in options.quantize_parts]
         skipped = [*kept, *HEADS]
-    if options.quantize == "8bit":
+    dtype = COMPUTE_DTYPES[mixed_precision or options.mixed_precision or "no"]
+    return quantization_config(options.quantize, dtype, skipped)
+
+
+def quantization_config(
+    kind: str, dtype: torch.dtype, skipped: Sequence[str] | None = None
+) -> "BitsAndBytesConfig":
+    """Return what `from_pretrained` needs to quantize.
+
+    4 bits are NF4 with quantized constants (QLoRA, arXiv 2305.14314).
+
+    Args:
+        kind: "4bit" or "8bit".
+        dtype: the precision of matrix products.
+        skipped: modules that are not quantized, as transformers takes them; None leaves that to transformers.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         llm_int8_skip_modules=skipped,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=COMPUTE_DTYPES[mixed_precision or options.mixed_precision or "no"],
+        bnb_4bit_compute_dtype=dtype,
     )
 
 

@@ -12,6 +12,7 @@ The folder of a LoRA:
 """
 
 import json
+import os
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -23,7 +24,7 @@ from caption_train.config.training import TrainOptions
 from caption_train.errors import UsageError
 from caption_train.families import name_script
 from caption_train.families.base import Family, ModelFacts
-from caption_train.system.files import read_json_object
+from caption_train.system.files import follow_pointer, read_json_object
 from caption_train.version import __version__
 
 TRAINING_FILE = "training.json"
@@ -40,6 +41,12 @@ class AdapterInfo:
     revision: str | None
     prompt: str | None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    mixed_precision: str | None = None
+
+
+def find_adapter(folder: Path | str) -> Path:
+    """Return the folder that `--peft_model` means: `last` and `best` are files where there are no links."""
+    return follow_pointer(Path(folder)) if Path(folder).is_file() else Path(folder)
 
 
 def read_adapter(folder: Path | str) -> AdapterInfo:
@@ -49,12 +56,15 @@ def read_adapter(folder: Path | str) -> AdapterInfo:
         UsageError: there is no such folder, or it holds no PEFT adapter.
         CaptionTrainError: one of the files is damaged.
     """
-    folder = Path(folder)
+    folder = find_adapter(folder)
     if not folder.is_dir():
         raise UsageError(f"--peft_model {folder}: there is no such folder")
     config = _read_json(folder / "adapter_config.json")
     if config is None and (folder / "config.json").is_file():
         raise UsageError(f"--peft_model {folder}: a full model: use --base_model {folder}")
+    saved = [str(folder / name) for name in ("best", "last") if os.path.lexists(folder / name)]
+    if config is None and saved:
+        raise UsageError(f"--peft_model {folder}: a run that has not finished; take {' or '.join(saved)}")
     if config is None:
         raise UsageError(f"--peft_model {folder}: holds no adapter_config.json, so it is no PEFT adapter")
     training = _read_json(folder / TRAINING_FILE) or {}
@@ -65,6 +75,7 @@ def read_adapter(folder: Path | str) -> AdapterInfo:
         training.get("revision") or config.get("revision"),
         training.get("prompt"),
         training.get("settings") or {},
+        (training.get("options") or {}).get("mixed_precision"),
     )
 
 
@@ -220,7 +231,7 @@ def _check_family(what: str, trained: str | None, family: str) -> None:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        return read_json_object(path, dict.fromkeys(_TEXTS, str) | {"settings": dict})
+        return read_json_object(path, dict.fromkeys(_TEXTS, str) | {"settings": dict, "options": dict})
     except (FileNotFoundError, NotADirectoryError):
         return None
 

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from caption_train.adapters.record import Base
+from caption_train.adapters.quantization import quantization_config
+from caption_train.adapters.record import Base, read_adapter
 from caption_train.captioning.plan import CaptionResult, Unreadable
 from caption_train.captioning.sampling import make_sampler
 from caption_train.config.captioning import CaptionOptions
@@ -23,7 +24,7 @@ from caption_train.errors import CaptionTrainError, UsageError, is_out_of_memory
 from caption_train.families.base import Family, Generated
 from caption_train.system.console import escape_unprintable
 from caption_train.system.damage import explaining_damage
-from caption_train.system.devices import move_batch
+from caption_train.system.devices import choose_dtype, move_batch
 from caption_train.system.signals import ignore_in_worker
 from caption_train.system.workers import hand_over, limit_workers, reading
 
@@ -61,16 +62,39 @@ def make_generation(options: CaptionOptions, prompt: str) -> Generation:
 def load_captioner(
     family: Family, base: Base, options: CaptionOptions, device: torch.device
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Load the base, put `--peft_model` on it if there is one, and move both to the device, in `--dtype`."""
-    dtype = getattr(torch, options.dtype)
+    """Load the base, and put `--peft_model` on it if there is one.
+
+    Args:
+        family: the model's family.
+        base: the base and its prompt.
+        options: `peft_model`, `dtype` and `quantize`.
+        device: where the model shall run.
+
+    Returns:
+        The model, on the device, in `--dtype` unless it is quantized; and its processor.
+
+    Raises:
+        CaptionTrainError: the base or adapter cannot be loaded, or memory does not suffice.
+    """
+    dtype = find_dtype(options, device)
+    quantization = quantization_config(options.quantize, dtype) if options.quantize else None
     with out_of_memory_explained(device, options.batch_size), naming_model("--base_model"):
-        model, processor = family.load(base.model_id, revision=base.revision, dtype=dtype)
+        model, processor = family.load(
+            base.model_id, revision=base.revision, dtype=dtype, quantization_config=quantization
+        )
         family.set_up(processor, base.model_id, base.settings, [base.prompt])
         if options.peft_model:
             from caption_train.adapters.load import load_adapter
 
             model = load_adapter(model, options.peft_model, family)
-        return model.to(device, dtype).eval(), processor
+        return (model.to(device) if quantization else model.to(device, dtype)).eval(), processor
+
+
+def find_dtype(options: CaptionOptions, device: torch.device) -> torch.dtype:
+    """Return the precision of a captioning run: `--dtype`, for --quantize auto where that is not given."""
+    name = "auto" if options.quantize and "dtype" not in options.sources else options.dtype
+    trained = read_adapter(options.peft_model).mixed_precision if options.peft_model else None
+    return choose_dtype(name, trained, device)
 
 
 def caption_images(

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from caption_train.data.formats import IMAGE_SUFFIXES, natural_key
+from caption_train.data.formats import IMAGE_SUFFIXES, UNREAD_SUFFIXES, describe_unread, natural_key
 from caption_train.data.scan import scan_folder
 from caption_train.errors import UsageError
 from caption_train.system.console import escape_unprintable
@@ -23,10 +23,12 @@ class Inputs:
         images: each image once, in the order given; folders and globs in natural order.
         missing: one line per line of a list file that names no file, folder that cannot be read, and broken
             link with an image's name.
+        unread: images in folders of formats that are not read.
     """
 
     images: list[Path] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
 
 
 def find_inputs(patterns: Sequence[str], *, recursive: bool = False) -> Inputs:
@@ -48,11 +50,12 @@ def find_inputs(patterns: Sequence[str], *, recursive: bool = False) -> Inputs:
     """
     inputs = Inputs()
     for pattern in _without_sidecars(patterns):
-        inputs.images += _resolve(pattern, recursive, inputs.missing)
+        inputs.images += _resolve(pattern, recursive, inputs)
     inputs.images = list({path.absolute(): path for path in inputs.images}.values())
     if not inputs.images and not inputs.missing:
         folders = any(Path(pattern).is_dir() for pattern in patterns)
         hint = " (--recursive looks into the folders inside too)" if folders and not recursive else ""
+        hint += "".join(f"; {line}" for line in describe_unread(inputs.unread))
         raise UsageError(f"--images {escape_unprintable(' '.join(patterns))}: no images there{hint}")
     return inputs
 
@@ -74,28 +77,29 @@ def _is_sidecar(path: Path, captions: Collection[Path]) -> bool:
     return path.with_suffix("") in captions or any(image.is_file() for image in beside)
 
 
-def _resolve(pattern: str, recursive: bool, missing: list[str]) -> list[Path]:
+def _resolve(pattern: str, recursive: bool, inputs: Inputs) -> list[Path]:
     path = _expand_home(pattern)
     # os.path, because it returns False for a name that is too long, where Path raises.
     if os.path.isdir(path):  # noqa: PTH112
-        return _scan(path, recursive, missing)
+        return _scan(path, recursive, inputs)
     if os.path.isfile(path):  # noqa: PTH113
-        return _read_list(path, missing) if path.suffix.lower() in LIST_SUFFIXES else [path]
+        return _read_list(path, inputs.missing) if path.suffix.lower() in LIST_SUFFIXES else [path]
     # Checked last, because the name of an existing file may contain brackets.
     if glob.has_magic(pattern):
-        return _expand(str(path), recursive, missing)
+        return _expand(str(path), recursive, inputs)
     raise UsageError(f"--images {escape_unprintable(pattern)}: there is no such file or folder")
 
 
-def _scan(root: Path, recursive: bool, missing: list[str]) -> list[Path]:
+def _scan(root: Path, recursive: bool, inputs: Inputs) -> list[Path]:
     folder = scan_folder(root, (), recursive=recursive, follow_symlinks=True)
+    inputs.unread += folder.unread
     for problem in folder.unusable:
         name, _, reason = problem.rpartition(": ")
         path = root / name
         if path.is_dir():
-            missing.append(f"{escape_unprintable(path)}: {reason}")
+            inputs.missing.append(f"{escape_unprintable(path)}: {reason}")
         elif path.suffix.lower() in IMAGE_SUFFIXES:
-            missing.append(
+            inputs.missing.append(
                 f"{escape_unprintable(path)}: {'a link to nothing' if path.is_symlink() else reason}"
             )
     return [root / name for name in folder.images]
@@ -109,15 +113,17 @@ def _expand_home(name: str) -> Path:
         return Path(name)
 
 
-def _expand(pattern: str, recursive: bool, missing: list[str]) -> list[Path]:
+def _expand(pattern: str, recursive: bool, inputs: Inputs) -> list[Path]:
     images = []
     # Not Path.glob, which accepts no absolute pattern.
     for name in sorted(glob.glob(pattern, recursive=True), key=natural_key):  # noqa: PTH207
         path = Path(name)
         if path.is_dir() and recursive:
-            images += _scan(path, recursive, missing)
+            images += _scan(path, recursive, inputs)
         elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
             images.append(path)
+        elif path.suffix.lower() in UNREAD_SUFFIXES and path.is_file():
+            inputs.unread.append(name)
     return images
 
 

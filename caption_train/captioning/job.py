@@ -76,6 +76,7 @@ class CaptionJob:
         if self.processes.is_main:
             self.tally.kept = len(self.plan.images) - len(self.plan.pending)
             self.tally.unreadable += self.plan.missing
+            print_line(*self.plan.unread)
 
     def run(self) -> int:
         """Caption this process's share, wait for the others, write common files; return the exit code."""
@@ -132,7 +133,12 @@ class CaptionJob:
 
     def _generate(self, share: Sequence[Path]) -> Iterator[CaptionResult | Unreadable]:
         """Load the model and caption with it."""
-        from caption_train.captioning.generate import caption_images, load_captioner, make_generation
+        from caption_train.captioning.generate import (
+            caption_images,
+            find_dtype,
+            load_captioner,
+            make_generation,
+        )
         from caption_train.system.devices import choose_device
 
         main = self.processes.is_main
@@ -140,7 +146,7 @@ class CaptionJob:
             self.options.device, local_rank=self.processes.local_rank, processes=self.processes.count
         )
         if main:
-            print_line(self._describe(device))
+            print_line(self._describe(device, find_dtype(self.options, device)))
         model, processor = load_captioner(self.family, self.plan.base, self.options, device)
         if main:
             print_line(*self.plan.base.changes, *self.family.describe_inputs(processor))
@@ -186,10 +192,12 @@ class CaptionJob:
         self.tally.count(str(result.image), remarks)
         return f"{escape_unprintable(result.image)}: {escape_unprintable(text)}"
 
-    def _describe(self, device: torch.device) -> str:
+    def _describe(self, device: torch.device, dtype: torch.dtype) -> str:
         adapter = f" and {self.options.peft_model}" if self.options.peft_model else ""
         prompt = f', prompt "{escape_unprintable(self.plan.base.prompt)}"' if self.plan.base.prompt else ""
+        quantized = f", the base in {self.options.quantize}" if self.options.quantize else ""
+        precision = str(dtype).removeprefix("torch.") + quantized
         return (
             f"Captioning {len(self.plan.pending):,} of {len(self.plan.images):,} images with "
-            f"{self.plan.base.model_id}{adapter} on {device} in {self.options.dtype}{prompt}"
+            f"{self.plan.base.model_id}{adapter} on {device} in {precision}{prompt}"
         )

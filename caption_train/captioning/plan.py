@@ -13,6 +13,7 @@ from caption_train.captioning.inputs import find_inputs
 from caption_train.captioning.outputs import Outputs, Sink
 from caption_train.captioning.sidecars import Sidecars
 from caption_train.config.captioning import CaptionOptions
+from caption_train.data.formats import describe_unread
 from caption_train.errors import UsageError
 from caption_train.families.base import Family, Generated
 
@@ -26,12 +27,14 @@ class CaptionPlan:
         pending: those of them that are captioned now.
         missing: one line per image that is not there.
         base: the model and its prompt.
+        unread: a line for each image format in the folders that is not read.
     """
 
     images: Sequence[Path]
     pending: Sequence[Path]
     missing: Sequence[str]
     base: Base
+    unread: Sequence[str] = ()
 
 
 def open_outputs(options: CaptionOptions, family: Family, rank: int = 0) -> Outputs:
@@ -64,9 +67,10 @@ def make_plan(options: CaptionOptions, family: Family, outputs: Outputs) -> Capt
     prompt, settings = read_request(options, family)
     if options.endpoint:
         base = name_served(family, options.model, prompt, settings, adapter)
-        return CaptionPlan(inputs.images, outputs.find_pending(inputs.images), inputs.missing, base)
-    base = resolve_base(family, options.base_model, options.revision, prompt, adapter, settings=settings)
-    return CaptionPlan(inputs.images, outputs.find_pending(inputs.images), inputs.missing, base)
+    else:
+        base = resolve_base(family, options.base_model, options.revision, prompt, adapter, settings=settings)
+    pending = outputs.find_pending(inputs.images)
+    return CaptionPlan(inputs.images, pending, inputs.missing, base, describe_unread(inputs.unread))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from caption_train.config.compiling import CompileOptions
-from caption_train.data.formats import METADATA_NAME
+from caption_train.data.formats import METADATA_NAME, describe_unread
 from caption_train.families import FAMILIES, get_family
 from caption_train.system.console import escape_unprintable
 from caption_train.system.launcher import start_command, training_launcher
@@ -82,6 +82,7 @@ def _left_over_lines(compiled: "Compiled", options: CompileOptions) -> Iterator[
     kinds: list[tuple[str, Sequence[str], str]] = [
         ("captions that cannot be read", matches.unreadable, ""),
         ("images that cannot be decoded", bad, "left out"),
+        ("images of other formats", folder.unread, "; ".join(describe_unread(folder.unread))),
         (
             "names imagefolder cannot read",
             compiled.unnamable,

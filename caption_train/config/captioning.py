@@ -36,7 +36,18 @@ class CaptionOptions:
     device: str | None = _model(
         None, "device to run on, such as cuda, cuda:1, mps or cpu (found if not given)"
     )
-    dtype: str = _model("float32", "precision of the model", choices=("float32", "bfloat16", "float16"))
+    dtype: str = _model(
+        "float32",
+        "precision of the model; auto is the one that the adapter was trained in, else bfloat16, as far as "
+        "the device has it",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    quantize: str | None = _model(
+        None,
+        "hold the base in 4-bit NF4 (or 8bit): less memory; --dtype is auto then, if not given",
+        choices=("4bit", "8bit"),
+        const="4bit",
+    )
 
     endpoint: str | None = _server(
         None, "caption through an OpenAI-compatible server (vLLM, llama.cpp, SGLang) at this URL"
@@ -110,8 +121,8 @@ class CaptionOptions:
         if self.endpoint is None:
             return ["--model is the name of a served model: give --endpoint too"] if self.model else []
         problems = [] if self.model else ["--endpoint needs --model, the server's name of the model"]
-        if self.base_model or self.beams:
-            flag = "--base_model" if self.base_model else "--beams"
+        if self.base_model or self.beams or self.quantize:
+            flag = "--base_model" if self.base_model else "--beams" if self.beams else "--quantize"
             problems.append(f"{flag} is for models loaded here: drop it, or --endpoint")
         if not self.timeout > 0:
             problems.append(f"--timeout must be above 0, not {self.timeout}")

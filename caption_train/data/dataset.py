@@ -5,7 +5,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from caption_train.data.formats import CAPTION_SUFFIXES, IMAGE_SUFFIXES, METADATA_NAME, is_inside
+from caption_train.data.formats import (
+    CAPTION_SUFFIXES,
+    IMAGE_SUFFIXES,
+    METADATA_NAME,
+    advise_unread,
+    describe_unread,
+    is_inside,
+)
 from caption_train.data.pairs import Pair, match_captions
 from caption_train.data.rows import caption_of, make_locator, prompt_of, read_rows, split_of
 from caption_train.data.scan import Folder, scan_folder
@@ -101,16 +108,27 @@ def _read_pairs(
         f"no {METADATA_NAME}, {len(folder.images)} images, {len(folder.captions)} "
         f"{'/'.join(caption_extensions)} files beside them"
     )
+    found = "; ".join([found, *describe_unread(folder.unread)])
     # Zero-byte images are left out here. Other damage is found later, when images are decoded.
     void = {name for name, pair in matches.pairs.items() if not _size(pair.image)}
     problems = [
         *matches.unreadable,
         *(f"{name}: no caption in it" for name in matches.empty),
         *(f"{name}: empty (0 bytes)" for name in sorted(void)),
+        *_find_unread(folder),
         *folder.unusable,
         *_find_bad_links(folder, (*IMAGE_SUFFIXES, *caption_extensions)),
     ]
     return [pair for name, pair in matches.pairs.items() if name not in void], problems, found
+
+
+def _find_unread(folder: Folder) -> Iterator[str]:
+    """Yield one line per image that has a caption beside it, but a format that is not read."""
+    stems = {stem for stem, _ in folder.captions}
+    for name in folder.unread:
+        stem, _, suffix = name.rpartition(".")
+        if stem in stems or name in stems:
+            yield f"{name}: .{suffix} files are not read: {advise_unread(f'.{suffix}')}"
 
 
 def _find_bad_links(folder: Folder, endings: Sequence[str]) -> Iterator[str]:

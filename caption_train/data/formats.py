@@ -2,8 +2,21 @@
 
 import os
 import re
+from collections import Counter
+from collections.abc import Iterable
+from importlib.util import find_spec
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"})
+HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
+"""What iPhones save; read where the package pillow-heif is installed."""
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}) | (
+    HEIF_SUFFIXES if find_spec("pillow_heif") else frozenset()
+)
+UNREAD_SUFFIXES = (
+    frozenset({".jxl", ".svg", ".jp2", ".j2k", ".psd", ".tga", ".ico", ".exr", ".hdr"})
+    | frozenset({".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"})
+    | HEIF_SUFFIXES
+) - IMAGE_SUFFIXES
+"""Images that are not read, but said."""
 CAPTION_SUFFIXES = (".txt", ".caption")
 MAX_CAPTION_BYTES = 1_000_000
 
@@ -33,6 +46,30 @@ def with_dot(extension: str) -> str:
 def _without_suffix(name: str) -> str:
     stem, _, suffix = name.rpartition(".")
     return name if "/" in suffix else stem or name
+
+
+def describe_unread(names: Iterable[str]) -> list[str]:
+    """Return a line for each image format among files that are not read, with what to do.
+
+    >>> describe_unread(["b.JXL", "a.jxl"])
+    ['2 .jxl files are not read: convert them to PNG or JPEG']
+    """
+    counts = Counter(name[name.rfind(".") :].lower() for name in names)
+    return [
+        f"{count:,} {suffix} {'file is' if count == 1 else 'files are'} not read: {_advise(suffix, count)}"
+        for suffix, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    ]
+
+
+def advise_unread(suffix: str) -> str:
+    """Return what to do about one file with a suffix of UNREAD_SUFFIXES."""
+    return _advise(suffix.lower(), 1)
+
+
+def _advise(suffix: str, count: int) -> str:
+    if suffix in HEIF_SUFFIXES:
+        return "pip install pillow-heif"
+    return f"convert {'it' if count == 1 else 'them'} to PNG or JPEG"
 
 
 def is_inside(path: str, folder: str) -> bool:

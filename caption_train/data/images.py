@@ -7,17 +7,20 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from caption_train.data.formats import HEIF_SUFFIXES, UNREAD_SUFFIXES, advise_unread
 from caption_train.data.pairs import Pair
 from caption_train.errors import CaptionTrainError
 from caption_train.system.console import ProgressBar, escape_unprintable
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
+_HEIF = "HEIF"
 BACKGROUND = (255, 255, 255)
 _PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
@@ -103,11 +106,25 @@ def _opening(path: Path | str) -> Iterator[tuple[IO[bytes], Image.Image]]:
                 raise ValueError("not a regular file")
             if not status.st_size:
                 raise ValueError("empty (0 bytes)")
-            with Image.open(file, formats=FORMATS) as image:
+            with Image.open(file, formats=_find_formats(path)) as image:
                 yield file, image
     # Pillow's decoders raise errors of any type for damaged files, not only OSError.
     except Exception as error:
-        raise ImageError(f"{escape_unprintable(path)}: {_reason(error)}") from error
+        reason = _reason(error)
+        if isinstance(error, UnidentifiedImageError) and Path(path).suffix.lower() in UNREAD_SUFFIXES:
+            suffix = Path(path).suffix
+            reason = f"{suffix} files are not read: {advise_unread(suffix)}"
+        raise ImageError(f"{escape_unprintable(path)}: {reason}") from error
+
+
+def _find_formats(path: Path | str) -> Sequence[str]:
+    if Path(path).suffix.lower() not in HEIF_SUFFIXES or not find_spec("pillow_heif"):
+        return FORMATS
+    import pillow_heif
+
+    if _HEIF not in Image.OPEN:
+        pillow_heif.register_heif_opener()
+    return (*FORMATS, _HEIF)
 
 
 def _open_without_blocking(path: str, flags: int) -> int:

@@ -5,7 +5,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from caption_train.data.formats import CAPTION_SUFFIXES, IMAGE_SUFFIXES, is_inside, natural_key, with_dot
+from caption_train.data.formats import (
+    CAPTION_SUFFIXES,
+    IMAGE_SUFFIXES,
+    UNREAD_SUFFIXES,
+    is_inside,
+    natural_key,
+    with_dot,
+)
 from caption_train.errors import UsageError
 from caption_train.system.console import escape_unprintable
 
@@ -17,6 +24,7 @@ class Folder:
     Attributes:
         root: the dataset folder.
         images: files with an image suffix.
+        unread: images of formats that are not read.
         captions: (path without extension, extension as the user wrote it) → caption files.
         metadata: files that datasets' imagefolder would read as metadata.
         hidden: files and folders whose name starts with a dot; they are not read.
@@ -26,6 +34,7 @@ class Folder:
 
     root: Path
     images: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
     captions: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     metadata: list[str] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
@@ -68,23 +77,25 @@ def scan_folder(
     extensions = sorted(map(with_dot, caption_extensions), key=len, reverse=True)
     captions: list[tuple[str, str]] = []
     for name in _walk(folder, recursive, follow_symlinks):
-        if _is_image(name):
+        if _suffix(name) in IMAGE_SUFFIXES:
             folder.images.append(name)
         elif extension := next((e for e in extensions if name.lower().endswith(e.lower())), None):
             captions.append((name, extension))
         elif name.rpartition("/")[2] in ("metadata.jsonl", "metadata.csv", "metadata.parquet"):
             folder.metadata.append(name)
+        elif _suffix(name) in UNREAD_SUFFIXES:
+            folder.unread.append(name)
     folder.images.sort(key=natural_key)
     # If both `a.txt` and `a.TXT` exist, the spelling that the user gave comes first.
     for name, extension in sorted(captions, key=lambda c: (not c[0].endswith(c[1]), c[0])):
         folder.captions.setdefault((name[: -len(extension)], extension), []).append(name)
-    for names in (folder.hidden, folder.links, folder.unusable):
+    for names in (folder.unread, folder.hidden, folder.links, folder.unusable):
         names.sort(key=natural_key)
     return folder
 
 
-def _is_image(name: str) -> bool:
-    return name[name.rfind(".") :].lower() in IMAGE_SUFFIXES
+def _suffix(name: str) -> str:
+    return name[name.rfind(".") :].lower()
 
 
 def _walk(folder: Folder, recursive: bool, follow_symlinks: bool) -> Iterator[str]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
 
 from caption_train.errors import CaptionTrainError, is_out_of_memory
 from caption_train.system.files import read_json_object
+
+_PIECE = 1 << 20
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -56,3 +60,31 @@ def open_weights(path: Path) -> dict[str, Any]:
     if not isinstance(contents, dict):
         raise CaptionTrainError(damaged)
     return contents
+
+
+def fingerprint_model(folder: Path | str) -> str | None:
+    """Return a hash of the model in a folder, independent of the folder's path; None if it is no folder.
+
+    Of large files, only the size and a megabyte at each end are hashed: other weights differ there too.
+    """
+    if not Path(folder).is_dir():
+        return None
+    found = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix in (".safetensors", ".bin", ".json") and path.is_file():
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                found.update(f"{path.name} {size} ".encode() + file.read(_PIECE))
+                file.seek(max(size - _PIECE, 0))
+                found.update(file.read(_PIECE))
+    return found.hexdigest()[:16]
+
+
+def find_commit(model_id: str, revision: str | None = None) -> str | None:
+    """Return the commit of a model in the hub's cache, or None for a folder. Uses no network."""
+    if Path(model_id).is_dir():
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model_id, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None

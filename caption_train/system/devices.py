@@ -46,6 +46,40 @@ def choose_device(name: str | None, *, local_rank: int = 0, processes: int = 1) 
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
+def choose_dtype(name: str, trained: str | None, device: torch.device) -> torch.dtype:
+    """Return the precision that `--dtype` means for captioning.
+
+    Args:
+        name: the flag's value; "auto" leaves it to the adapter and the device.
+        trained: the mixed precision that the adapter was trained in ("no", "bf16", "fp16"), None if unknown.
+        device: where the model runs.
+    """
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    if trained == "fp16":
+        return torch.float32 if device.type == "cpu" else torch.float16
+    return torch.bfloat16 if trained != "no" and has_bfloat16(device) else torch.float32
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Tell whether a device itself computes in bfloat16: GPUs since Ampere, CPUs with AVX512-BF16 or AMX."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        # Private, but nothing public tells; without them it is float32.
+        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+    try:
+        torch.ones(1, dtype=torch.bfloat16, device=device)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
 def move_batch(batch: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Move a batch to a device.
 

@@ -134,6 +134,17 @@ def behind_link(path: Path | str) -> Path:
     return path.resolve() if path.is_symlink() and path.is_file() else path
 
 
+def follow_pointer(path: Path) -> Path:
+    """Return the folder that `path` is or points to, resolved; `path` itself if it points to none."""
+    try:
+        if path.is_file() and path.stat().st_size < 1000:
+            path = path.with_name(path.read_text(encoding="utf-8"))
+        return path.resolve()
+    # RuntimeError: a loop of links.
+    except (OSError, ValueError, RuntimeError):
+        return path
+
+
 def clear_temporary(folder: Path) -> None:
     """Delete what writes that were cut short have left in `folder`, and no file that is being written."""
     with suppress(OSError), os.scandir(folder) as entries:
@@ -164,6 +175,8 @@ def find_free_name(path: Path) -> Path:
     names = itertools.chain([path], (path.with_name(f"{path.name}-{count}") for count in itertools.count(2)))
     return next(name for name in names if not os.path.lexists(name))
 
+
+_PIECE = 1 << 20
 
 MAX_BYTES = 256 << 20
 """The largest file that is read whole: an index or a tokenizer has some tens of megabytes at most."""
@@ -275,37 +288,6 @@ def hash_file(path: Path | str) -> str:
 def _open_without_blocking(path: str, flags: int) -> int:
     # A named pipe would wait for a writer for ever.
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-
-
-def fingerprint_model(folder: Path | str) -> str | None:
-    """Return a hash of the model in a folder, independent of the folder's path; None if it is no folder.
-
-    Of large files, only the size and a megabyte at each end are hashed: other weights differ there too.
-    """
-    if not Path(folder).is_dir():
-        return None
-    found = hashlib.sha256()
-    for path in sorted(Path(folder).iterdir()):
-        if path.suffix in (".safetensors", ".bin", ".json") and path.is_file():
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                found.update(f"{path.name} {size} ".encode() + file.read(_PIECE))
-                file.seek(max(size - _PIECE, 0))
-                found.update(file.read(_PIECE))
-    return found.hexdigest()[:16]
-
-
-_PIECE = 1 << 20
-
-
-def find_commit(model_id: str, revision: str | None = None) -> str | None:
-    """Return the commit of a model in the hub's cache, or None for a folder. Uses no network."""
-    if Path(model_id).is_dir():
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(model_id, "config.json", revision=revision)
-    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def sync_folder(folder: Path) -> None:

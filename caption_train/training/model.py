@@ -26,7 +26,7 @@ from caption_train.config.training import TrainOptions, read_part_rates
 from caption_train.data.pairs import Pair
 from caption_train.errors import UsageError
 from caption_train.families.base import Family, ModelFacts
-from caption_train.system.files import fingerprint_model
+from caption_train.families.weight_files import fingerprint_model
 from caption_train.system.memory import trimming_heap
 from caption_train.training.memory.gradient_checkpointing import enable_checkpointing
 from caption_train.training.run.data import TrainingData

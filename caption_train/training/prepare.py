@@ -18,8 +18,8 @@ from caption_train.config.training import TrainOptions
 from caption_train.data.pairs import Pair
 from caption_train.errors import UsageError
 from caption_train.families.base import Batch, Family
+from caption_train.families.weight_files import find_commit
 from caption_train.system.console import print_once
-from caption_train.system.files import find_commit
 from caption_train.system.launcher import notice_launcher
 from caption_train.system.lock import OutputLock
 from caption_train.system.workers import limit_workers

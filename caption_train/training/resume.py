@@ -13,7 +13,7 @@ from caption_train.adapters.record import TRAINING_FILE, TrainingRecord
 from caption_train.config.training import TrainOptions, read_part_rates
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.system.console import print_once
-from caption_train.system.files import read_json_object
+from caption_train.system.files import follow_pointer, read_json_object
 from caption_train.training.checkpoints.find import (
     BEST,
     LAST,
@@ -23,7 +23,6 @@ from caption_train.training.checkpoints.find import (
     find_damage,
     find_latest,
     find_step,
-    follow,
     forget,
     is_checkpoint,
     list_checkpoints,
@@ -79,7 +78,7 @@ def find_resume_point(options: TrainOptions) -> tuple[Path | None, list[str]]:
         none = "all are damaged" if passed else "no checkpoint yet"
         lines = [*passed, f"{checkpoint or none + '; starting anew'}"]
         return checkpoint, [f"--resume auto: {line}" for line in lines]
-    checkpoint = follow(Path(options.resume))
+    checkpoint = follow_pointer(Path(options.resume))
     if not checkpoint.is_dir():
         raise UsageError(f"--resume {options.resume}: there is no folder {checkpoint}")
     if not is_checkpoint(checkpoint):

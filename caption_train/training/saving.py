@@ -11,9 +11,9 @@ from accelerate.utils import gather_object
 from caption_train.adapters.lora import save_adapter
 from caption_train.adapters.model_card import write_card
 from caption_train.errors import CaptionTrainError
-from caption_train.system.files import write_atomically
+from caption_train.system.files import follow_pointer, write_atomically
 from caption_train.system.memory import peak_memory
-from caption_train.training.checkpoints.find import BEST, LAST, count_saves, follow
+from caption_train.training.checkpoints.find import BEST, LAST, count_saves
 from caption_train.training.checkpoints.state import capture_random_state, write_state
 from caption_train.training.checkpoints.store import explain_failure, prune, publish, write_checkpoint
 from caption_train.training.distributed.fsdp import gather_state, gather_weights
@@ -111,7 +111,7 @@ class CheckpointSaver:
         with raise_on_all_ranks(run.accelerator):
             if run.accelerator.is_main_process:
                 chosen = BEST if run.options.load_best_at_end and progress.best_step else LAST
-                publish(follow(self.output_dir / chosen), self.output_dir)
+                publish(follow_pointer(self.output_dir / chosen), self.output_dir)
                 with explain_failure(self.output_dir, f"{SUMMARY_FILE} (the LoRA is)"):
                     write_atomically(self.output_dir / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
                     draw_curve(self.output_dir)
@@ -144,7 +144,8 @@ class CheckpointSaver:
         asked = options.save_every_n_steps or options.save_every_n_epochs
         keep = options.keep_last or (None if asked else 1)
         if keep is not None:
-            protected = [self.output_dir / follow(self.output_dir / name).name for name in (LAST, BEST)]
+            pointed = (follow_pointer(self.output_dir / name) for name in (LAST, BEST))
+            protected = [self.output_dir / checkpoint.name for checkpoint in pointed]
             prune(self.output_dir, self.run.progress.run_id, keep, protected)
 
     def _write(

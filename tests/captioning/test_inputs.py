@@ -1,5 +1,7 @@
 """What `--images` finds."""
 
+from pathlib import Path
+
 import pytest
 
 from caption_train.captioning.inputs import find_inputs
@@ -114,3 +116,12 @@ def test_a_link_to_nothing_is_named(folder):
     inputs = find_inputs([str(folder)])
     assert inputs.missing == [f"{folder}/b.png: a link to nothing"]
     assert len(inputs.images) == 2
+
+
+def test_images_of_formats_that_are_not_read_are_named(tmp_path):
+    (tmp_path / "a.jxl").touch()
+    with pytest.raises(UsageError, match=r"no images there.*; 1 \.jxl file is not read: convert it"):
+        find_inputs([str(tmp_path)])
+    (tmp_path / "b.png").touch()
+    for pattern in (tmp_path, tmp_path / "*"):
+        assert [Path(name).name for name in find_inputs([str(pattern)]).unread] == ["a.jxl"]

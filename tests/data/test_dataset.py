@@ -302,3 +302,15 @@ def test_a_linked_metadata_jsonl_is_written_through_its_link_and_one_to_nothing_
         assert path.is_symlink() == (name == "linked")
         assert (tmp_path / "real.jsonl").read_text() == (path.read_text() if name == "linked" else "")
     assert not (tmp_path / "gone.jsonl").exists()
+
+
+def test_a_captioned_image_of_a_format_that_is_not_read_is_a_problem_and_others_are_not(tmp_path):
+    write_image(tmp_path / "a.png")
+    for name in ("a.txt", "b.txt", "b.jxl", "drawing.svg"):
+        (tmp_path / name).write_text("a caption")
+    pairs, problems = inspect_dataset(tmp_path)
+    assert [pair.image.name for pair in pairs] == ["a.png"]
+    assert problems == ["b.jxl: .jxl files are not read: convert it to PNG or JPEG"]
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(UsageError, match=r"1 \.jxl file is not read: convert it to PNG or JPEG"):
+        read_dataset(tmp_path)

@@ -1,6 +1,7 @@
 import os
 import struct
 import zlib
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from caption_train.data.formats import IMAGE_SUFFIXES
 from caption_train.data.images import ImageError, inspect_image, open_image
 from caption_train.system.files import hash_file
 
@@ -227,3 +229,25 @@ def test_damaged_bytes_give_an_image_or_an_image_error(tmp_path_factory, suffix,
             inspect_image(path)
     else:
         inspect_image(path)
+
+
+def test_an_image_of_a_format_that_is_not_read_says_what_to_do(tmp_path):
+    (tmp_path / "a.jxl").write_bytes(b"\xff\x0a")
+    with pytest.raises(ImageError, match=r"a\.jxl: \.jxl files are not read: convert it to PNG or JPEG"):
+        open_image(tmp_path / "a.jxl")
+
+
+def test_heic_is_read_where_pillow_heif_is_installed_and_else_named(tmp_path):
+    path = tmp_path / "a.heic"
+    if find_spec("pillow_heif") is None:
+        path.write_bytes(b"\0\0\0\x18ftypheic")
+        with pytest.raises(ImageError, match=r"\.heic files are not read: pip install pillow-heif"):
+            open_image(path)
+        return
+    import pillow_heif
+
+    assert ".heic" in IMAGE_SUFFIXES
+    pillow_heif.register_heif_opener()
+    Image.new("RGB", (64, 48), (200, 30, 30)).save(path)
+    image = open_image(path)
+    assert image.size == (64, 48) and abs(image.getpixel((30, 20))[0] - 200) < 10

@@ -162,3 +162,10 @@ def test_printable_text_is_one_line_of_utf_8(text):
     shown = escape_unprintable(text)
     assert len(shown.splitlines()) <= 1
     shown.encode("utf-8")
+
+
+def test_images_of_formats_that_are_not_read_are_listed(tmp_path):
+    for name in ("a.png", "b.JXL", "c.svg", "d.jp2", "e.doc"):
+        (tmp_path / name).touch()
+    folder = scan_folder(tmp_path)
+    assert folder.images == ["a.png"] and folder.unread == ["b.JXL", "c.svg", "d.jp2"]

@@ -10,7 +10,8 @@ import pytest
 
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import get_family
-from caption_train.training.checkpoints.find import find_latest, follow, list_checkpoints, point
+from caption_train.system.files import follow_pointer
+from caption_train.training.checkpoints.find import find_latest, list_checkpoints, point
 from caption_train.training.monitor.validation import Evaluator
 from tests.fixtures.runs import prepare_run, read_log, train
 
@@ -222,10 +223,10 @@ def test_where_links_cannot_be_a_file_names_the_checkpoint(tmp_path, monkeypatch
     monkeypatch.setattr(os, "symlink", refuse)
     point(tmp_path, "last", tmp_path / "step-1")
     assert (tmp_path / "last").read_text() == "step-1"
-    assert follow(tmp_path / "last") == tmp_path / "step-1"
+    assert follow_pointer(tmp_path / "last") == tmp_path / "step-1"
     monkeypatch.undo()
     point(tmp_path, "last", tmp_path / "step-1")
-    assert (tmp_path / "last").is_symlink() and follow(tmp_path / "last") == tmp_path / "step-1"
+    assert (tmp_path / "last").is_symlink() and follow_pointer(tmp_path / "last") == tmp_path / "step-1"
 
 
 def test_the_manifest_does_not_mind_a_note_beside_the_files(finished, make):

@@ -10,7 +10,8 @@ import pytest
 
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import get_family
-from caption_train.training.checkpoints.find import BEST, find_last_run, follow
+from caption_train.system.files import follow_pointer
+from caption_train.training.checkpoints.find import BEST, find_last_run
 from caption_train.training.monitor.log import LOG_FILE
 from caption_train.training.prepare import prepare_training
 from tests.fixtures.forked import start
@@ -57,7 +58,7 @@ def test_a_third_run_names_the_log_of_one_that_was_killed_before_it_saved_by_its
 def test_the_first_run_resumed_gets_its_log_back(make, tmp_path):
     out = tmp_path / "out"
     train("blip", make(epochs=1))
-    checkpoint, log = follow(out / "last"), (out / LOG_FILE).read_text()
+    checkpoint, log = follow_pointer(out / "last"), (out / LOG_FILE).read_text()
     train("blip", make(epochs=1, seed=7))
     second, other = find_last_run(out), (out / LOG_FILE).read_text()
     train("blip", make(epochs=2, resume=str(checkpoint)))

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from caption_train.errors import CaptionTrainError
-from caption_train.system.files import find_free_name, hash_file, read_json_object, write_atomically
+from caption_train.system.files import (
+    find_free_name,
+    follow_pointer,
+    hash_file,
+    read_json_object,
+    write_atomically,
+)
 from caption_train.training.checkpoints.progress import PROGRESS_FILE
 
 MANIFEST = "manifest.json"
@@ -47,19 +53,8 @@ def _keep_real_folder(pointer: Path) -> None:
 
 def find_last_run(output_dir: Path) -> str | None:
     """Return the id of the run that `last` points to a checkpoint of, or None."""
-    run_id = _read_progress(follow(output_dir / LAST)).get("run_id")
+    run_id = _read_progress(follow_pointer(output_dir / LAST)).get("run_id")
     return run_id if isinstance(run_id, str) else None
-
-
-def follow(path: Path) -> Path:
-    """Return the folder that `path` is or points to, resolved; `path` itself if it points to none."""
-    try:
-        if path.is_file() and path.stat().st_size < 1000:
-            path = path.with_name(path.read_text(encoding="utf-8"))
-        return path.resolve()
-    # RuntimeError: a loop of links.
-    except (OSError, ValueError, RuntimeError):
-        return path
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -100,7 +95,7 @@ def find_damage(checkpoint: Path) -> str | None:
 def find_latest(output_dir: Path) -> tuple[Path | None, list[str]]:
     """Return the newest undamaged checkpoint, or None, and one line per damaged checkpoint that is newer."""
     passed, found = [], list_checkpoints(output_dir)
-    last = follow(output_dir / LAST)
+    last = follow_pointer(output_dir / LAST)
     if os.path.lexists(output_dir / LAST) and last.name not in {path.name for path in found}:
         passed.append(f"{output_dir / LAST}: leads to {last.name}, which is no checkpoint; passed over")
     for checkpoint in found:

@@ -1,0 +1,103 @@
+"""`--dtype auto` and `--quantize` when captioning, and what an unfinished run's folder says."""
+
+import json
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+from caption_train.adapters.record import read_adapter, resolve_base
+from caption_train.captioning.generate import find_dtype, load_captioner
+from caption_train.cli.commands import caption_main
+from caption_train.config.captioning import CaptionOptions
+from caption_train.errors import UsageError
+from caption_train.families import get_family
+from caption_train.system import devices
+from tests.fixtures.runs import make_options, train, write_pairs
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_base, tmp_path_factory):
+    """The folder of a small trained LoRA for BLIP."""
+    folder = tmp_path_factory.mktemp("precision")
+    data = write_pairs(folder / "images", 2)
+    train(
+        "blip",
+        make_options("blip", tiny_base("blip"), data, folder / "lora", epochs=1, mixed_precision="bf16"),
+    )
+    return folder / "lora"
+
+
+@pytest.mark.parametrize(
+    ("name", "trained", "has", "found"),
+    [
+        ("float32", "bf16", True, torch.float32),
+        ("float16", "no", True, torch.float16),
+        ("auto", "bf16", True, torch.bfloat16),
+        ("auto", "bf16", False, torch.float32),
+        ("auto", None, True, torch.bfloat16),
+        ("auto", "no", True, torch.float32),
+        ("auto", "fp16", True, torch.float32),
+    ],
+)
+def test_auto_is_what_the_adapter_was_trained_in_if_the_device_has_it(name, trained, has, found, monkeypatch):
+    monkeypatch.setattr(devices, "has_bfloat16", lambda device: has)
+    assert devices.choose_dtype(name, trained, CPU) == found
+
+
+def test_the_precision_of_an_adapter_is_read_from_its_record(adapter, monkeypatch):
+    monkeypatch.setattr(devices, "has_bfloat16", lambda device: True)
+    assert read_adapter(adapter).mixed_precision == "bf16"
+    options = CaptionOptions(images=["a.png"], peft_model=adapter, dtype="auto")
+    assert find_dtype(options, CPU) == torch.bfloat16
+    given = CaptionOptions(images=["a.png"], quantize="4bit", sources={"dtype": "command line"})
+    assert find_dtype(given, CPU) == torch.float32, "--dtype float32 counts where it is given"
+    assert find_dtype(CaptionOptions(images=["a.png"], quantize="4bit"), CPU) == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_captions_come_from_a_quantized_base_with_an_adapter(adapter, kind, tmp_path, capsys):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    family, layers = get_family("blip"), {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}
+    options = CaptionOptions(images=["a.png"], peft_model=adapter, quantize=kind)
+    base = resolve_base(family, None, None, None, read_adapter(adapter))
+    model, _ = load_captioner(family, base, options, CPU)
+    assert any(isinstance(module, getattr(bitsandbytes.nn, layers[kind])) for module in model.modules())
+
+    Image.effect_noise((40, 40), 90).convert("RGB").save(tmp_path / "a.png")
+    flags = ["--peft_model", str(adapter), "--quantize", kind, "--device", "cpu", "--max_token_length", "4"]
+    assert caption_main("blip", [str(tmp_path), *flags, "--output", str(tmp_path / "out.jsonl")]) == 0
+    assert json.loads((tmp_path / "out.jsonl").read_text())["file_name"].endswith("a.png")
+    assert f"the base in {kind}" in capsys.readouterr().err
+
+
+def test_quantizing_a_served_model_is_refused():
+    problems = CaptionOptions(images=["a"], endpoint="http://x", model="m", quantize="4bit").check()
+    assert problems == ["--quantize is for models loaded here: drop it, or --endpoint"]
+
+
+def test_the_folder_of_an_unfinished_run_names_what_can_be_used(adapter, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "last").symlink_to(adapter, target_is_directory=True)
+    with pytest.raises(UsageError, match=f"a run that has not finished; take {re.escape(str(run))}/last$"):
+        read_adapter(run)
+    assert read_adapter(run / "last").family == "blip"
+    (run / "best").symlink_to(adapter, target_is_directory=True)
+    with pytest.raises(UsageError, match=r"best or .*last$"):
+        read_adapter(run)
+
+
+def test_a_name_that_is_a_file_where_there_are_no_links_leads_to_its_checkpoint(adapter, tmp_path, tiny_base):
+    adapter.rename(tmp_path / "step-1")
+    (tmp_path / "last").write_text("step-1")
+    try:
+        assert read_adapter(tmp_path / "last").family == "blip"
+        options = CaptionOptions(images=["a.png"], peft_model=tmp_path / "last")
+        base = resolve_base(get_family("blip"), None, None, None, read_adapter(tmp_path / "last"))
+        assert load_captioner(get_family("blip"), base, options, CPU)[0].peft_config
+    finally:
+        (tmp_path / "step-1").rename(adapter)
