@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 
+from scripts import make_venv
 from scripts.quickstart_report import exact_match, main, read_references
 from tests.fixtures.paths import REPOSITORY
 
@@ -62,4 +63,29 @@ def test_help_says_how_it_is_called():
     done = subprocess.run(
         ["bash", REPOSITORY / "scripts/quickstart.sh", "--help"], capture_output=True, text=True, check=True
     )
-    assert done.stdout.startswith("usage: bash scripts/quickstart.sh [--family ")
+    assert done.stdout.startswith("usage: bash scripts/quickstart.sh ") and "moondream" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["quickstart", "test"])
+def test_powershell_runs_what_bash_runs(name):
+    """The two only find Python: all else is in the script that they call with their arguments."""
+    called = {"quickstart": "quickstart.py", "test": "run_tests.py"}[name]
+    bash = (REPOSITORY / f"scripts/{name}.sh").read_text("utf-8").splitlines()
+    powershell = (REPOSITORY / f"scripts/{name}.ps1").read_text("utf-8").splitlines()
+    assert f'/{called}" "$@"' in bash[-1] and bash[-1].startswith("exec ")
+    assert powershell[-2:] == [f'& $python "$PSScriptRoot/{called}" @args', "exit $LASTEXITCODE"]
+
+
+def test_an_old_python_looks_for_a_new_one(tmp_path, monkeypatch):
+    old, new = tmp_path / "old", tmp_path / "new"
+    for path, code in ((old, 1), (new, 0)):
+        path.write_text(f"#!/bin/sh\nexit {code}\n")
+        path.chmod(0o755)
+    monkeypatch.setenv("PYTHON", str(old))
+    monkeypatch.setattr(make_venv, "NAMES", (str(tmp_path / "absent"), str(new)))
+    monkeypatch.setattr(make_venv.sys, "executable", str(old))
+    assert make_venv.find_python() == str(new)
+    monkeypatch.setattr(make_venv, "NAMES", ())
+    with pytest.raises(SystemExit) as ended:
+        make_venv.find_python()
+    assert ended.value.code == 2
