@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights
 from torch import nn
 
 from caption_train.adapters.patterns import check_patterns
@@ -29,10 +29,31 @@ def load_adapter(model: nn.Module, folder: Path | str, family: Family) -> PeftMo
     Raises:
         CaptionTrainError: the adapter cannot be read, or its tensors do not fit this base.
     """
-    from peft import PeftConfig, load_peft_weights
+    config, weights = read_weights(model, folder, family)
+    config.inference_mode = True
+    with explaining_damage(f"--peft_model {folder}: cannot be loaded on this base", partial(_reason, folder)):
+        return fill_adapter(get_peft_model(model, config), weights, folder).eval()
 
+
+def read_weights(
+    model: nn.Module, folder: Path | str, family: Family, flag: str = "--peft_model"
+) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+    """Read a saved adapter, converted where another tool saved it.
+
+    Args:
+        model: the base model.
+        folder: the adapter's folder.
+        family: the model's family.
+        flag: the flag that names the adapter, for messages.
+
+    Returns:
+        Its configuration and its tensors, named as PEFT names them for this base.
+
+    Raises:
+        CaptionTrainError: the adapter cannot be read.
+    """
     folder = find_adapter(folder)
-    what = f"--peft_model {folder}"
+    what = f"{flag} {folder}"
     refuse_odd_files(folder, what)
     with explaining_damage(f"{what}: cannot be loaded on this base", partial(_reason, folder)):
         names = [name for name, _ in model.named_modules()]
@@ -41,21 +62,21 @@ def load_adapter(model: nn.Module, folder: Path | str, family: Family) -> PeftMo
         # Checked here, because PEFT would look for missing weights on the hub.
         if converted is None and not any((Path(folder) / name).is_file() for name in WEIGHT_FILES):
             raise OSError(f"there are no weights: none of {', '.join(WEIGHT_FILES)}")
-        config, weights = converted or (
+        return converted or (
             PeftConfig.from_pretrained(str(folder)),
             load_peft_weights(str(folder), device="cpu"),
         )
-        config.inference_mode = True
-        return fill_adapter(get_peft_model(model, config), weights, folder).eval()
 
 
-def fill_adapter(model: PeftModel, weights: dict[str, torch.Tensor], folder: Path | str) -> PeftModel:
+def fill_adapter(
+    model: PeftModel, weights: dict[str, torch.Tensor], folder: Path | str, flag: str = "--peft_model"
+) -> PeftModel:
     """Load an adapter's tensors into the modules made for them.
 
     Args:
         model: the model with an adapter of the same configuration.
         weights: name → tensor.
-        folder: where they come from, for messages.
+        folder, flag: where they come from, for messages.
 
     Raises:
         CaptionTrainError: a tensor is missing, left over or of another shape.
@@ -72,7 +93,7 @@ def fill_adapter(model: PeftModel, weights: dict[str, torch.Tensor], folder: Pat
     ]
     if wrong:
         raise CaptionTrainError(
-            f"--peft_model {folder}: does not fit this base: {len(wrong)} of {len(expected)} tensors have no "
+            f"{flag} {folder}: does not fit this base: {len(wrong)} of {len(expected)} tensors have no "
             f"counterpart of their shape, such as {wrong[0]}"
         )
     set_peft_model_state_dict(model, weights)

@@ -49,8 +49,12 @@ def find_adapter(folder: Path | str) -> Path:
     return follow_pointer(Path(folder)) if Path(folder).is_file() else Path(folder)
 
 
-def read_adapter(folder: Path | str) -> AdapterInfo:
+def read_adapter(folder: Path | str, flag: str = "--peft_model") -> AdapterInfo:
     """Read training.json and adapter_config.json of an adapter, without its weights.
+
+    Args:
+        folder: the adapter's folder, or the `last` or `best` of a run.
+        flag: the flag that names it, for messages.
 
     Raises:
         UsageError: there is no such folder, or it holds no PEFT adapter.
@@ -58,15 +62,15 @@ def read_adapter(folder: Path | str) -> AdapterInfo:
     """
     folder = find_adapter(folder)
     if not folder.is_dir():
-        raise UsageError(f"--peft_model {folder}: there is no such folder")
+        raise UsageError(f"{flag} {folder}: there is no such folder")
     config = _read_json(folder / "adapter_config.json")
     if config is None and (folder / "config.json").is_file():
-        raise UsageError(f"--peft_model {folder}: a full model: use --base_model {folder}")
+        raise UsageError(f"{flag} {folder}: a full model: use --base_model {folder}")
     saved = [str(folder / name) for name in ("best", "last") if os.path.lexists(folder / name)]
     if config is None and saved:
-        raise UsageError(f"--peft_model {folder}: a run that has not finished; take {' or '.join(saved)}")
+        raise UsageError(f"{flag} {folder}: a run that has not finished; take {' or '.join(saved)}")
     if config is None:
-        raise UsageError(f"--peft_model {folder}: holds no adapter_config.json, so it is no PEFT adapter")
+        raise UsageError(f"{flag} {folder}: holds no adapter_config.json, so it is no PEFT adapter")
     training = _read_json(folder / TRAINING_FILE) or {}
     return AdapterInfo(
         folder,
@@ -109,6 +113,7 @@ def resolve_base(
     *,
     settings: Mapping[str, Any] | None = None,
     flag: str = "--base_model",
+    adapter_flag: str = "--peft_model",
 ) -> Base:
     """Decide which base, revision and prompt to train, caption, plan or export with. Nothing is loaded.
 
@@ -120,7 +125,7 @@ def resolve_base(
         model_id, revision, prompt: what the user gave, None where nothing.
         adapter: what goes on the base, if anything does.
         settings: values of the flags in `family.settings`, None where the user gave none.
-        flag: the flag that names the model, for messages.
+        flag, adapter_flag: the flags that name model and adapter, for messages.
 
     Raises:
         UsageError: the adapter was trained on another base or family, or the family cannot read the prompt.
@@ -131,7 +136,7 @@ def resolve_base(
     if model_id is None:
         raise UsageError(f"{flag} is required: a hub id such as {family.example_model}, or a folder")
     if adapter is not None:
-        check_base(adapter, family.name, model_id, family.base_models)
+        check_base(adapter, family.name, model_id, family.base_models, adapter_flag, flag)
         revision = revision or (adapter.revision if model_id == adapter.base_model else None)
     if model_id == family.model_id:
         # The family's revision belongs to its default model; other models have other revisions.
@@ -199,7 +204,14 @@ def _read_base_settings(base_model: str, family: str, flag: str) -> dict[str, An
     return {"prompt": training.get("prompt"), **(training.get("settings") or {})}
 
 
-def check_base(adapter: AdapterInfo, family: str, base_model: str, base_models: Iterable[str]) -> None:
+def check_base(
+    adapter: AdapterInfo,
+    family: str,
+    base_model: str,
+    base_models: Iterable[str],
+    flag: str = "--peft_model",
+    base_flag: str = "--base_model",
+) -> None:
     """Raise UsageError if the adapter was trained on another base, before anything is loaded.
 
     A base in a folder may have been moved, so only two ids on the hub are known to differ.
@@ -209,16 +221,15 @@ def check_base(adapter: AdapterInfo, family: str, base_model: str, base_models: 
         family: the name of the family to load it with.
         base_model: the base to load it onto.
         base_models: the family's official models.
+        flag, base_flag: the flags that name adapter and base, for messages.
     """
-    _check_family(f"--peft_model {adapter.folder}", adapter.family, family)
+    _check_family(f"{flag} {adapter.folder}", adapter.family, family)
     if base_model == adapter.base_model and Path(base_model).is_absolute() and not Path(base_model).is_dir():
-        raise UsageError(
-            f"--peft_model {adapter.folder}: trained on {base_model}, which is gone; give --base_model"
-        )
+        raise UsageError(f"{flag} {adapter.folder}: trained on {base_model}, which is gone; give {base_flag}")
     known = set(base_models)
     if adapter.base_model in known and base_model in known and adapter.base_model != base_model:
         raise UsageError(
-            f"--peft_model {adapter.folder}: trained on {adapter.base_model}, not --base_model {base_model}"
+            f"{flag} {adapter.folder}: trained on {adapter.base_model}, not {base_flag} {base_model}"
         )
 
 

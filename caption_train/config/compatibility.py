@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 PRINCIPAL = ("pissa", "pissa_niter_16", "olora")
@@ -34,6 +35,7 @@ class Setup:
     precision: str | None
     distributed: str | None = None
     auto_batch_size: bool = False
+    init_adapter: Path | None = None
 
     @property
     def sharded(self) -> str | None:
@@ -87,6 +89,12 @@ REFUSALS = (
     ),
     _refuse_without_lora("lora_plus_ratio"),
     _refuse_without_lora("init_lora_weights", " {init_lora_weights}"),
+    _refuse_without_lora("init_adapter", " {init_adapter}"),
+    Refusal(
+        lambda s: s.init_adapter is not None and s.init_lora_weights is not None,
+        "--init_lora_weights {init_lora_weights} cannot be combined with --init_adapter, whose weights the "
+        "LoRA starts from: drop one of them",
+    ),
     Refusal(
         lambda s: s.init_lora_weights in PRINCIPAL and s.quantize is not None,
         "--init_lora_weights {init_lora_weights} cannot be combined with --quantize {quantize}: it changes "

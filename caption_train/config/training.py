@@ -113,6 +113,11 @@ class TrainOptions:
         "(if not given)",
         choices=INITS,
     )
+    init_adapter: Path | None = _lora(
+        None,
+        "go on from this LoRA on more or other data: its weights, rank and targets, a new schedule",
+        recorded="if given",
+    )
     lora_plus_ratio: float | None = _lora(
         None, "learning rate of every lora_B in units of lora_A's; LoRA+ suggests 16 (1 if not given)"
     )

@@ -10,7 +10,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from caption_train.adapters.continuing import adopt_adapter
 from caption_train.adapters.initialization import initialize_lora
+from caption_train.adapters.load import fill_adapter, read_weights
 from caption_train.adapters.lora import wrap_with_lora
 from caption_train.adapters.quantization import make_quantization_config, prepare_quantized
 from caption_train.adapters.record import (
@@ -37,8 +39,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def resolve_options(options: TrainOptions, family: Family) -> tuple[TrainOptions, Base]:
     """Return the options with what the base decides filled in, and the base."""
     prompt, settings = read_request(options, family)
+    options, adapter = adopt_adapter(options)
     base = resolve_base(
-        family, options.model_id, options.revision, prompt, settings=settings, flag="--model_id"
+        family,
+        options.model_id,
+        options.revision,
+        prompt,
+        adapter,
+        settings=settings,
+        flag="--model_id",
+        adapter_flag="--init_adapter",
     )
     targets = options.target_modules or list(base.facts.lora_target_modules)
     # In one order and spelling: a resumed run compares them as text.
@@ -86,6 +96,9 @@ def load_trainable(
         )
         model = prepare_quantized(model)
     if is_lora:
+        start = None
+        if options.init_adapter and checkpoint is None:
+            _, start = read_weights(model, options.init_adapter, family, "--init_adapter")
         model = wrap_with_lora(
             model,
             options.target_modules,
@@ -99,6 +112,8 @@ def load_trainable(
         )
         _name_base(model, options)
         initialize_lora(model, options, accelerator.device, checkpoint)
+        if start is not None:
+            fill_adapter(model, start, options.init_adapter, "--init_adapter")
     else:
         freeze_outside(model, parts)
     if options.gradient_checkpointing or options.activation_checkpointing:
