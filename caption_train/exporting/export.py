@@ -5,6 +5,7 @@ A family with a second layout provides `save_legacy`, `save_adapter` and `prepar
 
 from __future__ import annotations
 
+import gc
 import shutil
 import tempfile
 from contextlib import suppress
@@ -22,9 +23,10 @@ from caption_train.system.lock import LOCK_FILE, OutputLock
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
     from caption_train.adapters.record import Base
-    from caption_train.families.base import Family
+    from caption_train.families.base import Family, Generated
 
 
 PARTIAL = ".export-"
@@ -84,17 +86,13 @@ def export(options: ExportOptions, family: Family) -> str:
     lock = OutputLock(partial_folder)
     try:
         lock.acquire()
-        whole = options.merge or not options.is_adapter
-        if whole:
+        if options.merge or not options.is_adapter:
             _write_model(options, family, model, processor, partial_folder, base)
-            del model
-            model, processor = _load(family, replace(base, model_id=str(partial_folder), revision=None))
         else:
             _write_adapter(options, family, model, partial_folder)
-            model = load_adapter(_load(family, base)[0], partial_folder, family)
-        after = caption_once(family, model, processor, image, base.prompt)
+        del model
+        after = _caption_again(options, family, base, partial_folder, image)
         if before.token_ids != after.token_ids and options.merge and options.dtype == "auto":
-            del model
             report = export(replace(options, dtype="float32"), family)
             return f"{report} in float32: the base's own precision rounds the merge to other tokens"
         check_same_tokens(before, after, options)
@@ -108,6 +106,24 @@ def export(options: ExportOptions, family: Family) -> str:
         f"before: {before.text}\nafter:  {after.text}\n"
         f"The {len(after.token_ids)} tokens agree. Written to {options.output_dir}"
     )
+
+
+def _caption_again(
+    options: ExportOptions, family: Family, base: Base, folder: Path, image: Image.Image
+) -> Generated:
+    """Caption the image with what was written to `folder`."""
+    if options.merge or not options.is_adapter:
+        model, processor = _load(family, replace(base, model_id=str(folder), revision=None))
+    else:
+        from caption_train.adapters.load import load_adapter
+
+        model, processor = _load(family, base)
+        model = load_adapter(model, folder, family)
+    result = caption_once(family, model, processor, image, base.prompt)
+    # Its weights are mapped from the files, and Windows renames no folder with a file that is in use.
+    del model
+    gc.collect()
+    return result
 
 
 def _load(family: Family, base: Base) -> tuple[Any, Any]:
