@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from caption_train.config.training import TrainOptions
+from caption_train.system.devices import has_bfloat16
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -20,15 +21,21 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def make_quantization_config(
-    options: TrainOptions, mixed_precision: str | None = None, parts: Mapping[str, str] | None = None
+    options: TrainOptions,
+    mixed_precision: str | None = None,
+    parts: Mapping[str, str] | None = None,
+    device: torch.device | None = None,
 ) -> "BitsAndBytesConfig | None":
     """Return what `from_pretrained` needs to quantize a base to train, or None without `--quantize`.
+
+    Without mixed precision, a GPU that has bfloat16 computes in it: the weights are rounded anyway.
 
     Args:
         options: the options of the run.
         mixed_precision: the precision of matrix products, as the accelerator resolved it; by default the
             flag's.
         parts: the family's parts, for `--quantize_parts`.
+        device: where the model will run.
     """
     if options.quantize is None:
         return None
@@ -38,6 +45,8 @@ def make_quantization_config(
         kept = [pattern for name, pattern in parts.items() if name not in options.quantize_parts]
         skipped = [*kept, *HEADS]
     dtype = COMPUTE_DTYPES[mixed_precision or options.mixed_precision or "no"]
+    if device is not None and device.type != "cpu" and dtype == torch.float32 and has_bfloat16(device):
+        dtype = torch.bfloat16
     return quantization_config(options.quantize, dtype, skipped)
 
 

@@ -24,7 +24,7 @@ from caption_train.errors import CaptionTrainError, UsageError, is_out_of_memory
 from caption_train.families.base import Family, Generated
 from caption_train.system.console import escape_unprintable
 from caption_train.system.damage import explaining_damage
-from caption_train.system.devices import choose_dtype, move_batch
+from caption_train.system.devices import choose_dtype, move_batch, use_tensor_cores
 from caption_train.system.signals import ignore_in_worker
 from caption_train.system.workers import hand_over, limit_workers, reading
 
@@ -76,6 +76,7 @@ def load_captioner(
     Raises:
         CaptionTrainError: the base or adapter cannot be loaded, or memory does not suffice.
     """
+    use_tensor_cores(device)
     dtype = find_dtype(options, device)
     quantization = quantization_config(options.quantize, dtype) if options.quantize else None
     with out_of_memory_explained(device, options.batch_size), naming_model("--base_model"):

@@ -49,7 +49,9 @@ class TrainOptions:
     shuffle_captions: bool = _data(False, "shuffle the comma-separated tags of a caption anew every epoch")
     keep_tokens: int = _data(0, "with --shuffle_captions, leave the first N tags in place")
     caption_dropout: float = _data(0.0, "probability of training on an empty caption")
-    num_workers: int = _data(0, "processes that read and resize images ahead of the model")
+    num_workers: int = _data(
+        0, "processes that read and resize images ahead of the model (with a GPU up to 4, if not given)"
+    )
     worker_timeout: int = _data(
         600, "seconds to wait for a batch of --num_workers; 0 waits for ever", recorded=False
     )

@@ -15,6 +15,7 @@ from caption_train.errors import ProcessError
 from caption_train.system.signals import NoAnswer, limiting_wait, was_interrupted
 
 if TYPE_CHECKING:
+    import torch
     from torch.utils.data import DataLoader
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -55,6 +56,15 @@ def limit_workers(asked: int, measure_batch: Callable[[], int]) -> tuple[int, st
     if room >= asked:
         return asked, None
     return room, f"--num_workers {asked}: {room or 'none'} used: {problems[room]}"
+
+
+def default_workers(device: torch.device, processes: int = 1) -> int:
+    """Return how many workers a training process has if none are asked for: with a GPU up to 4, else none.
+
+    On a CPU, the model has all cores to itself.
+    """
+    cores = (os.cpu_count() or 1) // processes
+    return max(0, min(4, cores - 1)) if device.type == "cuda" else 0
 
 
 def _read_file_limit() -> int | None:

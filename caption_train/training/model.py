@@ -86,7 +86,9 @@ def load_trainable(
     is_lora = options.train_method == "lora"
     parts = [facts.parts[part] for part in options.train_parts]
     dtype = options.dtype if options.dtype != "auto" else half if is_lora else "float32"
-    quantization = make_quantization_config(options, accelerator.mixed_precision, facts.parts)
+    quantization = make_quantization_config(
+        options, accelerator.mixed_precision, facts.parts, accelerator.device
+    )
     with trimming_heap() if quantization else nullcontext():
         model, processor = family.load(
             options.model_id if is_lora or checkpoint is None else str(checkpoint),

@@ -22,7 +22,7 @@ from caption_train.families.weight_files import find_commit
 from caption_train.system.console import print_once
 from caption_train.system.launcher import notice_launcher
 from caption_train.system.lock import OutputLock
-from caption_train.system.workers import limit_workers
+from caption_train.system.workers import default_workers, limit_workers
 from caption_train.training.batch_size import fit_batch_size
 from caption_train.training.checkpoints.find import BEST, forget
 from caption_train.training.checkpoints.store import clear_partial, explain_failure
@@ -149,7 +149,10 @@ def _load(
 def _limit_workers(start: Start, measure_inputs: Callable[[], int], accelerator: Accelerator) -> Start:
     """Return the start with as many `--num_workers` as the shared memory of this machine has room for."""
     options = start.options
-    workers, line = limit_workers(options.num_workers, lambda: measure_inputs() * options.batch_size)
+    asked = options.num_workers
+    if "num_workers" not in options.sources:
+        asked = asked or default_workers(accelerator.device, accelerator.num_processes)
+    workers, line = limit_workers(asked, lambda: measure_inputs() * options.batch_size)
     if line:
         print_once(accelerator, line)
     return replace(start, options=replace(options, num_workers=workers))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from caption_train.adapters import quantization
 from caption_train.adapters.lora import wrap_with_lora
 from caption_train.adapters.quantization import HEADS, make_quantization_config, prepare_quantized
 from caption_train.config.training import TrainOptions
@@ -78,6 +79,17 @@ def test_the_compute_dtype_follows_the_mixed_precision():
     assert dtype(mixed_precision="bf16") == torch.bfloat16
     assert dtype("fp16") == torch.float16
     assert make_quantization_config(TrainOptions()) is None
+
+
+def test_without_mixed_precision_a_gpu_that_has_bfloat16_computes_in_it(monkeypatch):
+    monkeypatch.setattr(quantization, "has_bfloat16", lambda device: True)
+
+    def dtype(device, resolved="no"):
+        options = TrainOptions(quantize="4bit")
+        return make_quantization_config(options, resolved, device=torch.device(device)).bnb_4bit_compute_dtype
+
+    assert dtype("cuda") == torch.bfloat16 and dtype("cpu") == torch.float32
+    assert dtype("cuda", "fp16") == torch.float16
 
 
 def test_every_targeted_linear_is_held_in_nf4(family, folder):

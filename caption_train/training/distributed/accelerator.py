@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from caption_train.config.compatibility import check
 from caption_train.config.training import TrainOptions
 from caption_train.errors import UsageError
-from caption_train.system.devices import open_device
+from caption_train.system.devices import open_device, use_tensor_cores
 from caption_train.system.launcher import asks_for
 from caption_train.system.processes import is_one_of_several
 from caption_train.training.distributed import deepspeed, fsdp
@@ -56,6 +56,7 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
         distributed=fsdp.parallelism(accelerator),
     )
     _refuse(problems)
+    use_tensor_cores(accelerator.device)
     return accelerator
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -84,18 +84,26 @@ class Evaluator:
                 values |= self._score()
         return values
 
-    def _measure_loss(self) -> float:
+    @cached_property
+    def _loader(self) -> DataLoader:
+        """The batches of this process. Workers stay from one validation to the next."""
         run, accelerator = self.run, self.run.accelerator
         share = range(accelerator.process_index, len(self.pairs), accelerator.num_processes)
-        loader = DataLoader(
+        workers = run.options.num_workers
+        return DataLoader(
             CaptionDataset(self.pairs),
             batch_sampler=[[(0, index) for index in keys] for keys in _cut(share, run.plan.batch_size)],
             collate_fn=Collate(self.collate_fn),
-            num_workers=run.options.num_workers,
-            timeout=run.options.worker_timeout if run.options.num_workers else 0,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            timeout=run.options.worker_timeout if workers else 0,
+            pin_memory=accelerator.device.type == "cuda",
             worker_init_fn=ignore_in_worker,
             generator=torch.Generator().manual_seed(0),
         )
+
+    def _measure_loss(self) -> float:
+        run, accelerator, loader = self.run, self.run.accelerator, self._loader
         losses, tokens, errors, latest = 0.0, 0, [], partial(describe_latest, run.options.output_dir)
         with evaluating(run) as model, reading(loader, latest) as batches:
             for batch in batches:
