@@ -59,6 +59,8 @@ def test_one_of_several_ends_without_freeing_anything(work, code, said):
 def test_a_group_that_is_left_is_not_freed(tmp_path):
     def work() -> None:
         distributed.init_process_group("gloo")
+        # The first rank serves what the other needs to join.
+        distributed.barrier()
         group = weakref.ref(distributed.group.WORLD)
         Processes(count=2).leave()
         assert not distributed.is_initialized() and group() is not None
