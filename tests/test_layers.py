@@ -17,7 +17,7 @@ SCRIPTS = sorted(path.name for path in REPOSITORY.glob("*.py"))
 HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate", "PIL", "numpy", "rich", "tqdm", "yaml"}
 LIGHT = ("", "version", "cli", "config", "errors", "data.formats", "data.scan", "system", "families.base")
 """What `--help` reads, with the families' own modules; it is imported with the standard library alone."""
-SHARED_BY_FAMILIES = {"families.base", "families.labels"}
+SHARED_BY_FAMILIES = {"families.base", "families.labels", "families.weight_files"}
 MOST_MODULES = 12
 
 
@@ -215,10 +215,10 @@ def test_a_script_only_names_its_family_and_hands_over():
 
 
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "flora-opt": "flora_opt"}
-RUN_AS_PROGRAMS = {"pytest", "ruff", "tensorboard"}
+RUN_AS_PROGRAMS = {"pytest-xdist", "pytest", "ruff", "tensorboard"}
 BROUGHT_ALONG = {"huggingface_hub", "packaging"}
 """By transformers, which pins what it can work with."""
-ON_REQUEST = {"deepspeed"}
+ON_REQUEST = {"pillow_heif", "deepspeed"}
 """Built from source when it is installed: for those who launch with it."""
 
 
