@@ -43,11 +43,11 @@ class SceneBatches(Dataset):
         places = [place_things(scene, rng) for scene in scenes]
         images = [draw_photo(scene, rng, where) for scene, where in zip(scenes, places, strict=True)]
         pixels = self.processor.image_processor.preprocess(images, return_tensors="pt")["pixel_values"]
-        told = [self._tell(scene, rng) for scene in scenes for _ in range(CAPTIONS)]
-        length = max(len(prompt) + len(answer) for prompt, answer in told)
-        tokens = torch.zeros(len(told), length, dtype=torch.long)
+        examples = [self._make_example(scene, rng) for scene in scenes for _ in range(CAPTIONS)]
+        length = max(len(prompt) + len(answer) for prompt, answer in examples)
+        tokens = torch.zeros(len(examples), length, dtype=torch.long)
         labels = torch.full_like(tokens, -100)
-        for row, (prompt, answer) in enumerate(told):
+        for row, (prompt, answer) in enumerate(examples):
             end = len(prompt) + len(answer)
             tokens[row, :end] = torch.tensor(prompt + answer)
             labels[row, len(prompt) : end] = torch.tensor(answer)
@@ -59,7 +59,7 @@ class SceneBatches(Dataset):
             "places": places,
         }
 
-    def _tell(self, scene: Any, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    def _make_example(self, scene: Any, rng: np.random.Generator) -> tuple[list[int], list[int]]:
         """Return the ids of a prompt, and of the answer with its end."""
         style = sample_style(rng)
         asks_task = style in TASK_STYLES and rng.random() < 0.7

@@ -72,10 +72,10 @@ class CaptionJob:
         self.outputs = open_outputs(options, family, self.processes.rank)
         self.plan = self.processes.share(lambda: make_plan(options, family, self.outputs))
         self.lines: list[tuple[int, str]] = []
-        self.tally = CaptioningSummary()
+        self.summary = CaptioningSummary()
         if self.processes.is_main:
-            self.tally.kept = len(self.plan.images) - len(self.plan.pending)
-            self.tally.unreadable += self.plan.missing
+            self.summary.kept = len(self.plan.images) - len(self.plan.pending)
+            self.summary.unreadable += self.plan.missing
             print_line(*self.plan.unread)
 
     def run(self) -> int:
@@ -85,7 +85,7 @@ class CaptionJob:
             self.outputs.begin(self.plan.images)
         if share:
             self._caption(share)
-        total = sum(self.processes.gather(self.tally), CaptioningSummary())
+        total = sum(self.processes.gather(self.summary), CaptioningSummary())
         lines = self.processes.gather(self.lines)
         if self.processes.is_main:
             total.note_meanwhile(self.outputs.finish(self.plan.images))
@@ -99,10 +99,10 @@ class CaptionJob:
 
     def keep_finished(self) -> None:
         """Write what was finished before an interrupt or error. Other processes may still be running."""
-        if self.processes.is_main and self.tally.written:
+        if self.processes.is_main and self.summary.written:
             with suppress(CaptionTrainError):
                 complete = self.processes.count == 1
-                self.tally.note_meanwhile(self.outputs.finish(self.plan.images, complete=complete))
+                self.summary.note_meanwhile(self.outputs.finish(self.plan.images, complete=complete))
 
     def say_interrupted(self) -> None:
         """Print what is done, and how to continue."""
@@ -110,10 +110,10 @@ class CaptionJob:
         if self.options.overwrite and self.outputs.exist:
             kept = "written; without --overwrite the same command captions those that have none yet"
         alone = self.processes.count == 1
-        count = f"{self.tally.written} of {len(self.plan.pending)}" if alone else "finished"
+        count = f"{self.summary.written} of {len(self.plan.pending)}" if alone else "finished"
         if self.processes.is_main:
             print_line(f"Interrupted: {count} captions are {kept}")
-            print_line(*describe_meanwhile(self.tally.meanwhile))
+            print_line(*describe_meanwhile(self.summary.meanwhile))
 
     def _caption(self, share: Sequence[Path]) -> None:
         main = self.processes.is_main
@@ -122,7 +122,7 @@ class CaptionJob:
         with ProgressBar(len(share), "captioning", "image", shown=main) as bar:
             for number, result in enumerate(results):
                 line = self._handle(result)
-                self.tally.seconds = time.monotonic() - start
+                self.summary.seconds = time.monotonic() - start
                 bar.update(escape_unprintable(result.image.name)[:40])
                 if self.outputs.exist or isinstance(result, Unreadable):
                     continue
@@ -178,7 +178,7 @@ class CaptionJob:
     def _handle(self, result: CaptionResult | Unreadable) -> str:
         """Write and count the result of one image; return it as a line."""
         if isinstance(result, Unreadable):
-            self.tally.unreadable.append(result.reason)
+            self.summary.unreadable.append(result.reason)
             return result.reason
         options, generated = self.options, result.generated
         text = wrap_caption(
@@ -187,9 +187,9 @@ class CaptionJob:
         answer = self.family.parse_answer(generated.text, self.plan.base.prompt, result.size)
         remarks = find_remarks(generated)
         if not self.outputs.write(Caption(result.image, text, answer, remarks)):
-            self.tally.meanwhile.append(escape_unprintable(result.image))
+            self.summary.meanwhile.append(escape_unprintable(result.image))
             return f"{escape_unprintable(result.image)}: has a caption by now, which stays"
-        self.tally.count(str(result.image), remarks)
+        self.summary.count(str(result.image), remarks)
         return f"{escape_unprintable(result.image)}: {escape_unprintable(text)}"
 
     def _describe(self, device: torch.device, dtype: torch.dtype) -> str:

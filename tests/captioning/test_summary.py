@@ -34,10 +34,10 @@ def test_a_caption_may_be_cut_and_empty():
 
 
 def test_the_summary_names_all_unreadable_images_and_a_few_of_the_rest():
-    tally = CaptioningSummary(kept=2, unreadable=["bad.png: damaged"], seconds=2.0)
+    summary = CaptioningSummary(kept=2, unreadable=["bad.png: damaged"], seconds=2.0)
     for number in range(8):
-        tally.count(f"{number}.png", ["empty"])
-    assert tally.lines() == [
+        summary.count(f"{number}.png", ["empty"])
+    assert summary.lines() == [
         "8 images captioned in 2.0 s (4.00 images/s), 2 kept as they were (--overwrite captions them again)",
         "8 came out empty: 0.png, 1.png, 2.png, 3.png, 4.png and 3 more",
         "1 image could not be read:",

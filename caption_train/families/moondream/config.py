@@ -163,19 +163,19 @@ def native_dict(legacy: dict[str, Any], release: str | None = None) -> dict[str,
     facts = REVISIONS[release or find_release(legacy)]
     nested = legacy.get("config") or {}
     vision, tokenizer = nested.get("vision", {}), nested.get("tokenizer", {})
-    told = dict(facts)
+    settings = dict(facts)
     if "bos_id" in tokenizer:
-        told |= {
+        settings |= {
             "bos_token_id": tokenizer["bos_id"],
             "answer_token_id": tokenizer.get("answer_id"),
             "unused_token_ids": {
                 k: v for k, v in tokenizer.items() if k.endswith("_id") and k not in _USED_IDS
             },
-            "templates": tokenizer.get("templates") or told["templates"],
+            "templates": tokenizer.get("templates") or settings["templates"],
         }
         if tokenizer["bos_id"] != facts["bos_token_id"]:
-            told["question_space"] = tokenizer["bos_id"] == CODEGEN_ID
-    told |= {
+            settings["question_space"] = tokenizer["bos_id"] == CODEGEN_ID
+    settings |= {
         ours: vision[theirs]
         for ours, theirs in {
             "max_crops": "max_crops",
@@ -189,7 +189,7 @@ def native_dict(legacy: dict[str, Any], release: str | None = None) -> dict[str,
         "vision_config": make_vision_config(vision).to_dict(),
         "region": {**REGION_2B, **{k: v for k, v in nested.get("region", {}).items() if k in REGION_2B}},
         "dtype": legacy.get("dtype") or legacy.get("torch_dtype"),
-        **told,
+        **settings,
     }
 
 

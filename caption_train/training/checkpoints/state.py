@@ -80,7 +80,12 @@ def write_state(
 
 
 def read_state(
-    checkpoint: Path, accelerator: Accelerator, optimizer: Optimizer, lr_scheduler: LRScheduler, *, anew: bool
+    checkpoint: Path,
+    accelerator: Accelerator,
+    optimizer: Optimizer,
+    lr_scheduler: LRScheduler,
+    *,
+    keep_schedule: bool,
 ) -> tuple[list[dict[str, Any]], float]:
     """Restore optimizer, schedule and scaler from `checkpoint/state`.
 
@@ -89,7 +94,7 @@ def read_state(
         accelerator: the accelerator of this run.
         optimizer: the optimizer to restore.
         lr_scheduler: the schedule to restore.
-        anew: keep this run's learning rates and schedule, and only advance it to the saved step.
+        keep_schedule: keep this run's learning rates and schedule, and only advance it to the saved step.
 
     Returns:
         The random states, to be restored after everything that may draw random numbers, and the saved
@@ -122,7 +127,7 @@ def read_state(
     with explaining_damage(f"--resume {checkpoint}: its learning-rate schedule does not fit this run"):
         was = float(schedule["_last_lr"][0])
         steps = range(schedule["last_epoch"])
-    if anew:
+    if keep_schedule:
         for group, settings in zip(optimizer.param_groups, fresh, strict=True):
             group.update(settings)
         _catch_up(lr_scheduler, steps)

@@ -40,8 +40,8 @@ def rewrite(official, tmp_path):
     def rewrite(change=lambda tensors: tensors, save=None, config=lambda config: config, tokenizer=True):
         tensors = change(load_file(official[0] / "model.safetensors"))
         (save or (lambda t, folder: save_file(t, folder / "model.safetensors")))(tensors, tmp_path)
-        if (told := config(json.loads((official[0] / "config.json").read_text()))) is not None:
-            (tmp_path / "config.json").write_text(json.dumps(told))
+        if (changed := config(json.loads((official[0] / "config.json").read_text()))) is not None:
+            (tmp_path / "config.json").write_text(json.dumps(changed))
         if tokenizer:
             (tmp_path / "tokenizer.json").write_bytes((official[0] / "tokenizer.json").read_bytes())
         return str(tmp_path)

@@ -47,12 +47,12 @@ def test_an_official_folder_survives_loading_and_saving_bit_for_bit(tmp_path):
     ours, official = read_tensors_of(tmp_path), read_tensors()
     assert ours.keys() == official.keys()
     assert all(torch.equal(ours[name], official[name]) for name in official)
-    nested, told = (
+    nested, official_config = (
         json.loads((tmp_path / "config.json").read_text())["config"],
         read_json("tiny_mha/config.json")["config"],
     )
-    for part in told:
-        assert {k: v for k, v in told[part].items() if v is not None} == nested[part]
+    for part in official_config:
+        assert {k: v for k, v in official_config[part].items() if v is not None} == nested[part]
     assert same_state(model, FAMILY.load(str(tmp_path))[0])
 
 

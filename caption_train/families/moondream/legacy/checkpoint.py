@@ -156,8 +156,8 @@ def _check_release(model_id: str | Path, revision: str | None, legacy: dict[str,
         if revision not in (None, *REVISIONS):
             raise UsageError(f"--revision {revision}: the releases of Moondream 2 are {', '.join(RELEASES)}")
         return
-    told = "bos_id" in ((legacy.get("config") or {}).get("tokenizer") or {})
-    if revision not in (None, "main", *REVISIONS) and not told:
+    names_tokens = "bos_id" in ((legacy.get("config") or {}).get("tokenizer") or {})
+    if revision not in (None, "main", *REVISIONS) and not names_tokens:
         raise UsageError(
             f"--revision {revision}: nothing in {model_id} says whose prompts and tokenizer these weights "
             f"want. Name a release ({', '.join(RELEASES)}), or download it and give the "
@@ -198,7 +198,7 @@ def _describe(
 
 
 def _set_or_check(nested: dict[str, Any], label: str, key: str, seen: int) -> None:
-    told = nested.get(key)
-    if told is not None and told != seen:
-        raise CaptionTrainError(f"config.json says {label} = {told}, the weights have {seen}")
+    stated = nested.get(key)
+    if stated is not None and stated != seen:
+        raise CaptionTrainError(f"config.json says {label} = {stated}, the weights have {seen}")
     nested[key] = seen

@@ -143,8 +143,8 @@ def to_native(tensors: Mapping[str, torch.Tensor], config: MoondreamConfig) -> d
     if unknown := sorted(tensors.keys() - table.keys()):
         raise CaptionTrainError(f"{len(unknown)} tensors of the checkpoint have no place: {shorten(unknown)}")
     if misshapen := [name for name in table if tuple(tensors[name].shape) != shapes[name]]:
-        told = [f"{n} is {list(tensors[n].shape)}, not {list(shapes[n])}" for n in misshapen]
-        raise CaptionTrainError(f"{len(told)} tensors have another shape: {shorten(told)}")
+        shown = [f"{n} is {list(tensors[n].shape)}, not {list(shapes[n])}" for n in misshapen]
+        raise CaptionTrainError(f"{len(shown)} tensors have another shape: {shorten(shown)}")
     text, patch = config.text_config, config.vision_config.patch_size
     state = {}
     for theirs, ours in table.items():
