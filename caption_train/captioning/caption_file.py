@@ -6,11 +6,13 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from caption_train.captioning.outputs import Caption, Sink
 from caption_train.captioning.row_text import CsvTable, JsonLines, Row, Table
 from caption_train.data.formats import TEXT_COLUMNS
+from caption_train.data.text import refuse_odd_characters
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.system.console import escape_unprintable, print_line
 from caption_train.system.exclusive import Signature, create_atomically, replace_unchanged
@@ -47,7 +49,10 @@ class CaptionFile(Sink):
         )
         self._prefixes: dict[Path, str] = {}
         self._captions: dict[str, str] = {}
-        self._replaced: dict[str, list[str]] = {}
+        self._before: dict[str, list[str]] = {}
+        self._theirs: dict[str, str] = {}
+        self._seen: Signature | None = None
+        self._has_begun = False
 
     def pending(self, images: Sequence[Path]) -> list[Path]:
         """Lock the file, and find the captions in it and in the journals of killed runs.
@@ -73,24 +78,27 @@ class CaptionFile(Sink):
         return [image for image, name in names.items() if name not in self._captions]
 
     def begin(self, images: Sequence[Path]) -> None:
-        """Remember the captions that `overwrite` may replace."""
-        if self._overwrite:
-            for row in self._read_table().rows:
-                if (text := _text_of(row.values)) is not None:
-                    self._replaced.setdefault(row.values["file_name"], []).append(text)
+        """Remember the captions that are there, to notice those that somebody else writes from now on."""
+        self._seen, self._has_begun = Signature.of(behind_link(self.path)), True
+        for row in self._read_table().rows:
+            if (text := _text_of(row.values)) is not None:
+                self._before.setdefault(row.values["file_name"], []).append(text)
 
     def read(self, image: Path) -> str:
         """Return the caption in an image's row."""
         return self._captions[self.name_of(image)]
 
     def write(self, caption: Caption) -> Caption:
-        """Write one caption to the journal."""
-        row = {"file_name": self.name_of(caption.image), "text": caption.text}
+        """Write one caption to the journal, unless somebody else has given the image's row one by now."""
+        name = self.name_of(caption.image)
+        if (theirs := self._find_theirs(name)) is not None:
+            return replace(caption, text=theirs, answer=None, remarks=())
+        row = {"file_name": name, "text": caption.text}
         if not self.is_dataset:
             more = {"answer": caption.answer, "remarks": list(caption.remarks)}
             row |= {name: value for name, value in more.items() if value}
-        if replaced := self._replaced.get(row["file_name"]):
-            row[REPLACES] = replaced
+        if self._overwrite and name in self._before:
+            row[REPLACES] = self._before[name]
         self._append((json.dumps(row) + "\n").encode())
         return caption
 
@@ -153,6 +161,23 @@ class CaptionFile(Sink):
                 f"--output {self.path}: {self._journal_path} cannot be written: {error.strerror or error}"
             ) from error
 
+    def _find_theirs(self, name: str) -> str | None:
+        """Return the caption that somebody else has given a row since the run began, None if nobody has."""
+        now = Signature.of(behind_link(self.path)) if self._has_begun else self._seen
+        if now != self._seen:
+            try:
+                rows = [row.values for row in self._read_table().rows]
+            except UsageError:
+                return None  # Perhaps half of it is saved at this moment; `finish` reads it again.
+            self._seen = now
+            texts = [(row["file_name"], _text_of(row)) for row in rows]
+            self._theirs = {
+                name: text
+                for name, text in texts
+                if _is_text(text) and text not in self._before.get(name, ())
+            }
+        return self._theirs.get(name)
+
     def _merge(self, images: Sequence[Path]) -> list[str]:
         new = self._read_journals()
         places = {name: place for place, name in enumerate(map(self.name_of, images))}
@@ -162,7 +187,7 @@ class CaptionFile(Sink):
             if was is not None and not new:
                 return []
             table = self._read_table()
-            kept = _put_captions(table, new, places)
+            kept = [str(images[places[n]]) if n in places else n for n in _put_captions(table, new, places)]
             content = table.render().encode()
             if create_atomically(target, content) if was is None else replace_unchanged(target, content, was):
                 return kept
@@ -261,3 +286,12 @@ def _put_captions(table: Table, new: Mapping[str, Row], places: Mapping[str, int
 
 def _text_of(row: Row) -> str | None:
     return next((row[column] for column in TEXT_COLUMNS if isinstance(row.get(column), str)), None)
+
+
+def _is_text(text: str | None) -> bool:
+    """Tell whether a row has a caption that a caption file can hold too."""
+    try:
+        refuse_odd_characters(text or "")
+    except ValueError:
+        return False
+    return text is not None

@@ -226,7 +226,7 @@ def test_a_row_that_somebody_captions_while_the_run_is_at_work_wins(tmp_path):
         file.write(Caption(image, "by the model"))
     by_hand = '{"file_name": "a.png", "text": "by hand"}\n{"file_name": "new.png", "text": "by hand"}\n'
     path.write_text(by_hand)
-    assert file.finish(images) == ["a.png"]
+    assert file.finish(images) == [str(tmp_path / "a.png")]
     file.close()
     assert [row["text"] for row in rows_of(path)] == ["by hand", "by hand", "by the model"]
 
@@ -240,7 +240,7 @@ def test_even_overwrite_keeps_what_was_written_after_it_began(tmp_path):
     file.begin([image])
     file.write(Caption(image, "newer"))
     path.write_text("file_name,text\na.png,by hand\n")
-    assert file.finish([image]) == ["a.png"]
+    assert file.finish([image]) == [str(image)]
     file.close()
     assert path.read_text() == "file_name,text\na.png,by hand\n"
 

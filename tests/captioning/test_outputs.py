@@ -159,6 +159,33 @@ def test_what_came_while_the_run_was_at_work_goes_into_the_one_file_too(tmp_path
     assert [row["text"] for row in rows] == ["by hand", "of ü😀.jpg", "of c.d.webp"]
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_row_that_came_while_the_run_was_at_work_goes_beside_the_image_too(tmp_path, images, overwrite):
+    output = tmp_path / "captions.jsonl"
+    row = json.dumps({"file_name": "a b.png", "text": "by hand"}) + "\n"
+    options = {"save_captions": True, "output": output, "overwrite": overwrite}
+    assert save(images, lambda: output.write_text(row), **options) == ["a b.png"]
+    assert (tmp_path / "a b.txt").read_text() == "by hand\n"
+    assert [json.loads(line)["text"] for line in output.read_text().splitlines()] == [
+        *("by hand", "of ü😀.jpg", "of c.d.webp")
+    ]
+
+
+def test_a_file_saved_by_halves_or_with_half_characters_does_not_end_the_run(tmp_path, images):
+    output = tmp_path / "captions.jsonl"
+    odd = '{"file_name": "a b.png", "text": "\\ud83d"}\n'
+    kept = save(images, lambda: output.write_text(odd), save_captions=True, output=output)
+    assert odd in output.read_text() and kept == [str(images[0])]
+    outputs = open_outputs(CaptionOptions(images=["."], output=output, overwrite=True), FakeFamily())
+    outputs.find_pending(images)
+    outputs.begin(images)
+    output.write_text('{"file_name": "a b')
+    assert outputs.write(Caption(images[0], "ours"))
+    output.write_text('{"file_name": "a b.png", "text": "by hand"}\n')
+    assert outputs.finish(images) == [str(images[0])]
+    outputs.close()
+
+
 @pytest.mark.parametrize("saved", ["in place", "by a rename", "anew"])
 def test_even_overwrite_keeps_a_caption_that_was_written_after_it_began(tmp_path, images, saved):
     by_hand = tmp_path / "a b.txt"
