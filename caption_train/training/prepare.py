@@ -117,7 +117,7 @@ def _decide_start(
 ) -> Start:
     with raise_on_all_ranks(accelerator):
         if accelerator.is_main_process:
-            check_trackers(options.log_with)
+            check_trackers(options.log_with, options.output_dir)
         checkpoint, lines = find_resume_point(options)
         print_once(accelerator, *lines)
         if options.auto_batch_size and checkpoint is not None:
@@ -261,7 +261,8 @@ def _make_trainer(
         print_settings(options, run.record, run.plan, accelerator)
     if options.log_with:
         name = options.name or options.output_dir.name
-        start_trackers(accelerator, name, run.record.options, run.progress)
+        with raise_on_all_ranks(accelerator):
+            start_trackers(accelerator, name, run.record.options, run.progress)
     with raise_on_all_ranks(accelerator):
         log = RunLog(accelerator, options.output_dir, run.plan.first_step)
         if accelerator.is_main_process and run.plan.first_step == 0:

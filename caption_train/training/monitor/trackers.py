@@ -4,24 +4,40 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from caption_train.errors import UsageError
+from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.training.checkpoints.progress import Progress
 
+PROJECT = "caption-train"
+"""The project's name in wandb, and TensorBoard's folder in the output folder."""
 _LOGIN = "run `wandb login`, or set WANDB_MODE=offline"
 
 
-def check_trackers(log_with: str | None) -> None:
-    """Raise UsageError if the tracker of `--log_with` is not installed or not logged in."""
+def check_trackers(log_with: str | None, output_dir: Path) -> None:
+    """Raise UsageError if the tracker of `--log_with` is not installed, not logged in, or cannot write.
+
+    Args:
+        log_with: the flag.
+        output_dir: TensorBoard's records go into a folder there, which must be no link out of it.
+    """
     packages = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}.get(log_with, ())
     if packages and not any(map(find_spec, packages)):
         raise UsageError(f"--log_with {log_with}: not installed; pip install {packages[0]}")
     if log_with in ("wandb", "all") and find_spec("wandb"):
-        with _explain_login():
+        with _explain_failure():
             _check_login()
+    records = output_dir / PROJECT
+    if log_with in ("tensorboard", "all") and (
+        records.is_symlink() or (records.exists() and not records.is_dir())
+    ):
+        kind = "a link" if records.is_symlink() else "no folder"
+        raise UsageError(
+            f"--log_with {log_with}: {records} is {kind}, where TensorBoard's records go: move it away"
+        )
 
 
 def _check_login() -> None:
@@ -33,10 +49,13 @@ def _check_login() -> None:
 
 
 @contextmanager
-def _explain_login() -> Iterator[None]:
-    """Turn wandb's errors into one line."""
+def _explain_failure() -> Iterator[None]:
+    """Turn errors of wandb, and of the disk, into one line."""
     try:
         yield
+    except OSError as error:
+        reason = f"{error.filename or 'its records'}: {error.strerror or error}"
+        raise CaptionTrainError(f"--log_with: cannot be started: {reason}") from error
     except Exception as error:
         # Compared by name, because wandb may not be installed, so its errors cannot be imported.
         if type(error).__module__.partition(".")[0] != "wandb":
@@ -55,6 +74,9 @@ def start_trackers(
         name: the run's name in wandb.
         config: the settings of the run.
         progress: how far the run has come.
+
+    Raises:
+        UsageError, CaptionTrainError: a tracker cannot start.
     """
     # TensorBoard accepts only numbers, strings and booleans as settings.
     simple = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in config.items()}
@@ -62,6 +84,6 @@ def start_trackers(
         "wandb": {"name": name, "id": progress.run_id, "resume": "allow"},
         "tensorboard": {"purge_step": progress.global_step + 1},
     }
-    with _explain_login():
+    with _explain_failure():
         # TensorBoard shows settings that are written a second time as another run.
-        accelerator.init_trackers("caption-train", None if progress.global_step else simple, settings)
+        accelerator.init_trackers(PROJECT, None if progress.global_step else simple, settings)

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -79,9 +81,9 @@ def test_wandb_without_a_login_is_refused_before_a_run_starts(monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr(wandb, "login", lambda **settings: False)
     with pytest.raises(UsageError, match=r"--log_with wandb: .*`wandb login`.*WANDB_MODE=offline"):
-        check_trackers("wandb")
+        check_trackers("wandb", Path("out"))
     monkeypatch.setenv("WANDB_MODE", "offline")
-    check_trackers("wandb")
+    check_trackers("wandb", Path("out"))
 
 
 def test_what_wandb_raises_when_it_starts_is_one_line(tmp_path):
@@ -94,11 +96,37 @@ def test_what_wandb_raises_when_it_starts_is_one_line(tmp_path):
         start_trackers(SimpleNamespace(init_trackers=fail), "name", {}, Progress())
 
 
+@pytest.mark.parametrize("made", ["file", "pipe", "link", "link to nothing"])
+def test_tensorboard_writes_into_a_folder_of_the_run_alone(tmp_path, monkeypatch, made):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    pytest.importorskip("tensorboard")
+    records = tmp_path / "out" / "caption-train"
+    records.parent.mkdir()
+    make = {"file": records.touch, "pipe": lambda: os.mkfifo(records)}
+    make.get(made, lambda: records.symlink_to(tmp_path / made))()
+    (tmp_path / "link").mkdir()
+    with pytest.raises(
+        UsageError, match=r"--log_with all: .*caption-train is (a link|no folder).*move it away"
+    ):
+        check_trackers("all", records.parent)
+    assert not [*(tmp_path / "link").iterdir()] and not (tmp_path / "link to nothing").exists()
+    records.unlink()
+    check_trackers("all", records.parent)
+
+
+def test_a_tracker_that_the_disk_refuses_is_one_line():
+    def fail(*arguments):
+        raise PermissionError(13, "Permission denied", "out/caption-train")
+
+    with pytest.raises(CaptionTrainError, match=r"--log_with: .*out/caption-train: Permission denied"):
+        start_trackers(SimpleNamespace(init_trackers=fail), "name", {}, Progress())
+
+
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="pip install tensorboard"):
-        check_trackers("tensorboard")
-    check_trackers(None)
+        check_trackers("tensorboard", Path("out"))
+    check_trackers(None, Path("out"))
 
 
 def test_trackers_go_on_with_the_run_that_was_killed(tmp_path, monkeypatch):
