@@ -1,6 +1,8 @@
 """Defines the two errors that end a command. Each message is one line: the flag or file, and a remedy."""
 
 import errno
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,6 +33,15 @@ def naming_model(flag: str) -> Iterator[None]:
         yield
     except CaptionTrainError as error:
         raise type(error)(str(error).replace("--model_id", flag, 1)) from error
+
+
+def find_os_error(error: BaseException) -> OSError | None:
+    """Return the system's error inside an error of torch or safetensors; each wraps it differently."""
+    if isinstance(error, OSError):
+        return error
+    if number := re.search(r"os error (\d+)", str(error)):
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    return find_os_error(error.__context__) if error.__context__ else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from caption_train.cli.arguments import parse_options
-from caption_train.cli.exit_codes import run
+from caption_train.cli.exit_codes import advise_savers, run
 from caption_train.config.captioning import CaptionOptions
 from caption_train.config.compiling import CompileOptions
 from caption_train.config.training import TrainOptions
@@ -139,7 +139,7 @@ def train_main(family_name: str, argv: Sequence[str] | None = None, prog: str | 
             print_summary(summary, options, start)
         return 0
 
-    return run(work)
+    return run(work, advise_savers)
 
 
 def caption_main(family_name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -168,7 +168,7 @@ def caption_main(family_name: str, argv: Sequence[str] | None = None, prog: str 
 
         return caption_folder(options, family)
 
-    return run(work)
+    return run(work, lambda: "Use less with --batch_size 1 or --dtype bfloat16.")
 
 
 def compile_main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -187,7 +187,7 @@ def compile_main(argv: Sequence[str] | None = None, prog: str | None = None) -> 
 
         return compile_captions(options)
 
-    return run(work)
+    return run(work, lambda: "Close other programs, or leave out --check_images.")
 
 
 def export_main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -209,7 +209,7 @@ def export_main(argv: Sequence[str] | None = None, prog: str | None = None) -> i
         print_result(export(options, get_family(find_family(options))))
         return 0
 
-    return run(work)
+    return run(work, lambda: "Close other programs, or use a machine with more memory.")
 
 
 def _describe_training(title: str, prog: str) -> str:

@@ -7,21 +7,30 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from caption_train.errors import CaptionTrainError, is_out_of_memory
+from caption_train.errors import CaptionTrainError, find_os_error, is_out_of_memory
 from caption_train.system.console import quiet_libraries
 from caption_train.system.launcher import program_name
 from caption_train.system.processes import end_at_once, is_one_of_several
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
-"""Errors of the disk, for writes whose error is not explained elsewhere, such as a tracker's."""
+PLACE_ERRORS = (
+    *(errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.ENOTEMPTY, errno.EBUSY, errno.EMFILE, errno.ENFILE, errno.ESTALE),
+)
+"""Errors of the disk, and of what stands there, for files whose errors are not explained elsewhere."""
 
 
-def run(work: Callable[[], int]) -> int:
-    """Do the work, return its exit code; errors that a user can cause become one line, never a traceback."""
+def run(work: Callable[[], int], advise: Callable[[], str] = str) -> int:
+    """Do the work, return its exit code; errors that a user can cause become one line, never a traceback.
+
+    Args:
+        work: what to do; returns the exit code.
+        advise: returns which flags of this command need less memory, for when there is too little.
+    """
     if not is_one_of_several():
-        return _run(work)
+        return _run(work, advise)
     try:
-        code = _run(work)
+        code = _run(work, advise)
     except SystemExit as exit:
         code = exit.code
     except BaseException:
@@ -30,7 +39,7 @@ def run(work: Callable[[], int]) -> int:
     end_at_once(code)
 
 
-def _run(work: Callable[[], int]) -> int:
+def _run(work: Callable[[], int], advise: Callable[[], str]) -> int:
     quiet_libraries()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Captions may contain characters that the terminal's encoding lacks.
@@ -46,18 +55,21 @@ def _run(work: Callable[[], int]) -> int:
         # again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        return _fail(f"{error.filename or 'a file'}: cannot be written: {error.strerror}", 1)
     except Exception as error:
-        if not is_out_of_memory(error):
+        if is_out_of_memory(error):
+            reason = next(iter(str(error).splitlines()), "")
+            return _fail(f"out of memory: {reason} {advise()}".strip(), 1)
+        # safetensors has the system's errors in its own.
+        is_systems = isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
+        cause = find_os_error(error) if is_systems else None
+        if cause is None or cause.errno not in DISK_ERRORS + PLACE_ERRORS:
             raise
-        reason = next(iter(str(error).splitlines()), "")
-        return _fail(f"out of memory: {reason} {_advise_savers()}", 1)
+        kind = "written" if cause.errno in DISK_ERRORS else "used"
+        return _fail(f"{cause.filename or 'a file'}: cannot be {kind}: {cause.strerror}", 1)
 
 
-def _advise_savers() -> str:
+def advise_savers() -> str:
+    """Return which flags let a training run need less memory."""
     from caption_train.training.memory.savers import SAVERS
 
     *flags, last = [saver.flags for saver in SAVERS if saver.advised]

@@ -8,13 +8,20 @@ from __future__ import annotations
 import gc
 import shutil
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caption_train.config.exporting import ExportOptions
-from caption_train.errors import CaptionTrainError, UsageError, naming_model
+from caption_train.errors import (
+    CaptionTrainError,
+    UsageError,
+    find_os_error,
+    is_out_of_memory,
+    naming_model,
+)
 from caption_train.exporting.proof import caption_once, check_same_tokens, open_proof_image
 from caption_train.families import CONVERTIBLE, FAMILIES
 from caption_train.system.files import apply_umask
@@ -80,12 +87,7 @@ def export(options: ExportOptions, family: Family) -> str:
 
         model = load_adapter(model, options.source, family)
     before = caption_once(family, model, processor, image, base.prompt)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    _clear_abandoned(output_dir.parent)
-    partial_folder = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=output_dir.parent))
-    lock = OutputLock(partial_folder)
-    try:
-        lock.acquire()
+    with _new_folder(output_dir, f"output_dir {options.output_dir}") as (partial_folder, lock):
         if options.merge or not options.is_adapter:
             _write_model(options, family, model, processor, partial_folder, base)
         else:
@@ -99,9 +101,6 @@ def export(options: ExportOptions, family: Family) -> str:
         lock.release()
         apply_umask(partial_folder)
         _put_in_place(partial_folder, output_dir)
-    finally:
-        lock.release()
-        shutil.rmtree(partial_folder, ignore_errors=True)
     return (
         f"before: {before.text}\nafter:  {after.text}\n"
         f"The {len(after.token_ids)} tokens agree. Written to {options.output_dir}"
@@ -130,6 +129,34 @@ def _load(family: Family, base: Base) -> tuple[Any, Any]:
     model, processor = family.load(base.model_id, revision=base.revision)
     family.set_up(processor, base.model_id, base.settings, [base.prompt])
     return model, processor
+
+
+@contextmanager
+def _new_folder(output_dir: Path, name: str) -> Iterator[tuple[Path, OutputLock]]:
+    """Yield a temporary folder beside `output_dir`, and its lock; delete what is left of it.
+
+    Raises:
+        CaptionTrainError: nothing can be written there; it begins with `name`.
+    """
+    from safetensors import SafetensorError
+
+    folder = lock = None
+    try:
+        output_dir.parent.mkdir(parents=True, exist_ok=True)
+        _clear_abandoned(output_dir.parent)
+        folder = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=output_dir.parent))
+        lock = OutputLock(folder)
+        lock.acquire()
+        yield folder, lock
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error) or (cause := find_os_error(error)) is None:
+            raise
+        raise CaptionTrainError(f"{name}: cannot be written: {cause.strerror or cause}") from error
+    finally:
+        if lock is not None:
+            lock.release()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _clear_abandoned(parent: Path) -> None:

@@ -4,8 +4,10 @@ import subprocess
 import sys
 
 import pytest
+from safetensors import SafetensorError
 
-from caption_train.cli.exit_codes import run
+from caption_train.cli.commands import caption_main, compile_main, export_main
+from caption_train.cli.exit_codes import advise_savers, run
 from caption_train.errors import CaptionTrainError, UsageError
 from tests.fixtures.paths import REPOSITORY
 
@@ -40,9 +42,38 @@ def test_every_line_of_a_message_names_the_program(capsys, monkeypatch):
 def test_running_out_of_memory_says_which_flags_help(capsys):
     import torch
 
-    assert run(raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))) == 1
+    assert (
+        run(raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")), advise_savers)
+        == 1
+    )
     (line,) = capsys.readouterr().err.splitlines()
     assert "out of memory" in line and "--gradient_checkpointing" in line and "--quantize" in line
+
+
+@pytest.mark.parametrize("main", [compile_main, export_main, lambda argv: caption_main("blip", argv)])
+def test_memory_flags_of_training_are_not_advised_to_other_commands(main, monkeypatch, capsys):
+    def fail(*arguments, **settings):
+        raise MemoryError
+
+    monkeypatch.setattr("caption_train.cli.commands.parse_options", fail)
+    assert main([]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "out of memory" in line and "gradient" not in line and "--quantize" not in line
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(13, "Permission denied", "there.json"),
+        FileExistsError(17, "File exists", "there.json"),
+        OSError(40, "Too many levels of symbolic links", "there.json"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_what_stands_in_the_way_of_a_file_is_one_line(error, capsys):
+    assert run(raising(error)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot be" in line and ("there.json" in line or "No space left" in line)
 
 
 def test_a_bug_keeps_its_traceback():

@@ -4,6 +4,9 @@ import os
 import signal
 import time
 
+import pytest
+from safetensors import SafetensorError
+
 from caption_train.cli.commands import export_main
 from caption_train.system.lock import OutputLock
 
@@ -45,3 +48,22 @@ def test_an_export_has_the_permissions_of_any_other_file(tmp_path, tiny_base):
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "native").iterdir()} == {0o640}
     assert (tmp_path / "native").stat().st_mode & 0o777 == 0o750
     assert not (tmp_path / "native" / ".lock").exists()
+
+
+@pytest.mark.parametrize("number", [28, 122, 30])
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, tiny_base, monkeypatch, capsys, number):
+    def fail(*arguments, **settings):
+        raise SafetensorError(
+            f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})"
+        )
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail)
+    assert export_main([str(tiny_base("blip")), str(tmp_path / "native"), "--family", "blip"]) == 1
+    assert f"native: cannot be written: {os.strerror(number)}" in capsys.readouterr().err.splitlines()[-1]
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, tiny_base, capsys):
+    (tmp_path / "file").touch()
+    assert export_main([str(tiny_base("blip")), str(tmp_path / "file" / "native"), "--family", "blip"]) == 1
+    assert "file/native: cannot be written: File exists" in capsys.readouterr().err.splitlines()[-1]

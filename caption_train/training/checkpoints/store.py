@@ -24,7 +24,6 @@ final name is always complete.
 import errno
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -33,7 +32,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from caption_train.adapters.record import TRAINING_FILE
-from caption_train.errors import CaptionTrainError
+from caption_train.errors import CaptionTrainError, find_os_error
 from caption_train.system.files import (
     apply_umask,
     clear_temporary,
@@ -92,7 +91,7 @@ def write_checkpoint(output_dir: Path, name: str, write: Callable[[Path], None],
             point(output_dir, pointer, final)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        cause = _find_os_error(error)
+        cause = find_os_error(error)
         if cause is None:
             raise
         raise CaptionTrainError(_explain(output_dir, name, cause)) from error
@@ -160,15 +159,6 @@ def _write_manifest(folder: Path) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     sums = {p.relative_to(folder).as_posix(): hash_file(p) for p in files}
     write_atomically(folder / MANIFEST, json.dumps(sums, indent=1) + "\n")
-
-
-def _find_os_error(error: BaseException) -> OSError | None:
-    """Return the system's error inside an error of torch or safetensors; each wraps it differently."""
-    if isinstance(error, OSError):
-        return error
-    if number := re.search(r"os error (\d+)", str(error)):
-        return OSError(int(number[1]), os.strerror(int(number[1])))
-    return _find_os_error(error.__context__) if error.__context__ else None
 
 
 @contextmanager
