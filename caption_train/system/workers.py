@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,6 +130,7 @@ def reading(loader: DataLoader, advise: Callable[[], str] | None = None) -> Iter
     except OSError as error:
         if batches is not None:
             raise
+        _end_half_made(error)
         raise ProcessError(
             f"--num_workers {loader.num_workers}: processes that read images cannot be started: "
             f"{error.strerror or error}; use fewer, or 0"
@@ -165,6 +167,15 @@ def _explain(message: str, loader: DataLoader) -> str | None:
     if "Communication with the workers" in message:
         return f"{flag}: too many open files: use fewer, or allow more with ulimit -n 4096"
     return None
+
+
+def _end_half_made(error: OSError) -> None:
+    """End the workers of an iterator that could not be made; torch's own end of it fails with a traceback."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        half_made = frame.f_locals.get("self")
+        if type(half_made).__name__ == "_MultiProcessingDataLoaderIter":
+            _kill_workers(half_made)
+            half_made._shutdown = True
 
 
 def _kill_workers(batches: Any) -> None:

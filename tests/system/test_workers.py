@@ -1,8 +1,13 @@
 """Processes that read images: how many there is room for, what they send, and that they always end."""
 
+import gc
+import itertools
+import multiprocessing
+import multiprocessing.synchronize
 import os
 import shutil
 import signal
+import sys
 import time
 from types import SimpleNamespace
 
@@ -100,6 +105,30 @@ def test_a_worker_that_does_not_answer_ends_the_wait_in_one_line():
     ):
         list(found)
     assert "\n" not in str(error.value) and time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("failing", ["the first queue", "the second process"])
+def test_workers_that_cannot_be_started_are_one_line_and_leave_no_process(monkeypatch, failing):
+    """/dev/shm is full: there is no room for a lock. Or no more processes are allowed."""
+    unraisable, calls = [], itertools.count(1)
+    owner, name, at = {
+        "the first queue": (multiprocessing.synchronize.SemLock, "__init__", 1),
+        "the second process": (os, "fork", 2),
+    }[failing]
+    function = getattr(owner, name)
+
+    def fail(*arguments, **settings):
+        if next(calls) == at:
+            raise OSError(28, "No space left on device")
+        return function(*arguments, **settings)
+
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    monkeypatch.setattr(owner, name, fail)
+    reason = r"--num_workers 2: .*cannot be started: No space left"
+    with pytest.raises(ProcessError, match=reason), reading(make_loader()) as found:
+        list(found)
+    gc.collect()
+    assert not unraisable and not multiprocessing.active_children()
 
 
 def test_a_worker_that_is_stopped_does_not_hold_the_end(tmp_path):
