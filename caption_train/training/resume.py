@@ -107,7 +107,12 @@ def resume_run(run: TrainingRun, checkpoint: Path) -> None:
     if progress.total_steps != plan.total_steps and "epochs" not in changed:
         changed.append("dataset_dir")
     run.random_states, was = read_state(
-        checkpoint, accelerator, run.optimizer, run.lr_scheduler, keep_schedule=bool(changed)
+        checkpoint,
+        accelerator,
+        run.optimizer,
+        run.lr_scheduler,
+        keep_schedule=bool(changed),
+        global_step=progress.global_step,
     )
     if changed:
         names = ", ".join(f"--{name} {saved.get(name)} → {getattr(options, name)}" for name in changed)

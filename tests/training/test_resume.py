@@ -12,6 +12,7 @@ import pytest
 from caption_train.adapters import record
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import get_family
+from caption_train.system.files import hash_file
 from caption_train.system.lock import OutputLock
 from caption_train.training.checkpoints import find
 from caption_train.training.loop import Trainer
@@ -181,6 +182,22 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(resume, capsys):
     trainer = resume(prepare_folder=damage_latest)
     assert trainer.run.plan.first_step == 2
     assert "optimizer.pt is not as it was written; passed over" in capsys.readouterr().err
+
+
+def test_a_schedule_that_is_ahead_of_the_run_is_refused_before_training(resume, finished, tmp_path):
+    def forget_step(folder: Path) -> None:
+        for checkpoint in folder.glob("*-0*"):
+            path = checkpoint / "state" / "progress.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"global_step": 0}))
+            manifest = json.loads((checkpoint / "manifest.json").read_text())
+            manifest["state/progress.json"] = hash_file(path)
+            (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+    checkpoint = tmp_path / "out" / find.find_latest(finished)[0].name
+    with pytest.raises(
+        CaptionTrainError, match=r"schedule does not fit.*stands at step 3, the run at step 0"
+    ):
+        resume(forget_step, resume=str(checkpoint), resume_anyway=True)
 
 
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(make, tmp_path):

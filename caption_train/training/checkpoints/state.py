@@ -86,6 +86,7 @@ def read_state(
     lr_scheduler: LRScheduler,
     *,
     keep_schedule: bool,
+    global_step: int,
 ) -> tuple[list[dict[str, Any]], float]:
     """Restore optimizer, schedule and scaler from `checkpoint/state`.
 
@@ -95,6 +96,7 @@ def read_state(
         optimizer: the optimizer to restore.
         lr_scheduler: the schedule to restore.
         keep_schedule: keep this run's learning rates and schedule, and only advance it to the saved step.
+        global_step: optimizer steps that the run has taken, as its progress says.
 
     Returns:
         The random states, to be restored after everything that may draw random numbers, and the saved
@@ -125,8 +127,7 @@ def read_state(
         optimizer.load_state_dict(scatter_state(optimizer, saved))
         _check_moments(optimizer)
     with explaining_damage(f"--resume {checkpoint}: its learning-rate schedule does not fit this run"):
-        was = float(schedule["_last_lr"][0])
-        steps = range(schedule["last_epoch"])
+        was, steps = float(schedule["_last_lr"][0]), _count_steps(schedule, global_step)
     if keep_schedule:
         for group, settings in zip(optimizer.param_groups, fresh, strict=True):
             group.update(settings)
@@ -136,6 +137,14 @@ def read_state(
     if accelerator.scaler is not None and (checkpoint / STATE / "scaler.pt").exists():
         accelerator.scaler.load_state_dict(load("scaler"))
     return random_states, was
+
+
+def _count_steps(schedule: dict[str, Any], global_step: int) -> range:
+    steps = range(schedule["last_epoch"])
+    # More steps would be left than the schedule has, which fails at the end of the run.
+    if len(steps) > global_step:
+        raise ValueError(f"it stands at step {len(steps)}, the run at step {global_step}")
+    return steps
 
 
 def _check_moments(optimizer: Optimizer) -> None:
