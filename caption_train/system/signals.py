@@ -80,9 +80,9 @@ class Interrupts:
         """Raise Interrupted with the command that continues from this checkpoint."""
         name = signal.Signals(self.number).name
         own = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv)] or ["python"]
-        # `python -m caption_train` is started by the package's name.
+        # `python -m caption_train`, or `-m` of a launcher, is started by the package's name.
         script = "caption_train" if Path(sys.argv[0]).name == "__main__.py" else sys.argv[0]
-        start = relaunch_command(sys.argv[0], self.launch, own)
+        start = relaunch_command(script, self.launch, own)
         command = shlex.join([*start, script, *_without_resume(sys.argv[1:]), "--resume", "auto"])
         raise Interrupted(f"{name}: saved to {checkpoint}; go on with: {command}", self.number)
 

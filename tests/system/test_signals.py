@@ -2,12 +2,14 @@
 
 import os
 import signal
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from caption_train.system.signals import Interrupts
+from caption_train.system.signals import Interrupted, Interrupts
 from caption_train.training.loop import Trainer
 from tests.fixtures.forked import start
 from tests.fixtures.runs import make_options, save_base, train, write_pairs
@@ -77,3 +79,24 @@ def test_a_run_told_twice_leaves_in_the_middle_of_its_step(tmp_path):
 
     assert start(work, log).wait() == 128 + signal.SIGINT
     assert "Traceback" not in log.read_text() and not (tmp_path / "out" / "last").exists()
+
+
+@pytest.mark.parametrize(
+    ("launch", "own"),
+    [
+        (["accelerate", "launch", "--num_processes", "2", "-m"], ["python", "-u", "-m"]),
+        (["torchrun", "--nproc_per_node", "2", "--module"], ["python", "-u", "-m"]),
+        ([], ["python", "-m"]),
+    ],
+)
+def test_a_module_is_started_again_by_what_launched_it(monkeypatch, launch, own):
+    rest = ["train", "blip", "--resume", "auto", "--epochs", "3"]
+    monkeypatch.setattr(sys, "argv", ["/here/caption_train/__main__.py", *rest])
+    monkeypatch.setattr(sys, "orig_argv", [*own, "caption_train", *rest])
+    interrupts = Interrupts(SimpleNamespace(num_processes=1))
+    interrupts.launch = [*launch, "caption_train", *rest] if launch else ["bash"]
+    interrupts.number = signal.SIGINT
+    start = " ".join(launch or own)
+    command = f"{start} caption_train train blip --epochs 3 --resume auto"
+    with pytest.raises(Interrupted, match=f"go on with: {command}$"):
+        interrupts.leave(Path("out"))
