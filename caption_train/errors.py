@@ -44,6 +44,11 @@ def find_os_error(error: BaseException) -> OSError | None:
     return find_os_error(error.__context__) if error.__context__ else None
 
 
+def is_dead_worker(error: BaseException) -> bool:
+    """Tell whether an error says that a process that reads images died; torch raises it at any line."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error means out of memory; torch's CPU allocator has no exception type of its own."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

@@ -29,6 +29,7 @@ from caption_train.system.console import (
 from caption_train.system.launcher import notice_launcher
 from caption_train.system.processes import join_processes
 from caption_train.system.signals import Terminated, raising_terminated
+from caption_train.system.workers import explaining_dead_worker
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +120,8 @@ class CaptionJob:
         main = self.processes.is_main
         results = self._ask_endpoint(share) if self.options.endpoint else self._generate(share)
         start = time.monotonic()
-        with ProgressBar(len(share), "captioning", "image", shown=main) as bar:
+        bar = ProgressBar(len(share), "captioning", "image", shown=main)
+        with explaining_dead_worker(self.options.num_workers), bar:
             for number, result in enumerate(results):
                 line = self._handle(result)
                 self.summary.seconds = time.monotonic() - start

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from caption_train.errors import CaptionTrainError, is_out_of_memory
+from caption_train.errors import CaptionTrainError, is_dead_worker, is_out_of_memory
 from caption_train.system.console import escape_unprintable
 from caption_train.system.files import MAX_BYTES, parse_json, read_regular_file
 
@@ -36,7 +36,7 @@ def explaining_damage(what: str, describe: Callable[[BaseException], str] | None
     except BaseException as error:
         # The tokenizers library panics on some files, which is no Exception.
         is_damage = isinstance(error, Exception) or type(error).__name__ == "PanicException"
-        if not is_damage or is_out_of_memory(error):
+        if not is_damage or is_out_of_memory(error) or is_dead_worker(error):
             raise
         raise CaptionTrainError(f"{what}: {(describe or describe_error)(error)}") from error
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caption_train.errors import ProcessError
+from caption_train.errors import ProcessError, is_dead_worker
 from caption_train.system.signals import NoAnswer, limiting_wait, was_interrupted
 
 if TYPE_CHECKING:
@@ -145,6 +145,17 @@ def reading(loader: DataLoader, advise: Callable[[], str] | None = None) -> Iter
             _kill_workers(batches)
 
 
+@contextmanager
+def explaining_dead_worker(num_workers: int) -> Iterator[None]:
+    """Turn the error of a worker that died into one line, where batches are used outside of `reading`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_dead_worker(error):
+            raise
+        raise ProcessError(f"--num_workers {num_workers}: {_DIED}") from error
+
+
 def _wait_for(batches: Iterator[Any], timeout: float) -> Iterator[Any]:
     while True:
         # One second more, so that torch's own timeout comes first.
@@ -155,10 +166,13 @@ def _wait_for(batches: Iterator[Any], timeout: float) -> Iterator[Any]:
         yield batch
 
 
+_DIED = "a process that reads images died, most likely of too little memory; use fewer"
+
+
 def _explain(message: str, loader: DataLoader) -> str | None:
     flag = f"--num_workers {loader.num_workers}"
     if message.startswith("DataLoader worker"):
-        return f"{flag}: a process that reads images died, most likely of too little memory; use fewer"
+        return f"{flag}: {_DIED}"
     if message.startswith("DataLoader timed out"):
         return (
             f"{flag}: no process that reads images answered within {loader.timeout:g} seconds; check the "

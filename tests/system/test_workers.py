@@ -17,6 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from caption_train.captioning.job import caption_folder
+from caption_train.captioning.outputs import Outputs
 from caption_train.config.captioning import CaptionOptions
 from caption_train.errors import ProcessError
 from caption_train.system import workers
@@ -179,6 +180,30 @@ def test_a_signal_ends_captioning_whose_workers_hang(images, tmp_path, number, c
     words = (tmp_path / "log").read_text()
     assert time.monotonic() - began < 30 and "Traceback" not in words, words
     assert "Interrupted: 4 of 8 captions are written" in words
+
+
+@pytest.mark.parametrize("during", ["generating", "writing"])
+def test_a_worker_that_is_killed_while_a_caption_is_made_or_written_is_one_line(
+    images, tmp_path, monkeypatch, during
+):
+    """As the system does where memory is short: torch raises its error wherever this process is then."""
+
+    def wait(*arguments, **settings):
+        children = multiprocessing.active_children()
+        if children:
+            children[-1].kill()
+            time.sleep(20)
+        return inner(*arguments, **settings)
+
+    owner, name = {"generating": (FakeFamily, "generate"), "writing": (Outputs, "write")}[during]
+    inner = getattr(owner, name)
+    monkeypatch.setattr(owner, name, wait)
+    options = CaptionOptions(images=[str(images)], num_workers=2, batch_size=1, save_captions=True)
+    child = start(lambda: caption_folder(options, FakeFamily()), tmp_path / "log")
+    assert child.wait() == 1
+    words = (tmp_path / "log").read_text()
+    assert "--num_workers 2: a process that reads images died" in words.splitlines()[-1], words
+    assert "Traceback" not in words and "damaged" not in words, words
 
 
 def wait_for(path) -> None:
