@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -223,11 +224,9 @@ class CaptionFile(Sink):
         return folder.as_posix().rstrip("/") + "/"
 
     def _journals(self) -> list[Path]:
-        return sorted(
-            p
-            for p in self.path.parent.iterdir()
-            if p.name.startswith(f".{self.path.name}.") and p.name.endswith(".part")
-        )
+        # By its number: a file's name may begin with another file's name.
+        journal = re.compile(rf"\.{re.escape(self.path.name)}\.\d+\.part")
+        return sorted(p for p in self.path.parent.iterdir() if journal.fullmatch(p.name))
 
     def _read_journals(self) -> dict[str, Row]:
         rows = {}

@@ -81,6 +81,19 @@ def test_a_journal_cut_within_a_character_is_read_up_to_there(tmp_path):
     assert CaptionFile(tmp_path / "captions.jsonl").captions() == {"a.png": "one"}
 
 
+def test_the_journal_of_a_file_with_a_longer_name_is_left_to_it(tmp_path):
+    other = CaptionFile(tmp_path / "a.jsonl.b.jsonl")
+    other.pending([])
+    other.write(Caption(tmp_path / "theirs.png", "theirs"))
+    file = CaptionFile(tmp_path / "a.jsonl")
+    file.pending([])
+    file.write(Caption(tmp_path / "ours.png", "ours"))
+    file.finish([])
+    assert [row["text"] for row in rows_of(tmp_path / "a.jsonl")] == ["ours"]
+    other.finish([])
+    assert [row["text"] for row in rows_of(tmp_path / "a.jsonl.b.jsonl")] == ["theirs"]
+
+
 def test_several_rows_of_one_image_all_stay(tmp_path):
     path = tmp_path / "metadata.jsonl"
     rows = [{"file_name": "a.png", "text": f"{i}", "prompt": f"p{i}"} for i in range(2)]
