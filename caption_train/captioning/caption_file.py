@@ -53,7 +53,6 @@ class CaptionFile(Sink):
         self._before: dict[str, list[str]] = {}
         self._theirs: dict[str, str] = {}
         self._seen: Signature | None = None
-        self._has_begun = False
 
     def pending(self, images: Sequence[Path]) -> list[Path]:
         """Lock the file, and find the captions in it and in the journals of killed runs.
@@ -80,7 +79,7 @@ class CaptionFile(Sink):
 
     def begin(self, images: Sequence[Path]) -> None:
         """Remember the captions that are there, to notice those that somebody else writes from now on."""
-        self._seen, self._has_begun = Signature.of(behind_link(self.path)), True
+        self._seen = Signature.of(behind_link(self.path))
         for row in self._read_table().rows:
             if (text := _text_of(row.values)) is not None:
                 self._before.setdefault(row.values["file_name"], []).append(text)
@@ -90,10 +89,8 @@ class CaptionFile(Sink):
         return self._captions[self.name_of(image)]
 
     def write(self, caption: Caption) -> Caption:
-        """Write one caption to the journal, unless somebody else has given the image's row one by now."""
+        """Write one caption to the journal."""
         name = self.name_of(caption.image)
-        if (theirs := self._find_theirs(name)) is not None:
-            return replace(caption, text=theirs, answer=None, remarks=())
         row = {"file_name": name, "text": caption.text}
         if not self.is_dataset:
             more = {"answer": caption.answer, "remarks": list(caption.remarks)}
@@ -102,6 +99,24 @@ class CaptionFile(Sink):
             row[REPLACES] = self._before[name]
         self._append((json.dumps(row) + "\n").encode())
         return caption
+
+    def find_theirs(self, caption: Caption) -> Caption | None:
+        """Return the caption that somebody else has put into the image's row since the run began."""
+        now = Signature.of(behind_link(self.path))
+        if now != self._seen:
+            try:
+                rows = [row.values for row in self._read_table().rows]
+            except UsageError:
+                return None  # Perhaps half of it is saved at this moment; `finish` reads it again.
+            self._seen = now
+            texts = [(row["file_name"], _text_of(row)) for row in rows]
+            self._theirs = {
+                name: text
+                for name, text in texts
+                if _is_text(text) and text not in self._before.get(name, ())
+            }
+        text = self._theirs.get(self.name_of(caption.image))
+        return None if text is None else replace(caption, text=text, answer=None, remarks=())
 
     def finish(self, images: Sequence[Path] = (), *, complete: bool = True) -> list[str]:
         """Write the file: rows of other images unchanged, then those of `images` in their order.
@@ -161,23 +176,6 @@ class CaptionFile(Sink):
             raise CaptionTrainError(
                 f"--output {self.path}: {self._journal_path} cannot be written: {error.strerror or error}"
             ) from error
-
-    def _find_theirs(self, name: str) -> str | None:
-        """Return the caption that somebody else has given a row since the run began, None if nobody has."""
-        now = Signature.of(behind_link(self.path)) if self._has_begun else self._seen
-        if now != self._seen:
-            try:
-                rows = [row.values for row in self._read_table().rows]
-            except UsageError:
-                return None  # Perhaps half of it is saved at this moment; `finish` reads it again.
-            self._seen = now
-            texts = [(row["file_name"], _text_of(row)) for row in rows]
-            self._theirs = {
-                name: text
-                for name, text in texts
-                if _is_text(text) and text not in self._before.get(name, ())
-            }
-        return self._theirs.get(name)
 
     def _merge(self, images: Sequence[Path]) -> list[str]:
         new = self._read_journals()

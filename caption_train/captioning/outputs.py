@@ -57,6 +57,10 @@ class Sink(ABC):
             The caption that is there now, `caption` itself or theirs; None if theirs cannot be read.
         """
 
+    def find_theirs(self, caption: Caption) -> Caption | None:
+        """Return what somebody else has written in place of `caption` since the run began, if anything."""
+        return None
+
     def finish(self, images: Sequence[Path], *, complete: bool = True) -> list[str]:
         """Write what is common to all processes.
 
@@ -114,6 +118,9 @@ class Outputs:
 
     def write(self, caption: Caption) -> bool:
         """Write one caption to all sinks; return False if somebody else has written one, which stays."""
+        for sink in self.sinks:
+            if (theirs := sink.find_theirs(caption)) is not None:
+                return self._write_theirs(theirs, sink)
         for sink in self.sinks:
             stands = sink.write(caption)
             if stands is None:

@@ -49,11 +49,10 @@ def open_outputs(options: CaptionOptions, family: Family, rank: int = 0) -> Outp
         UsageError: the family has no answers that can be drawn.
     """
     sinks: list[Sink] = []
-    # First, so that a caption that somebody puts into a row goes to the file beside the image too.
-    if options.output:
-        sinks.append(CaptionFile(options.output, rank, overwrite=options.overwrite))
     if options.save_captions:
         sinks.append(Sidecars(options.caption_extension, overwrite=options.overwrite))
+    if options.output:
+        sinks.append(CaptionFile(options.output, rank, overwrite=options.overwrite))
     if options.visualize:
         if not family.draws_answers:
             raise UsageError(f"--visualize: {family.title} gives no boxes to draw")

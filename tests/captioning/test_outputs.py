@@ -171,6 +171,15 @@ def test_a_row_that_came_while_the_run_was_at_work_goes_beside_the_image_too(tmp
     ]
 
 
+def test_a_caption_file_that_is_still_empty_leaves_its_row_to_the_next_run(tmp_path, images):
+    output, by_hand = tmp_path / "captions.jsonl", tmp_path / "a b.txt"
+    assert save(images, by_hand.touch, save_captions=True, output=output) == ["a b.png"]
+    assert "a b.png" not in output.read_text()
+    by_hand.write_text("by hand\n")
+    save(images, save_captions=True, output=output)
+    assert '"a b.png", "text": "by hand"' in output.read_text()
+
+
 def test_a_file_saved_by_halves_or_with_half_characters_does_not_end_the_run(tmp_path, images):
     output = tmp_path / "captions.jsonl"
     odd = '{"file_name": "a b.png", "text": "\\ud83d"}\n'
