@@ -23,7 +23,6 @@ final name is always complete.
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
