@@ -96,6 +96,8 @@ class Family(ABC):
     """Whether some checkpoints are converted when they are loaded, so that `--cache_converted` is allowed."""
     cache_converted = False
     """Whether `load` keeps converted checkpoints on disk and uses them the next time."""
+    plans_without_weights = False
+    """Whether `load_empty` makes a model, so that `--plan` needs no weights."""
     has_legacy_layout = False
     """Whether the family has a legacy layout besides the native one, which `save_legacy` writes."""
     load_elsewhere = ""
@@ -143,6 +145,12 @@ class Family(ABC):
         Returns:
             The model, on the CPU unless it is quantized on a device, and its processor.
         """
+
+    def load_empty(
+        self, model_id: str, *, revision: str | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[PreTrainedModel, ProcessorMixin]:
+        """Return a model of the checkpoint's shapes on the meta device, and its processor: see `load`."""
+        raise NotImplementedError(f"{self.title} are planned with their weights")
 
     @abstractmethod
     def encode(

@@ -31,7 +31,7 @@ def load_model(model_class: type, model_id: str, *, strict: bool = False, **keyw
         model_class: a model class of transformers.
         model_id: a folder, or a model on the hub.
         strict: whether a tensor that the model has no place for is an error too.
-        keywords: arguments of `from_pretrained`.
+        keywords: arguments of `from_pretrained`; with a `config`, `model_class` was chosen by it.
 
     Raises:
         CaptionTrainError: the model cannot be loaded; tensors that the checkpoint lacks are named.
@@ -42,7 +42,9 @@ def load_model(model_class: type, model_id: str, *, strict: bool = False, **keyw
     # This hides the bar that counts tensors while a file is read. Downloads still show theirs.
     logging.disable_progress_bar()
     with explained(model_id):
-        _check_kind(model_class, model_id, keywords.get("revision"))
+        # Some classes load several model types: a glmga checkpoint is loaded by Glm46V's.
+        if "config" not in keywords:
+            _check_kind(model_class, model_id, keywords.get("revision"))
         model, info = model_class.from_pretrained(
             model_id, output_loading_info=True, ignore_mismatched_sizes=True, **keywords
         )

@@ -19,7 +19,7 @@ from caption_train.system.devices import model_dtype, move_batch
 from caption_train.system.memory import peak_memory, trim_heap
 from caption_train.training.distributed.accelerator import hold_gradients
 from caption_train.training.distributed.fsdp import parallelism
-from caption_train.training.failures import advise_savers
+from caption_train.training.failures import advise_savers, explain_first_step
 from caption_train.training.optim.state_size import count_state, find_embeddings
 from caption_train.training.run.data import TrainingData
 
@@ -94,12 +94,14 @@ def _try_step(
     """Return whether a step fits while `state` bytes are set aside for the optimizer's state."""
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     model.train()
-    inputs = room = None
+    inputs = room = loss = None
     try:
         with torch.random.fork_rng(devices), hold_gradients(accelerator, model):
             room = torch.empty(state, dtype=torch.uint8, device=accelerator.device)
             inputs = move_batch(collate_fn(items), accelerator.device, model_dtype(model))
-            accelerator.backward(model(**inputs).loss.float())
+            with explain_first_step(accelerator):
+                loss = model(**inputs).loss.float()
+            accelerator.backward(loss)
             room = None
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -109,7 +111,7 @@ def _try_step(
         fits = True
     # Outside of the except block, where the traceback would keep the step's tensors alive.
     if not fits:
-        del inputs, room
+        del inputs, room, loss
         gc.collect()
         if devices:
             torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
 """Explains in one line what ended a run: out of memory, or a lost process."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from caption_train.config.compatibility import check
 from caption_train.config.training import TrainOptions
 from caption_train.errors import CaptionTrainError, is_out_of_memory
+from caption_train.system.damage import explaining_damage
 from caption_train.training.checkpoints.find import describe_latest
 from caption_train.training.distributed.fsdp import parallelism
 from caption_train.training.memory.savers import find_savers
@@ -40,6 +41,17 @@ def explain_out_of_memory(options: TrainOptions, accelerator: Accelerator) -> It
         if not is_out_of_memory(error):
             raise
         raise CaptionTrainError(advise_savers(options, accelerator, [options.batch_size])) from error
+
+
+@contextmanager
+def explain_first_step(accelerator: Accelerator) -> Iterator[None]:
+    """Turn what a model raises for a batch that its own processor made into one line: the two do not fit.
+
+    Of several processes, it may be that another has ended, which `explain_lost_process` says.
+    """
+    whole = "--model_id: the model cannot read what its processor makes of an image and a prompt"
+    with explaining_damage(whole) if accelerator.num_processes == 1 else nullcontext():
+        yield
 
 
 def advise_savers(options: TrainOptions, accelerator: Accelerator, tried: Sequence[int]) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,8 @@ def load_trainable(
     facts: ModelFacts,
     accelerator: Accelerator,
     checkpoint: Path | None = None,
+    *,
+    is_empty: bool = False,
 ) -> tuple[nn.Module, Any]:
     """Load the base, and make trainable what `--train_method` names.
 
@@ -78,6 +81,7 @@ def load_trainable(
         facts: what the checkpoint's config.json says.
         accelerator: decides precision and device.
         checkpoint: where the trained weights come from, if the run is resumed.
+        is_empty: whether to load no weights: the base is on the meta device, and not quantized.
 
     Returns:
         The model, on the CPU unless it is quantized, and its processor.
@@ -89,12 +93,12 @@ def load_trainable(
     quantization = make_quantization_config(
         options, accelerator.mixed_precision, facts.parts, accelerator.device
     )
+    load = family.load_empty if is_empty else partial(family.load, quantization_config=quantization)
     with trimming_heap() if quantization else nullcontext():
-        model, processor = family.load(
+        model, processor = load(
             options.model_id if is_lora or checkpoint is None else str(checkpoint),
             revision=options.revision,
             dtype=DTYPES[dtype],
-            quantization_config=quantization,
         )
         model = prepare_quantized(model)
     if is_lora:

@@ -1,13 +1,15 @@
 """Runs `--plan`: prints the memory that a run would need, and flags with which it fits `--memory_budget`."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 
+from caption_train.adapters.record import Base
 from caption_train.config.training import TrainOptions, parse_bytes
 from caption_train.data.dataset import read_dataset
 from caption_train.data.images import ImageError, open_image, read_size
@@ -25,6 +27,7 @@ from caption_train.training.memory.activations import (
     standing_for_packed,
 )
 from caption_train.training.memory.estimate import HALF, MemoryEstimate, Planner, find_quantized
+from caption_train.training.memory.shapes import NEEDS_DATA, ShapesOnly
 from caption_train.training.model import load_trainable, resolve_options
 
 ROWS = {
@@ -78,7 +81,10 @@ def _print(line: str) -> None:
 
 
 def make_planner(options: TrainOptions, family: Family) -> tuple[Planner, TrainOptions]:
-    """Load the model and measure one image's activations; return the options with the precision resolved."""
+    """Measure one image's activations; return the options with the precision resolved.
+
+    The weights are read where the family says so, or where the forward depends on what they hold.
+    """
     options, base = resolve_options(options, family)
     accelerator = make_accelerator(options)
     options = replace(options, mixed_precision=accelerator.mixed_precision)
@@ -87,32 +93,58 @@ def make_planner(options: TrainOptions, family: Family) -> tuple[Planner, TrainO
         caption_extensions=options.caption_extension,
         follow_symlinks=options.follow_symlinks,
     )
+    if family.plans_without_weights:
+        with suppress(*NEEDS_DATA):
+            return _plan_model(options, family, base, accelerator, pairs, is_empty=True), options
+        _print("--plan: what this model computes depends on its weights, so they are read")
+    return _plan_model(options, family, base, accelerator, pairs, is_empty=False), options
+
+
+def _plan_model(
+    options: TrainOptions,
+    family: Family,
+    base: Base,
+    accelerator: Accelerator,
+    pairs: Sequence[Pair],
+    *,
+    is_empty: bool,
+) -> Planner:
     plain = replace(
         options,
         quantize=None,
         quantize_parts=[],
         gradient_checkpointing=False,
         activation_checkpointing=False,
+        # Starting a LoRA from the base's weights changes no size, and needs them.
+        **({"init_lora_weights": None} if is_empty else {}),
     )
     before = resident_memory()
-    model, processor = load_trainable(plain, family, base.facts, accelerator)
+    model, processor = load_trainable(plain, family, base.facts, accelerator, is_empty=is_empty)
     family.set_up(processor, base.model_id, base.settings, [base.prompt])
     collate_fn = family.make_collator(processor, prompt=base.prompt, max_length=options.max_length)
     batch = collate_fn([_make_worst(pairs)])
     on_cpu = accelerator.device.type == "cpu"
     held = sum(p.nbytes for p in model.parameters())
-    # Zero if the weights are mapped from the file: their pages are read only when they are first used.
-    copied = peak_memory(torch.device("cpu")) - before - held
-    planner = Planner(
+    shapes = nullcontext()
+    if is_empty:
+        shapes = ShapesOnly()
+        shapes.hollow(model)
+        file = sum(path.stat().st_size for path in Path(base.model_id).glob("*.safetensors")) or held
+    else:
+        # Zero if the weights are mapped from the file: their pages are read only when they are first used.
+        copied = peak_memory(torch.device("cpu")) - before - held
+        file = copied if copied > held / 4 else held
+    with shapes:
+        measured = _measure(model, base.facts.parts, batch, options)
+    return Planner(
         model,
         base.facts.parts,
-        _measure(model, base.facts.parts, batch, options),
+        measured,
         libraries=before if on_cpu else 0,
-        file=(copied if copied > held / 4 else held) if on_cpu else 0,
+        file=file if on_cpu else 0,
         device=accelerator.device.type,
         processes=accelerator.num_processes,
     )
-    return planner, options
 
 
 def _measure(

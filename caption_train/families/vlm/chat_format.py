@@ -77,10 +77,12 @@ def _check(processor: ProcessorMixin, chat: ChatFormat) -> ChatFormat:
 def _check_prompt(processor: ProcessorMixin, text: str) -> None:
     if text.count(SENTINEL) != 1 or re.search(r"""['"](type|text)['"]\s*:""", text):
         raise NoFormat("its chat template does not write the prompt as it is")
-    counts = [text.count(token) for token in list_image_tokens(processor)]
-    count = next((count for count in counts if count), 0)
+    counts = {token: text.count(token) for token in list_image_tokens(processor)}
+    token, count = next(((token, count) for token, count in counts.items() if count), ("", 0))
     if count != 1:
         raise NoFormat(f"its chat template writes {count or 'no'} image token{'s' if count else ''}, not one")
+    if token not in processor.tokenizer.get_vocab():
+        raise NoFormat(f"its tokenizer does not know the image token {token} of its chat template")
 
 
 def _read_answer(tokenizer: PreTrainedTokenizerBase, chat: ChatFormat, prompt: str, whole: str) -> ChatFormat:

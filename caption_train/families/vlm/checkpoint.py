@@ -33,7 +33,8 @@ def find_model_class(folder: Path, model_id: str) -> tuple[PretrainedConfig, typ
     """Return a checkpoint's config and the class that loads it.
 
     Raises:
-        UsageError: it is no image-text-to-text model, or one with scripts of its own.
+        UsageError: it is no image-text-to-text model, or one with scripts of its own, or its prompt and its
+            answer are read by two models, so that there is no conversation to go on with.
     """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -51,6 +52,11 @@ def find_model_class(folder: Path, model_id: str) -> tuple[PretrainedConfig, typ
         raise UsageError(
             f"--model_id {model_id}: a {config.model_type} model, not one that transformers knows to read an "
             "image and a text and to write a text"
+        )
+    if config.is_encoder_decoder or getattr(config.get_text_config(), "is_encoder_decoder", False):
+        raise UsageError(
+            f"--model_id {model_id}: a {config.model_type} model reads the prompt in an encoder and writes "
+            "in a decoder; only models that go on with a conversation are trained and captioned with"
         )
     return config, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
 

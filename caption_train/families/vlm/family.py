@@ -36,6 +36,7 @@ class Vlm(Family):
     presets = PRESETS
     settings = ("system_prompt", "max_pixels")
     can_be_served = True
+    plans_without_weights = True
 
     @guarding_load
     def describe(self, model_id: str, revision: str | None = None) -> ModelFacts:
@@ -100,11 +101,26 @@ class Vlm(Family):
         model = load_model(
             model_class,
             model_id,
+            config=config,
             revision=revision,
             dtype=dtype or torch.float32,
             quantization_config=quantization_config,
         )
         return model, processor
+
+    @guarding_load
+    def load_empty(
+        self, model_id: str, *, revision: str | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[PreTrainedModel, VlmProcessor]:
+        """Return an empty model and the processor; see `Family.load_empty`. No weights are read."""
+        from caption_train.families.vlm.checkpoint import find_folder, find_model_class
+        from caption_train.families.vlm.parts import make_empty_model
+        from caption_train.families.vlm.processor import load_processor
+
+        folder = find_folder(model_id, revision)
+        config, model_class = find_model_class(folder, model_id)
+        processor = load_processor(folder, config, model_class, model_id)
+        return make_empty_model(config, model_class, dtype), processor
 
     def encode(self, processor: VlmProcessor, images: Sequence[Image.Image], prompts: Sequence[str]) -> Batch:
         """Return the processor's batch, text on the left padded to [B, T]; see `Family.encode`."""

@@ -13,6 +13,7 @@ from caption_train.families.vlm.checkpoint import find_model_class
 from caption_train.families.vlm.presets import find_prompts
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -23,12 +24,14 @@ ROUTERS = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")
 """A mixture's choice of experts: it is left as it is, a LoRA on it unbalances the experts."""
 
 
-def make_empty_model(config: PretrainedConfig, model_class: type) -> PreTrainedModel:
+def make_empty_model(
+    config: PretrainedConfig, model_class: type, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     """Return a model of the config's true shapes whose tensors hold nothing: about a second at any size."""
     import torch
 
     with torch.device("meta"):
-        return model_class._from_config(config)
+        return model_class._from_config(config, dtype=dtype or torch.float32)
 
 
 def find_parts(model: PreTrainedModel, model_id: str) -> dict[str, str]:

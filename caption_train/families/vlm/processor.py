@@ -174,6 +174,11 @@ def _build(folder: Path, config: PretrainedConfig, model_id: str) -> ProcessorMi
 
     name = _find_class_name(folder, config)
     processor_class = processor_class_from_name(name) if name else None
+    if missing := getattr(processor_class, "_backends", None):
+        # transformers puts a stand-in where a library is missing; whatever is asked of it is an ImportError.
+        raise UsageError(
+            f"--model_id {model_id}: {name} needs {', '.join(missing)}: pip install {' '.join(missing)}"
+        )
     attributes = getattr(processor_class, "get_attributes", list)()
     if not {"tokenizer", "image_processor"} <= set(attributes):
         raise UsageError(f"--model_id {model_id}: its processor, {name}, does not take one image and a text")
@@ -197,9 +202,28 @@ def _build(folder: Path, config: PretrainedConfig, model_id: str) -> ProcessorMi
         }
         parts |= {"image_processor": image_processor}
         settings, _ = processor_class.get_processor_dict(folder)
-        arguments = [parts.get(attribute) for attribute in attributes]
-        processor: ProcessorMixin = processor_class.from_args_and_dict(arguments, settings)
+        processor = _put_together(processor_class, parts, settings)
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
+    return processor
+
+
+def _put_together(processor_class: type, parts: dict[str, Any], settings: dict[str, Any]) -> ProcessorMixin:
+    """Make a processor whose parts for video and audio are None.
+
+    Some constructors, such as MiniCPM-V's, ask the part for videos for its settings. The image processor has
+    settings of the same names, and stands in for it until the processor is made.
+    """
+    names = processor_class.get_attributes()
+    try:
+        return processor_class.from_args_and_dict([parts.get(name) for name in names], dict(settings))
+    except AttributeError as error:
+        if error.obj is not None or "video_processor" not in names:
+            raise
+    standing_in = parts | {"video_processor": parts["image_processor"]}
+    processor: ProcessorMixin = processor_class.from_args_and_dict(
+        [standing_in.get(name) for name in names], dict(settings)
+    )
+    processor.video_processor = None
     return processor
 
 
@@ -211,7 +235,7 @@ def _without_video(processor_class: type) -> Iterator[None]:
     # SmolVLM asks for num2words, which writes out how many frames a video has.
     is_missing = getattr(module, "num2words", True) is None
     processor_class.check_argument_for_proper_class = lambda self, name, argument: (
-        argument if argument is None else check(self, name, argument)
+        argument if argument is None or name == "video_processor" else check(self, name, argument)
     )
     if is_missing:
         module.num2words = str
