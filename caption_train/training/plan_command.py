@@ -26,7 +26,7 @@ from caption_train.training.memory.activations import (
     measure_activations,
     standing_for_packed,
 )
-from caption_train.training.memory.estimate import HALF, MemoryEstimate, Planner, find_quantized
+from caption_train.training.memory.estimate import HALF, MemoryEstimate, Planner, find_kind, find_quantized
 from caption_train.training.memory.shapes import NEEDS_DATA, ShapesOnly
 from caption_train.training.model import load_trainable, resolve_options
 
@@ -150,17 +150,22 @@ def _plan_model(
 def _measure(
     model: torch.nn.Module, parts: Mapping[str, str], batch: dict[str, Any], options: TrainOptions
 ) -> dict[str, Activations]:
-    """Return the activations of one image for each precision that may be planned."""
+    """Return the activations of one image for each precision that may be planned.
+
+    Without a budget that is the one asked for: no other flags are tried.
+    """
+    is_lora = options.train_method == "lora"
+    kinds = {"no", "bf16", "quantized"} if options.memory_budget else {find_kind(options)}
     model.train()
     measured = {}
-    if options.mixed_precision not in HALF:
+    if "no" in kinds and options.mixed_precision not in HALF:
         measured["no"] = measure_activations(
             model, move_batch(batch, torch.device("cpu"), model_dtype(model))
         )
-    is_lora = options.train_method == "lora"
-    with cast_frozen(model, torch.bfloat16 if is_lora else torch.float32):
-        measured["bf16"] = _measure_half(model, batch)
-    if is_lora:
+    if "bf16" in kinds:
+        with cast_frozen(model, torch.bfloat16 if is_lora else torch.float32):
+            measured["bf16"] = _measure_half(model, batch)
+    if "quantized" in kinds and is_lora:
         packed = find_quantized(model, parts, replace(options, quantize=options.quantize or "4bit"))
         with standing_for_packed(model, packed):
             measured["quantized"] = _measure_half(model, batch)

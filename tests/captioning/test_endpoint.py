@@ -341,3 +341,34 @@ def test_other_paths_are_kept():
 
 def test_an_answer_is_its_text():
     assert read_answer(json.dumps(make_answer(" a cat\n")[1]).encode()).text == "a cat"
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\nX-Other: 1", f"{KEY}\x00", f"{KEY}é€"])
+def test_a_key_that_no_header_holds_is_refused_without_showing_it(run, monkeypatch, key):
+    monkeypatch.setenv("CAPTION_TRAIN_API_KEY", key)
+    code, _, err = run()
+    assert code == 2 and "CAPTION_TRAIN_API_KEY holds characters that no key has" in err
+
+
+def test_a_key_read_from_a_file_may_end_with_a_line_break(run, server, monkeypatch):
+    monkeypatch.setenv("CAPTION_TRAIN_API_KEY", f" {KEY}\r\n")
+    server.script = [answer]
+    assert run()[0] == 0
+    assert server.headers_seen[0]["Authorization"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize(
+    "bad", [b"[" * 200_000, b'{"choices": ' * 100_000, b"1" * 100_000, b'{"choices": [' + b"9" * 9000 + b"]}"]
+)
+def test_an_answer_that_no_parser_likes_is_one_of_one_image(run, server, bad):
+    server.script = [(200, bad), (200, bad), (200, bad), answer]
+    code, out, err = run()
+    assert code == 1 and len(out.splitlines()) == 3
+    assert err.count("the answer is none") == 1 and "Traceback" not in err
+
+
+def test_half_of_a_character_is_written_as_no_sidecar_refuses(run, server, photos):
+    server.script = [make_answer("a \ud83d cat\x00"), answer]
+    code, _, err = run("--save_captions")
+    assert code == 0, err
+    assert (photos / "0.txt").read_text("utf-8").startswith("a ")

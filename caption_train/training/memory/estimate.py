@@ -157,7 +157,7 @@ class Planner:
 
     def _count_activations(self, options: TrainOptions) -> int:
         is_half = options.mixed_precision in HALF
-        kind = self._find_kind(options)
+        kind = find_kind(options)
         checkpointing = options.gradient_checkpointing or options.activation_checkpointing
         held = self.activations[kind].held(checkpointing=checkpointing) * options.batch_size
         if checkpointing and is_half and options.train_method == "full":
@@ -170,17 +170,11 @@ class Planner:
     def _count_kept(self, options: TrainOptions) -> int:
         if self.device != "cpu":
             return 0
-        sizes = [size * options.batch_size for size in self.activations[self._find_kind(options)].tensors]
+        sizes = [size * options.batch_size for size in self.activations[find_kind(options)].tensors]
         if options.gradient_checkpointing or options.activation_checkpointing:
             # A block's tensors are freed before the next block runs; large ones return to the system at once.
             sizes = [size for size in sizes if size < MAPPED]
         return int(KEPT * sum(sizes))
-
-    @staticmethod
-    def _find_kind(options: TrainOptions) -> str:
-        if options.mixed_precision not in HALF:
-            return "no"
-        return "bf16" if options.quantize is None else "quantized"
 
     def _count_stepping(self, options: TrainOptions, trained: Sequence[nn.Parameter]) -> int:
         """Return the bytes of temporary tensors for the largest weight. AdamW is fused and needs none."""
@@ -212,6 +206,13 @@ class Planner:
             else:
                 total += p.numel() + 4 * p.shape[0]
         return int(total)
+
+
+def find_kind(options: TrainOptions) -> str:
+    """Return which of a planner's activations a run with these options has."""
+    if options.mixed_precision not in HALF:
+        return "no"
+    return "bf16" if options.quantize is None else "quantized"
 
 
 def find_quantized(model: nn.Module, parts: Mapping[str, str], options: TrainOptions) -> set[nn.Parameter]:
