@@ -18,6 +18,7 @@ import urllib.request
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
@@ -31,6 +32,7 @@ from caption_train.data.images import ImageError, open_image
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families.base import Family, Generated
 from caption_train.system.console import escape_unprintable
+from caption_train.system.files import parse_json
 
 PASSING = (408, 409, 425, 429, 500, 502, 503, 504)
 """HTTP statuses that another try may not meet again."""
@@ -76,7 +78,7 @@ class Endpoint:
     @classmethod
     def from_options(cls, options: CaptionOptions) -> Endpoint:
         """Return the server that `--endpoint` and `--model` name; its key is in CAPTION_TRAIN_API_KEY."""
-        return cls(complete_url(options.endpoint), options.model, options, os.environ.get(KEY_VARIABLE))
+        return cls(complete_url(options.endpoint), options.model, options, read_key())
 
     def ask(self, messages: Sequence[Mapping[str, Any]]) -> Generated:
         """Return the answer to a conversation.
@@ -152,7 +154,7 @@ class Endpoint:
         except (OSError, HTTPException):
             return ""
         try:
-            content = json.loads(text)
+            content = parse_json(text)
             found = content.get("error", content)
             text = str(found.get("message", found) if isinstance(found, dict) else found)
         except (ValueError, AttributeError):
@@ -182,7 +184,10 @@ def caption_by_endpoint(
                 tasks.put((image, waiting[-1]))
             if not waiting:
                 return
-            result, is_unanswered = waiting.popleft().result(endpoint.longest_wait)
+            try:
+                result, is_unanswered = waiting.popleft().result(endpoint.longest_wait)
+            except FutureTimeout:
+                raise CaptionTrainError(f"--endpoint {endpoint.url}: no answer, and no end of one") from None
             failures = failures + 1 if is_unanswered else 0
             yield result
             if failures >= min(MOST_FAILURES, len(images)):
@@ -194,6 +199,17 @@ def caption_by_endpoint(
         endpoint.stopped.set()
         for _ in range(count):
             tasks.put(None)
+
+
+def read_key() -> str | None:
+    """Return the key in the environment, without the line break that it has from a file; None for no key.
+
+    Raises UsageError for one that no header can hold: http.client's own message would print it.
+    """
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UsageError(f"--endpoint: {KEY_VARIABLE} holds characters that no key has: set it anew")
+    return key or None
 
 
 def complete_url(url: str) -> str:
@@ -210,7 +226,7 @@ def complete_url(url: str) -> str:
 
 def read_answer(content: bytes) -> Generated:
     """Return the caption in an answer; ValueError for what is none."""
-    answer = json.loads(content)
+    answer = parse_json(content)
     try:
         choice = answer["choices"][0]
         text = choice["message"]["content"]
@@ -218,6 +234,8 @@ def read_answer(content: bytes) -> Generated:
         raise ValueError("holds no choices with a message") from error
     if not isinstance(text, str):
         raise ValueError("holds no text")
+    # Neither NUL nor half of a surrogate pair, which JSON can spell, can stand in a caption file.
+    text = text.replace("\0", "").encode("utf-8", "ignore").decode("utf-8")
     return Generated(text.strip(), finished=choice.get("finish_reason") != "length")
 
 
