@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 EXAMPLE = (640, 480)
 """A size that people know, to say how many tokens it takes."""
+ANY_PROMPT = "Describe."
+"""A prompt to count with: some templates refuse an empty one."""
 
 
 def bound_images(processor: VlmProcessor, max_pixels: int | None) -> int | None:
@@ -63,10 +65,10 @@ def count_image_tokens(processor: VlmProcessor, size: tuple[int, int]) -> int:
 
     from caption_train.families.vlm.images import fit_image
 
-    text = processor.render("")
+    text = processor.render(ANY_PROMPT)
     image = fit_image(Image.new("RGB", size, "gray"), processor.max_pixels)
     plain = processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return processor([image], [""])["input_ids"].shape[1] - len(plain) + 1
+    return processor([image], [ANY_PROMPT])["input_ids"].shape[1] - len(plain) + 1
 
 
 def _grows(processor: VlmProcessor) -> bool:

@@ -7,6 +7,7 @@ import pytest
 
 from caption_train.cli.commands import train_main
 from caption_train.errors import UsageError
+from caption_train.families import get_family
 from caption_train.families.loading import load_model
 from caption_train.families.vlm.checkpoint import find_model_class
 from caption_train.families.vlm.processor import _put_together, load_processor
@@ -104,3 +105,13 @@ def test_weights_are_not_read_for_a_plan(tmp_path, tiny_base, capsys):
                 [line for line in capsys.readouterr().out.splitlines() if "weights" in line or "acti" in line]
             )
         assert found[0] == found[1] and len(found[0]) == 2
+
+
+def test_a_template_that_refuses_empty_messages_refuses_no_prompt(tmp_path):
+    folder = save_vlm("llava", tmp_path / "base", weights=False)
+    path = folder / "chat_template.jinja"
+    refusal = "{% for m in messages %}{% if not m['content'][-1]['text'] %}{{ raise_exception('Empty') }}"
+    path.write_text(f"{refusal}{{% endif %}}{{% endfor %}}{path.read_text('utf-8')}", "utf-8")
+    processor = load_processor(folder, *find_model_class(folder, "x"), "x")
+    get_family("vlm").configure(processor, {"max_pixels": 2000})
+    assert "tokens" in get_family("vlm").describe_inputs(processor)[0]
