@@ -151,6 +151,8 @@ def _reason(model_id: str, error: BaseException) -> str:
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
     kinds = {kind.__name__ for link in chain for kind in type(link).__mro__}
+    if "ImportError" in kinds and (found := re.search(r"(\S+) requires the (\S+) library", str(chain[0]))):
+        return f"{found[1]} needs {found[2]}: pip install {found[2].lower()}"
     if "GatedRepoError" in kinds:
         return "the hub asks for access: request it on the model's page and run `hf auth login`"
     if "RevisionNotFoundError" in kinds:

@@ -2,11 +2,12 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 
 import pytest
 
 from caption_train.cli.commands import train_main
-from caption_train.errors import UsageError
+from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import get_family
 from caption_train.families.loading import load_model
 from caption_train.families.vlm.checkpoint import find_model_class
@@ -38,16 +39,20 @@ def test_a_model_with_an_encoder_for_the_prompt_is_refused(tmp_path, kind):
 
 
 def test_a_processor_that_needs_torchvision_is_named(tmp_path):
-    try:
-        import torchvision  # noqa: F401
-    except ImportError:
-        pass
-    else:
+    if find_spec("torchvision") is not None:
         pytest.skip("torchvision is installed")
     folder = save_vlm("llava", tmp_path / "base", weights=False)
     rewrite(folder / "processor_config.json", processor_class="PixtralProcessor")
     with pytest.raises(UsageError, match=r"PixtralProcessor needs torchvision: pip install torchvision$"):
         load_processor(folder, *find_model_class(folder, "x"), "x")
+
+
+def test_a_library_that_a_part_needs_is_named(tmp_path):
+    if find_spec("timm") is not None:
+        pytest.skip("timm is installed")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3n"}), "utf-8")
+    with pytest.raises(CaptionTrainError, match=r"TimmWrapperModel needs timm: pip install timm$"):
+        get_family("vlm").describe(str(tmp_path))
 
 
 def test_an_image_token_that_the_tokenizer_does_not_know_is_named(tmp_path):
