@@ -115,8 +115,8 @@ def _plan_model(
         quantize_parts=[],
         gradient_checkpointing=False,
         activation_checkpointing=False,
-        # Starting a LoRA from the base's weights changes no size, and needs them.
-        **({"init_lora_weights": None} if is_empty else {}),
+        # What a LoRA starts from changes no size, and needs the base's weights.
+        **({"init_lora_weights": None, "init_adapter": None} if is_empty else {}),
     )
     before = resident_memory()
     model, processor = load_trainable(plain, family, base.facts, accelerator, is_empty=is_empty)
