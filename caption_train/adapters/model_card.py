@@ -1,12 +1,14 @@
 """Writes what a saved LoRA or model says about itself: training.json and the model card. No torch."""
 
-from collections.abc import Mapping
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from caption_train.adapters.record import TRAINING_FILE, TrainingRecord
 from caption_train.families import FAMILIES, get_family, name_script
-from caption_train.system.files import write_atomically
+from caption_train.system.files import read_json_object, write_atomically
 
 
 def write_card(folder: Path, record: TrainingRecord, extra: Mapping[str, Any]) -> None:
@@ -21,12 +23,64 @@ def write_card(folder: Path, record: TrainingRecord, extra: Mapping[str, Any]) -
     write_atomically(folder / "README.md", _card(record, extra))
 
 
+@dataclass(frozen=True)
+class Shown:
+    """An image of the model card: its file below the card's folder, and its captions."""
+
+    file: str
+    reference: str
+    before: str
+    after: str
+
+
+def add_results(
+    folder: Path,
+    record: TrainingRecord,
+    before: Mapping[str, float | None],
+    after: Mapping[str, float | None],
+    shown: Sequence[Shown] = (),
+) -> None:
+    """Write README.md anew, with validation results and sample captions.
+
+    Args:
+        folder: the folder of the finished adapter or model, with its training.json.
+        record: where it comes from.
+        before, after: results of the untrained and of the finished model, by name.
+        shown: images with their captions.
+    """
+    training = read_json_object(folder / TRAINING_FILE)
+    reached = {name: training.get(name) for name in ("global_step", "epoch", "loss")}
+    sections = []
+    if after:
+        rows = [
+            f"| {name} | {_number(before.get(name))} | {_number(value)} |" for name, value in after.items()
+        ]
+        sections += ["## Validation", "", "| | before training | after |", "|---|---|---|", *rows, ""]
+    if shown:
+        header = ["| | reference | before training | after |", "|---|---|---|---|"]
+        rows = [
+            f"| ![]({image.file}) | {_cell(image.reference)} | {_cell(image.before)} | {_cell(image.after)} |"
+            for image in shown
+        ]
+        sections += ["## Samples", "", *header, *rows, ""]
+    write_atomically(folder / "README.md", _card(record, reached, sections))
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _cell(text: str) -> str:
+    """Return a caption as it is, safe inside a cell of a Markdown table."""
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "&#124;")
+
+
 def name_flag(train_method: str) -> str:
     """Return the inference scripts' flag for what this `--train_method` produces."""
     return "--peft_model" if train_method == "lora" else "--base_model"
 
 
-def _card(record: TrainingRecord, extra: Mapping[str, Any]) -> str:
+def _card(record: TrainingRecord, extra: Mapping[str, Any], sections: Sequence[str] = ()) -> str:
     from huggingface_hub import ModelCardData
 
     options = record.options
@@ -67,6 +121,7 @@ def _card(record: TrainingRecord, extra: Mapping[str, Any]) -> str:
             "|---|---|",
             *rows,
             "",
+            *sections,
             "Made with caption-train " + record.versions["caption-train"] + ".",
             "",
         ]

@@ -189,6 +189,15 @@ class TrainOptions:
     sample_every_n_epochs: int | None = _save(None, "caption sample images every N epochs")
     sample_every_n_steps: int | None = _save(None, "caption sample images every N optimizer steps")
     log_with: str | None = _save(None, "log to this tracker", choices=("all", "wandb", "tensorboard"))
+    log_no_images: bool = _save(
+        False, "send captions, but no images, to the trackers of --log_with", recorded="if given"
+    )
+    push_to_hub: str | None = _save(
+        None,
+        "upload what was trained, with its model card, to this repository of the hub (created private)",
+        metavar="USER/NAME",
+        recorded=False,
+    )
     name: str | None = _save(None, "name of the run, in logs and at the start of checkpoint names")
     seed: int = _save(42, "seed of all random numbers")
     quiet: bool = _save(False, "print errors and results only", recorded=False)

@@ -19,13 +19,15 @@ from caption_train.system.signals import Interrupts, NoAnswer
 from caption_train.system.workers import reading
 from caption_train.training.checkpoints.find import describe_latest
 from caption_train.training.checkpoints.state import restore_random_state
+from caption_train.training.checkpoints.store import explain_failure
 from caption_train.training.distributed.accelerator import accumulate
-from caption_train.training.distributed.ranks import report_once
+from caption_train.training.distributed.ranks import raise_on_all_ranks, report_once
 from caption_train.training.failures import explain_out_of_memory
 from caption_train.training.monitor.health import Health
 from caption_train.training.monitor.log import RunLog
 from caption_train.training.monitor.samples import PreviewCaptioner
 from caption_train.training.monitor.validation import Evaluator
+from caption_train.training.results import complete_card, push
 from caption_train.training.run.batches import MicroBatch
 from caption_train.training.run.run import TrainingRun
 from caption_train.training.saving import CheckpointSaver
@@ -73,13 +75,23 @@ class Trainer:
             try:
                 with reading(self.run.train_dataloader, self._describe_latest) as batches:
                     self._loop(interrupts, batches)
-                return self.saver.finish()
+                return self._finish()
             except NoAnswer:
                 self._leave_hung(interrupts)
             finally:
                 keep_groups()
                 self.log.close()
                 self.lock.release()
+
+    def _finish(self) -> dict[str, Any]:
+        summary, run = self.saver.finish(), self.run
+        with raise_on_all_ranks(run.accelerator):
+            if run.accelerator.is_main_process:
+                with explain_failure(run.options.output_dir, "results in its card (the LoRA is)"):
+                    complete_card(run, self.sampler.first, self.sampler.latest)
+                if run.options.push_to_hub:
+                    push(run.options.output_dir, run.options.push_to_hub)
+        return summary
 
     def _describe_latest(self) -> str:
         return describe_latest(self.run.options.output_dir)
@@ -88,6 +100,7 @@ class Trainer:
         run, plan, progress = self.run, self.run.plan, self.run.progress
         began = time.perf_counter()
         if plan.first_step == 0:
+            self.evaluator.before_first_step()
             self.sampler.before_first_step()
         if run.random_states is not None:
             restore_random_state(run.accelerator, run.random_states)

@@ -37,6 +37,7 @@ from caption_train.training.monitor.samples import PreviewCaptioner
 from caption_train.training.monitor.trackers import check_trackers, start_trackers
 from caption_train.training.monitor.validation import Evaluator
 from caption_train.training.optim.optimizer import make_lr_scheduler, make_optimizer
+from caption_train.training.results import check_hub
 from caption_train.training.resume import adopt_batch_size, check_same_run, find_resume_point, resume_run
 from caption_train.training.run.batch_plan import BatchPlan
 from caption_train.training.run.batches import CaptionDataset, make_train_dataloader
@@ -118,6 +119,7 @@ def _decide_start(
     with raise_on_all_ranks(accelerator):
         if accelerator.is_main_process:
             check_trackers(options.log_with, options.output_dir)
+            check_hub(options.push_to_hub)
         checkpoint, lines = find_resume_point(options)
         print_once(accelerator, *lines)
         if options.auto_batch_size and checkpoint is not None:

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,8 @@ class CheckpointSaver:
             "epochs": run.plan.epoch_of(max(progress.global_step - 1, 0)),
             "loss": progress.last_loss,
             "loss_running_mean": progress.loss_mean,
-            # JSON has no not-a-number, which validation returns if no image could be read.
-            **{f"validation_{k}": v if math.isfinite(v) else None for k, v in progress.evaluation.items()},
+            **_finite("base_", progress.base_evaluation),
+            **_finite("validation_", progress.evaluation),
             "best_step": progress.best_step,
             f"best_{run.options.metric_for_best}": progress.best_value,
             "stopped_early": progress.stopped_early,
@@ -114,7 +115,7 @@ class CheckpointSaver:
                 publish(follow_pointer(self.output_dir / chosen), self.output_dir)
                 with explain_failure(self.output_dir, f"{SUMMARY_FILE} (the LoRA is)"):
                     write_atomically(self.output_dir / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
-                    draw_curve(self.output_dir)
+                    draw_curve(self.output_dir, progress.best_step, run.options.metric_for_best)
         return summary
 
     def _check_room(self) -> None:
@@ -168,3 +169,8 @@ class CheckpointSaver:
         write_state(
             folder, progress, optimizer_state, run.lr_scheduler, run.accelerator.scaler, random_states
         )
+
+
+def _finite(prefix: str, values: Mapping[str, float]) -> dict[str, float | None]:
+    # JSON has no not-a-number, which validation returns if no image could be read.
+    return {f"{prefix}{name}": value if math.isfinite(value) else None for name, value in values.items()}

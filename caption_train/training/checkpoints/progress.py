@@ -18,7 +18,8 @@ _TYPES = {
     **dict.fromkeys(
         ("seconds", "wall_seconds", "last_loss", "loss_mean", "loss_variance", "best_value"), int | float
     ),
-    **{"run_id": str, "skipped_files": dict, "evaluation": dict, "stopped_early": bool},
+    **dict.fromkeys(("skipped_files", "evaluation", "base_evaluation"), dict),
+    **{"run_id": str, "stopped_early": bool},
 }
 
 
@@ -58,6 +59,7 @@ class Progress:
         loss_mean: running mean, from which spikes are found.
         loss_variance: running variance.
         evaluation: result of the last validation.
+        base_evaluation: result of the validation before the first step.
         best_value: the best validation result so far.
         best_step: the step of that result.
         evaluations_since_best: validations without a better result, for early stopping.
@@ -79,6 +81,7 @@ class Progress:
     loss_mean: float | None = None
     loss_variance: float = 0.0
     evaluation: dict[str, float] = field(default_factory=dict)
+    base_evaluation: dict[str, float] = field(default_factory=dict)
     best_value: float | None = None
     best_step: int | None = None
     evaluations_since_best: int = 0

@@ -65,7 +65,10 @@ def print_summary(summary: Mapping[str, Any], options: TrainOptions, start: Sequ
     )
     if summary["best_step"] is not None:
         name = options.metric_for_best
-        print_line(f"best validation {name} {summary[f'best_{name}']:.4f}, at step {summary['best_step']}")
+        base = summary.get(f"base_{name}")
+        before = "" if base is None else f" ({base:.4f} before training)"
+        best = summary[f"best_{name}"]
+        print_line(f"best validation {name} {best:.4f}, at step {summary['best_step']}{before}")
     if summary["skipped_steps"]:
         print_line(f"{summary['skipped_steps']} steps were skipped: loss or gradient was not finite")
     for reason in summary["skipped_files"]:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ class RunLog:
                 self.file = open(descriptor, "ab", buffering=0)  # noqa: PTH123, SIM115
 
     def write(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
-        """Log the values of an optimizer step, which is counted from 1."""
+        """Log the values of an optimizer step, which is counted from 1; step 0 is the untrained model's."""
         if self.file is not None:
             finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
             line = (json.dumps({"step": step, "epoch": epoch, **finite}) + "\n").encode()
@@ -64,19 +65,21 @@ class RunLog:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.accelerator.log({**values, "epoch": epoch}, step=step)
 
-    def write_samples(self, step: int, samples: Sequence["Sample"]) -> None:
-        """Log preview captions, each with its image, to the trackers."""
+    def write_samples(self, step: int, samples: Sequence["Sample"], *, with_images: bool = True) -> None:
+        """Log preview captions to the trackers, each with its image unless that is to stay here."""
         for tracker in self.accelerator.trackers:
             for index, sample in enumerate(samples):
                 label = f"samples/{index}"
                 text = f"reference: {sample.reference}\n\ngenerated: {sample.generated}"
                 if tracker.name == "tensorboard":
-                    tracker.writer.add_image(label, np.asarray(sample.image), step, dataformats="HWC")
+                    if with_images:
+                        tracker.writer.add_image(label, np.asarray(sample.image), step, dataformats="HWC")
                     tracker.writer.add_text(label, text, step)
                 elif tracker.name == "wandb":
                     import wandb
 
-                    tracker.log({label: wandb.Image(sample.image, caption=text)}, step=step)
+                    image = wandb.Image(sample.image, caption=text) if with_images else None
+                    tracker.log({label: image or wandb.Html(escape(text))}, step=step)
 
     def close(self) -> None:
         """Close the log, and end the run in the trackers."""
@@ -143,15 +146,15 @@ def _lines_before(path: Path, first_step: int) -> list[str]:
         return []
     text = read_regular_file(path, _MOST_BYTES, is_own=True).decode("utf-8", "replace")
     lines = text.splitlines(keepends=True)
-    return [line for line in lines if line.endswith("\n") and 0 < _step_of(line) <= first_step]
+    return [line for line in lines if line.endswith("\n") and 0 <= _step_of(line) <= first_step]
 
 
 def _step_of(line: str) -> int:
-    """Return a line's step, or 0 for a line that is broken, for example by a power cut."""
+    """Return a line's step, or -1 for a line that is broken, for example by a power cut."""
     try:
         return int(parse_json(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return 0
+        return -1
 
 
 @dataclass(frozen=True)

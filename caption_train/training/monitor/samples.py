@@ -34,6 +34,8 @@ class PreviewCaptioner:
             pairs, self.note = data.train, " (images that are trained on: --validation_split holds some out)"
         self.run, self.family, self.log = run, family, log
         self.images: list[tuple[Pair, Image.Image]] = []
+        self.first: list[Sample] = []
+        self.latest: list[Sample] = []
         options = run.options
         self.wanted = bool(options.sample_every_n_steps or options.sample_every_n_epochs)
         chosen = pick_images(pairs, options.seed, data.digests) if self.wanted else []
@@ -69,7 +71,9 @@ class PreviewCaptioner:
             for pair, image, caption in zip(pairs, images, captions, strict=True)
         ]
         print_samples(f"samples at step {step}{self.note}", samples)
-        self.log.write_samples(step, samples)
+        self.first = self.first or (samples if step == 0 else [])
+        self.latest = samples
+        self.log.write_samples(step, samples, with_images=not self.run.options.log_no_images)
 
 
 def print_samples(title: str, samples: Sequence[Sample]) -> None:

@@ -59,6 +59,13 @@ class Evaluator:
         self.pairs = drop_repeats(data.validation, data.digests)
         self.questions = _list_questions(self.pairs, data, run)[: run.options.metric_samples]
 
+    def before_first_step(self) -> None:
+        """Measure what the run starts from, to compare with. It is no candidate for the best."""
+        if self.pairs:
+            values = self.run.progress.base_evaluation = self.evaluate()
+            self.log.write(0, 0, {f"eval_{k}": v for k, v in values.items()})
+            self._say(0, values, is_best=False)
+
     def after_step(self, step: int) -> None:
         """Evaluate if it is due after this 0-based optimizer step; by default, at the end of every epoch."""
         if not self.pairs:
@@ -164,7 +171,8 @@ class Evaluator:
 
     def _say(self, step: int, values: dict[str, float], is_best: bool) -> None:
         scores = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-        lines = [f"step {step}: validation {scores}{' (best so far)' if is_best else ''}"]
+        note = " (before training)" if step == 0 else " (best so far)" if is_best else ""
+        lines = [f"step {step}: validation {scores}{note}"]
         if self.run.progress.stopped_early:
             lines.append(
                 f"--early_stopping_patience: {self.run.options.metric_for_best} was best at step "

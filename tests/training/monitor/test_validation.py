@@ -58,12 +58,13 @@ def test_the_loss_is_per_token_and_without_dropout(make):
 
 
 def test_validation_happens_every_epoch_and_the_best_is_kept_and_pointed_at(make, monkeypatch):
-    losses = iter([3.0, 1.0, 2.0])
+    losses = iter([0.5, 3.0, 1.0, 2.0])
     monkeypatch.setattr(Evaluator, "evaluate", lambda self: {"loss": next(losses)})
     options = make(epochs=3, load_best_at_end=True)
     summary = train("blip", options)
     out = options.output_dir
-    assert [line["step"] for line in read_evaluations(out)] == [2, 4, 6]
+    assert [line["step"] for line in read_evaluations(out)] == [0, 2, 4, 6]
+    assert summary["base_loss"] == 0.5, "what is measured before training is no candidate for the best"
     assert (summary["best_step"], summary["best_loss"]) == (4, 1.0)
     best, last = (out / "best").resolve(), (out / "last").resolve()
     assert best.name.startswith("epoch-0002") and last.name.startswith("epoch-0003")
@@ -74,7 +75,7 @@ def test_validation_happens_every_epoch_and_the_best_is_kept_and_pointed_at(make
 
 
 def test_a_run_stops_once_it_gets_no_better(make, monkeypatch):
-    losses = iter([1.0, 2.0, math.nan, 0.0])
+    losses = iter([3.0, 1.0, 2.0, math.nan, 0.0])
     monkeypatch.setattr(Evaluator, "evaluate", lambda self: {"loss": next(losses)})
     options = make(epochs=4, early_stopping_patience=2)
     summary = train("blip", options)
@@ -83,7 +84,7 @@ def test_a_run_stops_once_it_gets_no_better(make, monkeypatch):
 
 
 def test_a_run_that_stopped_early_stays_stopped(make, monkeypatch):
-    losses = iter([1.0, 2.0])
+    losses = iter([3.0, 1.0, 2.0])
     monkeypatch.setattr(Evaluator, "evaluate", lambda self: {"loss": next(losses)})
     first = train("blip", make(epochs=4, early_stopping_patience=1))
     again = train("blip", make(epochs=4, early_stopping_patience=1, resume="auto"))
@@ -115,7 +116,8 @@ def test_samples_of_images_that_are_trained_on_are_called_so(make, capsys):
 def test_captions_are_scored_and_the_score_can_tell_the_best(make):
     options = make(metrics=["cider", "exact_match"], metric_for_best="cider", metric_samples=3)
     summary = train("blip", options)
-    (evaluation,) = read_evaluations(options.output_dir)
+    base, evaluation = read_evaluations(options.output_dir)
+    assert base.keys() == evaluation.keys()
     assert {"eval_loss", "eval_cider", "eval_exact_match"} <= evaluation.keys()
     assert summary["best_cider"] == evaluation["eval_cider"]
 
@@ -126,8 +128,11 @@ def test_two_processes_measure_what_one_does(make, tmp_path):
     ranks = start_ranks(2, lambda: train("blip", make("two", **settings, batch_size=2)), log)
     assert [rank.wait() for rank in ranks] == [0, 0], log.read_text()
     train("blip", make("one", **settings))
-    (one,), (two,) = (read_evaluations(tmp_path / count) for count in ("one", "two"))
-    assert two == pytest.approx(one, abs=1e-4)
+    one, two = (read_evaluations(tmp_path / count) for count in ("one", "two"))
+    assert len(one) == len(two) == 2
+    assert [values == pytest.approx(other, abs=1e-4) for values, other in zip(one, two, strict=True)] == [
+        True
+    ] * 2
 
 
 def test_a_disk_without_room_for_one_checkpoint_is_refused_before_training(make, monkeypatch):
