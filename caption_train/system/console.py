@@ -123,6 +123,8 @@ class ProgressBar:
             unit=f" {unit}",
             leave=leave,
             dynamic_ncols=True,
+            # The time left follows from the whole mean, which includes validation, previews and saving.
+            smoothing=0,
             disable=not (self.shown and sys.stderr.isatty()),
         )
 

@@ -1,7 +1,7 @@
 """Measures the model in training on images that it is not trained on, and decides when to stop early."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -17,7 +17,7 @@ from caption_train.data.pairs import Pair
 from caption_train.data.split import drop_repeats, rank_images
 from caption_train.families.base import Batch, Family
 from caption_train.metrics.coco import score_captions
-from caption_train.system.console import print_once
+from caption_train.system.console import ProgressBar, print_once
 from caption_train.system.devices import model_dtype, move_batch
 from caption_train.system.signals import ignore_in_worker
 from caption_train.system.workers import reading
@@ -112,13 +112,18 @@ class Evaluator:
     def _measure_loss(self) -> float:
         run, accelerator, loader = self.run, self.run.accelerator, self._loader
         losses, tokens, errors, latest = 0.0, 0, [], partial(describe_latest, run.options.output_dir)
-        with evaluating(run) as model, reading(loader, latest) as batches:
+        with (
+            self._progress_bar("validating", loader.batch_sampler) as bar,
+            evaluating(run) as model,
+            reading(loader, latest) as batches,
+        ):
             for batch in batches:
                 inputs = move_batch(batch.inputs, accelerator.device, model_dtype(model))
                 # The loss is a mean over tokens; sums over batches need it times their number.
                 losses += model(**inputs).loss.item() * batch.label_tokens
                 tokens += batch.label_tokens
                 errors += batch.errors
+                bar.update(count=len(batch.files))
         shares = gather_object([(losses, tokens, errors)])
         self._note_errors([error for share in shares for error in share[2]])
         total = sum(share[1] for share in shares)
@@ -133,25 +138,36 @@ class Evaluator:
         run, accelerator = self.run, self.run.accelerator
         rows = []
         share = self.questions[accelerator.process_index :: accelerator.num_processes]
-        for part in _cut(share, run.plan.batch_size):
-            opened = []
-            for question in part:
-                try:
-                    opened.append((question, open_image(question.image)))
-                except ImageError:
-                    # It was reported when the loss was measured.
-                    continue
-            images, prompts = [image for _, image in opened], [question.prompt for question, _ in opened]
-            captions = caption_images(run, self.family, images, prompts)
-            rows += [
-                (str((question.image, question.prompt)), caption, question.references)
-                for (question, _), caption in zip(opened, captions, strict=True)
-            ]
+        parts = list(_cut(share, run.plan.batch_size))
+        with self._progress_bar("captioning for metrics", parts) as bar:
+            for part in parts:
+                rows += self._caption(part)
+                bar.update(count=len(part))
         # Sorted, so that the rounding of sums does not depend on the number of processes.
         rows = sorted(gather_object(rows))
         if not rows:
             return {}
         return score_captions([row[1] for row in rows], [row[2] for row in rows], run.options.metrics)
+
+    def _caption(self, questions: Sequence[Question]) -> list[tuple[str, str, list[str]]]:
+        """Return what identifies each question whose image can be read, its caption and its references."""
+        opened = []
+        for question in questions:
+            try:
+                opened.append((question, open_image(question.image)))
+            except ImageError:
+                # It was reported when the loss was measured.
+                continue
+        images, prompts = [image for _, image in opened], [question.prompt for question, _ in opened]
+        captions = caption_images(self.run, self.family, images, prompts)
+        return [
+            (str((question.image, question.prompt)), caption, question.references)
+            for (question, _), caption in zip(opened, captions, strict=True)
+        ]
+
+    def _progress_bar(self, label: str, parts: Iterable[Sized]) -> ProgressBar:
+        shown = self.run.accelerator.is_local_main_process
+        return ProgressBar(sum(map(len, parts)), label, "image", shown=shown, leave=False)
 
     def _update_best(self, values: dict[str, float]) -> bool:
         """Remember a new best value, or count towards early stopping; return whether it is the best."""
