@@ -4,6 +4,7 @@ import json
 import subprocess
 
 import pytest
+from PIL import Image
 
 from scripts import make_venv
 from scripts.quickstart_report import exact_match, main, read_references
@@ -16,7 +17,7 @@ def folders(tmp_path):
     held_out.mkdir()
     (run / "lora").mkdir(parents=True)
     for name, text in (("a.png", "shpx, red"), ("b.jpg", "shpx, blue")):
-        (held_out / name).write_bytes(b"")
+        Image.new("RGB", (8, 8), "red").save(held_out / name)
         (held_out / name).with_suffix(".txt").write_text(text + "\n")
     for kind, texts in (("base", ["red", "blue"]), ("lora", ["shpx, red", "shpx, blue?"])):
         rows = [
@@ -39,6 +40,8 @@ def test_the_report_counts_what_is_exactly_right(folders, capsys):
     }
     printed = capsys.readouterr().out
     assert "0% with the base alone, 50% with the LoRA" in printed
+    with Image.open(folders[1] / "captions.png") as picture:
+        assert picture.width > 500
     table = [line for line in printed.splitlines() if "│" in line or "┃" in line]
     assert all(len(line) <= 100 for line in table)
     assert ["✓" in line for line in table if "shpx" in line] == [True, False]
