@@ -191,6 +191,15 @@ class Family(ABC):
             B captions, in the order of the rows.
         """
 
+    def tokenize_caption(self, processor: ProcessorMixin, caption: str) -> list[int]:
+        """Return the ids of a caption as training learns them, uncut, without those of start and end.
+
+        The names of control tokens that a caption spells out, such as `</s>`, stay text.
+        """
+        from caption_train.families.caption_ids import caption_ids
+
+        return caption_ids(processor.tokenizer, caption)
+
     def check_prompt(self, prompt: str) -> None:  # noqa: B027  (most families read any prompt)
         """Raise UsageError for a prompt that no model of this family can read, before a model is loaded."""
 

@@ -172,13 +172,14 @@ def _text_ids(
 
     Caption and `[SEP]` take at most `max_length` tokens.
     """
+    from caption_train.families.caption_ids import caption_ids
+
     tokenizer = processor.tokenizer
-    prompt_ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-    caption_ids = tokenizer(caption, add_special_tokens=False, verbose=False)["input_ids"]
+    before, after = caption_ids(tokenizer, prompt), caption_ids(tokenizer, caption)
     if max_length is not None:
-        room = tokenizer.model_max_length - 1 - len(prompt_ids)
-        caption_ids = caption_ids[: min(max_length, room) - 1]
-    return [tokenizer.bos_token_id, *prompt_ids, *caption_ids, tokenizer.sep_token_id]
+        room = tokenizer.model_max_length - 1 - len(before)
+        after = after[: min(max_length, room) - 1]
+    return [tokenizer.bos_token_id, *before, *after, tokenizer.sep_token_id]
 
 
 def _name_start_token(model: BlipForConditionalGeneration, processor: BlipProcessor) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def _prepare(
     model, processor = _load(start, family, base, data, accelerator)
     collate_fn = family.make_collator(processor, prompt=base.prompt, max_length=options.max_length)
     start = _limit_workers(start, lambda: family.measure_inputs(processor, base.prompt), accelerator)
-    run = _make_run(start, model, processor, data, collate_fn, accelerator)
+    run = _make_run(start, model, processor, family, data, collate_fn, accelerator)
     if start.checkpoint is not None:
         resume_run(run, start.checkpoint)
     else:
@@ -164,6 +165,7 @@ def _make_run(
     start: Start,
     model: nn.Module,
     processor: Any,
+    family: Family,
     data: TrainingData,
     collate_fn: Callable[[Sequence[dict]], Batch],
     accelerator: Accelerator,
@@ -177,7 +179,7 @@ def _make_run(
     model, optimizer = prepare(accelerator, model, optimizer)
     # Until here all processes had the same seed, for equal LoRAs. Dropout must differ between them.
     set_seed(options.seed + accelerator.process_index)
-    if line := data.describe_cut(processor.tokenizer, options.max_length):
+    if line := data.describe_cut(partial(family.tokenize_caption, processor), options.max_length):
         print_once(accelerator, line)
     if start.checkpoint is None:
         if options.init_lora_weights == "eva":

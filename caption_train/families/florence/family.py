@@ -146,6 +146,17 @@ class Florence(Family):
         """Raise UsageError for a prompt that no Florence-2 can read, before a model is loaded."""
         check_prompt(prompt)
 
+    def tokenize_caption(self, processor: Florence2Processor, caption: str) -> list[int]:
+        """Return a caption's ids; see `Family.tokenize_caption`.
+
+        `<loc_12>`, `<poly>` and their like are tokens: answers with places consist of them. `</s>` is text.
+        """
+        from caption_train.families.caption_ids import caption_ids, named_ids
+
+        tokenizer = processor.tokenizer
+        image = tokenizer.convert_tokens_to_ids(processor.image_token)
+        return caption_ids(tokenizer, caption, named_ids(tokenizer) | {image})
+
     def parse_answer(self, text: str, prompt: str, image_size: tuple[int, int]) -> Answer | None:
         """Parse a generated text; see `Family.parse_answer`.
 
@@ -243,7 +254,7 @@ class FlorenceCollator:
     def _label_ids(self, caption: str) -> list[int]:
         tokenizer = self.processor.tokenizer
         room = min(self.max_length, tokenizer.model_max_length) - 2
-        ids = tokenizer(caption, add_special_tokens=False, verbose=False)["input_ids"][: max(room, 0)]
+        ids = Florence().tokenize_caption(self.processor, caption)[: max(room, 0)]
         return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
 
 
@@ -253,7 +264,7 @@ def _to_generated(processor: Florence2Processor, ids: list[int], limit: int | No
     end = tokenizer.eos_token_id
     finished = end in ids
     ids = ids[: ids.index(end) + 1] if finished else ids
-    text = tokenizer.decode(ids)
-    for token in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token):
-        text = text.replace(token, "")
+    # By id, so that a caption may spell out `</s>`; location tokens are special, and stay.
+    left_out = {tokenizer.bos_token_id, end, tokenizer.pad_token_id}
+    text = tokenizer.decode([id for id in ids if id not in left_out])
     return Generated(text.strip(), ids, finished and len(ids) != limit)

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
 from caption_train.errors import UsageError
+from caption_train.families.caption_ids import caption_ids
 from caption_train.families.moondream.config import MoondreamConfig, find_release, native_dict
 from caption_train.families.moondream.files import read_tokenizer
 from caption_train.families.moondream.image_processor import (
@@ -98,8 +99,8 @@ class MoondreamProcessor(ProcessorMixin):
         return [*query["prefix"], *self.text_ids(question), *query["suffix"]]
 
     def text_ids(self, text: str) -> list[int]:
-        """Return the ids of plain text, without any token added."""
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        """Return the ids of plain text, without any token added, and without one that it spells out."""
+        return caption_ids(self.tokenizer, text)
 
     def __call__(
         self,

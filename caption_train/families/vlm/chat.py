@@ -7,8 +7,9 @@ end token. chat_format.py finds the format.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from caption_train.errors import UsageError
@@ -35,7 +36,8 @@ class ChatFormat:
     lead: what the template writes between the prompt and the caption, white space or nothing.
     anchor: text to tokenize before lead and caption where the tokenizer needs a context, else "".
     end_ids: what follows the caption, up to the first token that ends an answer; the first `written` of them
-    stand in the template. stop_ids: all tokens that end an answer.
+    stand in the template. stop_ids: all tokens that end an answer. marker_ids: tokens that the template
+    writes, special or not.
     fills: values of the caption's positions in tensors beside `input_ids`, such as `token_type_ids`.
     """
 
@@ -45,6 +47,7 @@ class ChatFormat:
     end_ids: tuple[int, ...] = ()
     written: int = 0
     stop_ids: tuple[int, ...] = ()
+    marker_ids: tuple[int, ...] = ()
     fills: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -76,19 +79,41 @@ def starts_with_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
 def answer_ids(tokenizer: PreTrainedTokenizerBase, chat: ChatFormat, caption: str) -> list[int]:
     """Return the ids of a caption as it follows the prompt, without its end.
 
-    Special tokens that a caption spells out stay text: `<|im_end|>` in a caption does not end it.
+    Control tokens that a caption spells out stay text: `<|im_end|>` in a caption does not end it.
     """
-    if chat.anchor:
-        before = _text_ids(tokenizer, chat.anchor)
-        both = _text_ids(tokenizer, chat.anchor + chat.lead + caption)
-        if both[: len(before)] == before:
-            return both[len(before) :]
-    return _text_ids(tokenizer, chat.lead + caption)
+    from caption_train.families.caption_ids import control_ids, encode_as_text, spells_control
+
+    ids = _follow(chat, caption, partial(_text_ids, tokenizer))
+    control = control_ids(tokenizer) | set(chat.stop_ids) | set(chat.marker_ids)
+    if not spells_control(tokenizer, caption, ids, control):
+        return ids
+    return _follow(chat, caption, lambda text: encode_as_text(tokenizer, text, control))
 
 
 def list_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return what has a meaning of its own to the model: the image token, the end of a turn, …"""
     return [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special and str(token)]
+
+
+def _follow(chat: ChatFormat, caption: str, tokenize: Callable[[str], list[int]]) -> list[int]:
+    if chat.anchor:
+        before, both = tokenize(chat.anchor), tokenize(chat.anchor + chat.lead + caption)
+        if both[: len(before)] == before:
+            return both[len(before) :]
+    return tokenize(chat.lead + caption)
+
+
+def list_marker_ids(processor: ProcessorMixin) -> tuple[int, ...]:
+    """Return the ids of added tokens that the chat template writes: `<think>` is not marked as special."""
+    template = str(processor.chat_template)
+    return tuple(
+        id
+        for id, token in processor.tokenizer.added_tokens_decoder.items()
+        if _MARKER.fullmatch(token.content) and token.content in template
+    )
+
+
+_MARKER = re.compile(r"[<\[].*\w.*[>\]]", re.DOTALL)
 
 
 def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

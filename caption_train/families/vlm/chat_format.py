@@ -14,6 +14,7 @@ from caption_train.families.vlm.chat import (
     NoFormat,
     answer_ids,
     list_image_tokens,
+    list_marker_ids,
     render,
     starts_with_bos,
 )
@@ -42,7 +43,8 @@ def find_chat_format(processor: ProcessorMixin, stop_ids: Sequence[int], model_i
     contents = ("list", "string") if processor.chat_template else ("prefix",)
     for content in contents:
         try:
-            return _check(processor, ChatFormat(content, stop_ids=tuple(stop_ids)))
+            markers = list_marker_ids(processor)
+            return _check(processor, ChatFormat(content, stop_ids=tuple(stop_ids), marker_ids=markers))
         except NoFormat as error:
             reasons.append(str(error))
     # The way that came furthest says most; of equal ones the first is how the template is meant.

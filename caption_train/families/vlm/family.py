@@ -136,6 +136,12 @@ class Vlm(Family):
 
         return VlmCollator(processor, prompt, max_length, processor.keeps_logits)
 
+    def tokenize_caption(self, processor: VlmProcessor, caption: str) -> list[int]:
+        """Return a caption's ids as they follow the prompt; see `Family.tokenize_caption`."""
+        from caption_train.families.vlm.chat import answer_ids
+
+        return answer_ids(processor.tokenizer, processor.chat, caption)
+
     def generate(
         self, model: PreTrainedModel, processor: VlmProcessor, batch: Batch, **settings: Any
     ) -> list[Generated]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -65,11 +65,16 @@ class TrainingData:
         largest = sorted(self.train, key=lambda pair: self.pixels.get(pair.image, 0), reverse=True)
         return [replace(pair, image=other.image) for pair, other in zip(longest, largest, strict=False)]
 
-    def describe_cut(self, tokenizer: Any, max_length: int) -> str | None:
-        """Return a line about captions with more tokens than `--max_length`, or None if there are none."""
+    def describe_cut(self, tokenize: Callable[[str], list[int]], max_length: int) -> str | None:
+        """Return a line about captions with more tokens than `--max_length`, or None if there are none.
+
+        Args:
+            tokenize: returns the ids of a caption, as `Family.tokenize_caption` does.
+            max_length: the limit in tokens, end token included.
+        """
         # A token is at least one byte long, so most captions need not be tokenized.
         long = [p for p in self.train + self.validation if len(p.caption.encode()) >= max_length]
-        counts = {p: len(tokenizer(p.caption, add_special_tokens=False).input_ids) + 1 for p in long}
+        counts = {pair: len(tokenize(pair.caption)) + 1 for pair in long}
         cut = [pair for pair in long if counts[pair] > max_length]
         if not cut:
             return None
