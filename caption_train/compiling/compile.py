@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from caption_train.compiling.advice import find_disagreeing, find_token_like
 from caption_train.compiling.placement import find_prefix, place_images, plan_placement
 from caption_train.compiling.result import Compiled
 from caption_train.config.compiling import CompileOptions
@@ -46,6 +47,8 @@ def compile_folder(options: CompileOptions) -> tuple[Compiled, list[str]]:
     # Collected before unusable pairs are dropped: the caption of a damaged image is still in its own file.
     known = {(compiled.file_name(name), pair.caption) for name, pair in compiled.pairs.items()}
     leave_out_unusable(compiled, options)
+    compiled.disagreeing = find_disagreeing(compiled.pairs)
+    compiled.token_like = find_token_like(compiled.pairs)
     make_rows(compiled, options)
     target = compiled.output_dir / METADATA_NAME
     losses = [] if options.overwrite else find_losses(target, known)

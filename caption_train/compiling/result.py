@@ -23,6 +23,8 @@ class Compiled:
         unrepeated: images in folders that ask for 0 repeats.
         unnamable: images whose names a metadata.jsonl cannot hold.
         bad_images: image → why it cannot be decoded.
+        disagreeing: a line for each group of equal images with different captions.
+        token_like: a line for each caption that spells out a token, such as `</s>`.
         held_out: images of the validation split.
         rows: the rows of metadata.jsonl.
         placed: how many images were put into output_dir.
@@ -41,6 +43,8 @@ class Compiled:
     unrepeated: list[str] = field(default_factory=list)
     unnamable: list[str] = field(default_factory=list)
     bad_images: dict[str, str] = field(default_factory=dict)
+    disagreeing: list[str] = field(default_factory=list)
+    token_like: list[str] = field(default_factory=list)
     held_out: set[str] = field(default_factory=set)
     rows: list[dict[str, str]] = field(default_factory=list)
     placed: int = 0

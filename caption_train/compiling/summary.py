@@ -93,6 +93,16 @@ def _left_over_lines(compiled: "Compiled", options: CompileOptions) -> Iterator[
         ("captions without an image", matches.without_image, ""),
         ("captions of several images", matches.shared, "each gets it; a.png.txt would be a.png's own"),
         ("captions not used", matches.second, "another caption of the image goes first"),
+        (
+            "equal images, other captions",
+            compiled.disagreeing,
+            "training sees them all: is one of them meant?",
+        ),
+        (
+            "captions that spell a token",
+            compiled.token_like,
+            "training takes it for plain text; delete what a tool left",
+        ),
         ("Kohya entries not used", compiled.kohya_problems, ""),
         ("Kohya repeat folders", repeats, once),
         ("images in 0_ folders", compiled.unrepeated, "left out, as Kohya does"),

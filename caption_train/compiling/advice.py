@@ -1,0 +1,61 @@
+"""Finds what is odd in a dataset although it can be used: copies that disagree, tokens in captions."""
+
+import re
+from collections.abc import Mapping
+
+from caption_train.data.pairs import Pair
+from caption_train.system.files import hash_file
+
+_TOKEN = re.compile(
+    r"<\|[^|<>\s]{1,40}\|>"  # <|im_end|>, <|endoftext|>
+    r"|</?(?:s|bos|eos|pad|unk|mask|sep|cls|image|img|start_of_turn|end_of_turn|end_of_utterance|think)>"
+    r"|\[/?(?:CLS|SEP|PAD|UNK|MASK|BOS|EOS|DEC|ENC|INST)\]"
+)
+"""How models of the last years write their control tokens."""
+
+
+def find_token_like(pairs: Mapping[str, Pair]) -> list[str]:
+    """Return a line for each caption that spells out a control token of some model, with what it spells.
+
+    Tools that decode with special tokens leave them behind. Training reads them as text, and a model then
+    learns to write them.
+
+    >>> from pathlib import Path
+    >>> find_token_like({"a.png": Pair(Path("a.png"), "a cat</s>", "a.txt")})
+    ['a.png: </s>']
+    """
+    found = ((name, dict.fromkeys(_TOKEN.findall(pair.caption))) for name, pair in pairs.items())
+    return [f"{name}: {' '.join(tokens)}" for name, tokens in found if tokens]
+
+
+def find_disagreeing(pairs: Mapping[str, Pair]) -> list[str]:
+    """Return a line for each group of byte-identical images whose captions differ.
+
+    Only files of equal size are read.
+    """
+    sizes: dict[int, list[str]] = {}
+    for name, pair in pairs.items():
+        try:
+            sizes.setdefault(pair.image.stat().st_size, []).append(name)
+        except OSError:
+            continue  # Whoever reads the image says what is wrong with it.
+    groups: dict[tuple[int, str], list[str]] = {}
+    for size, names in sizes.items():
+        for name in names if len(names) > 1 else ():
+            try:
+                groups.setdefault((size, hash_file(pairs[name].image)), []).append(name)
+            except OSError:
+                continue
+    return [
+        ", ".join(_show(pairs[name], name) for name in names)
+        for names in groups.values()
+        if len({pairs[name].caption for name in names}) > 1
+    ]
+
+
+def _show(pair: Pair, name: str) -> str:
+    caption = pair.caption if len(pair.caption) <= _SHOWN else pair.caption[: _SHOWN - 1] + "…"
+    return f"{name} ({caption})"
+
+
+_SHOWN = 40
