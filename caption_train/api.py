@@ -147,7 +147,7 @@ def caption(
 
 WRITING_FLAGS = {
     *("images", "recursive", "save_captions", "caption_extension", "output", "overwrite", "visualize"),
-    *("endpoint", "model", "concurrency", "timeout", "retries"),
+    *("existing", "separator", "endpoint", "model", "concurrency", "timeout", "retries"),
 }
 """Flags of the inference scripts that `caption` has no use for."""
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from caption_train.captioning.existing import KEEP, Added, AddedLog, Existing
 from caption_train.captioning.outputs import Caption, Sink
 from caption_train.captioning.row_text import CsvTable, JsonLines, Row, Table
 from caption_train.data.formats import TEXT_COLUMNS
@@ -21,7 +22,8 @@ from caption_train.system.files import behind_link, clear_temporary, open_own, p
 from caption_train.system.lock import OutputLock
 
 REPLACES = "replaces"
-"""A journal's own column: the captions that `--overwrite` replaces. Others are somebody else's, and stay."""
+"""A journal's own column: the captions that are replaced, or each with what becomes of it where a run adds to
+them. Others are somebody else's, and stay."""
 _MOST_BYTES = 4 << 30
 _MOST_TRIES = 100
 
@@ -35,13 +37,15 @@ class CaptionFile(Sink):
     Args:
         path: the file.
         rank: the rank of this process, which names its journal.
-        overwrite: replace the captions that are there when the run begins.
+        existing: what becomes of the captions that are there when the run begins.
     """
 
-    def __init__(self, path: Path, rank: int = 0, *, overwrite: bool = False) -> None:
+    def __init__(self, path: Path, rank: int = 0, *, existing: Existing = KEEP) -> None:
         self.path = path
         self.is_dataset = path.name == "metadata.jsonl"
-        self._overwrite = overwrite
+        self._existing = existing
+        self._log = AddedLog(path.parent, path.name, rank, f"--output {path}")
+        self._added: dict[str, Added] = {}
         self._folder = path.parent.resolve()
         self._journal_path = path.with_name(f".{path.name}.{rank}.part")
         self._journal: io.FileIO | None = None
@@ -71,21 +75,29 @@ class CaptionFile(Sink):
         names = {image: self.name_of(image) for image in images}
         self._acquire()
         clear_temporary(folder)
-        if self._overwrite:
+        if self._existing.replaces:
             self._take_over()
+            if self._existing.adds:
+                return self._resume(names)
+            self._log.discard()
             return list(images)
+        if any(isinstance(row.get(REPLACES), dict) for row in self._read_journals().values()):
+            self._take_over()  # What a run adds is a part of a caption: the file has to say which.
         self._captions = self.captions()
         return [image for image, name in names.items() if name not in self._captions]
 
     def begin(self, images: Sequence[Path]) -> None:
         """Remember the captions that are there, to notice those that somebody else writes from now on."""
         self._seen = Signature.of(behind_link(self.path))
+        self._before = {}
         for row in self._read_table().rows:
             if (text := _text_of(row.values)) is not None:
                 self._before.setdefault(row.values["file_name"], []).append(text)
 
     def read(self, image: Path) -> str:
-        """Return the caption in an image's row."""
+        """Return the caption in an image's row; of a run that adds, what it has added."""
+        if self._existing.adds:
+            return self._added[self.name_of(image)].text
         return self._captions[self.name_of(image)]
 
     def write(self, caption: Caption) -> Caption:
@@ -95,8 +107,14 @@ class CaptionFile(Sink):
         if not self.is_dataset:
             more = {"answer": caption.answer, "remarks": list(caption.remarks)}
             row |= {name: value for name, value in more.items() if value}
-        if self._overwrite and name in self._before:
-            row[REPLACES] = self._before[name]
+        before = self._before.get(name, [])
+        if self._existing.adds:
+            self._log.note(self._existing.run, name, Added(tuple(before), caption.text))
+            joined = {old: self._existing.join(old, caption.text) for old in before}
+            # A row that holds this addition already would get it twice if rows were merged twice.
+            row[REPLACES] = {old: new for old, new in joined.items() if old not in joined.values()}
+        elif self._existing.replaces and before:
+            row[REPLACES] = before
         self._append((json.dumps(row) + "\n").encode())
         return caption
 
@@ -131,8 +149,17 @@ class CaptionFile(Sink):
             self._discard_journals()
         return kept
 
+    def mark_added(self) -> None:
+        """Write into the log that the run is done."""
+        self._log.mark_done(self._existing.run)
+
+    def forget_added(self) -> None:
+        """Delete the log."""
+        self._log.discard()
+
     def close(self) -> None:
         """Allow other runs to write to the file."""
+        self._log.close()
         self._lock.release()
 
     def captions(self) -> dict[str, str]:
@@ -200,6 +227,17 @@ class CaptionFile(Sink):
         """Merge what runs that were cut short have left, and remove their journals."""
         if self._journals():
             self.finish()
+
+    def _resume(self, names: Mapping[Path, str]) -> list[Path]:
+        """Return the images that nothing was added to; complete what was only noted down."""
+        self.begin(list(names))
+        self._added = self._log.read(self._existing.run)
+        self.was_complete = self._log.is_complete
+        for image, name in names.items():
+            added = self._added.get(name)
+            if added and list(added.was) == self._before.get(name, []):
+                self.write(Caption(image, added.text))
+        return [image for image, name in names.items() if name not in self._added]
 
     def _discard_journals(self) -> None:
         if self._journal is not None:
@@ -270,10 +308,11 @@ def _put_captions(table: Table, new: Mapping[str, Row], places: Mapping[str, int
         known.add(name)
         if name in new:
             caption = {column: value for column, value in new[name].items() if column != REPLACES}
-            text = _text_of(row.values)
-            if text is None or text in new[name].get(REPLACES, ()):
-                table.change(row, caption)
-            elif text != caption.get("text"):
+            text, replaced = _text_of(row.values), new[name].get(REPLACES, ())
+            joined = replaced if isinstance(replaced, dict) else {}
+            if text is None or text in replaced:
+                table.change(row, caption | ({"text": joined[text]} if text in joined else {}))
+            elif text not in (caption.get("text"), *joined.values()):
                 kept.append(name)
     for name in sorted(new.keys() - known, key=lambda name: places.get(name, -1)):
         table.add({column: value for column, value in new[name].items() if column != REPLACES})

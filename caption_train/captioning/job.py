@@ -89,7 +89,8 @@ class CaptionJob:
         total = sum(self.processes.gather(self.summary), CaptioningSummary())
         lines = self.processes.gather(self.lines)
         if self.processes.is_main:
-            total.note_meanwhile(self.outputs.finish(self.plan.images))
+            done = not total.unreadable
+            total.note_meanwhile(self.outputs.finish(self.plan.images, done=done))
             for _, line in sorted(line for part in lines for line in part):
                 print_result(line)
             print_line(*total.lines())
@@ -103,12 +104,13 @@ class CaptionJob:
         if self.processes.is_main and self.summary.written:
             with suppress(CaptionTrainError):
                 complete = self.processes.count == 1
-                self.summary.note_meanwhile(self.outputs.finish(self.plan.images, complete=complete))
+                kept = self.outputs.finish(self.plan.images, complete=complete, done=False)
+                self.summary.note_meanwhile(kept)
 
     def say_interrupted(self) -> None:
         """Print what is done, and how to continue."""
         kept = "written; the same command goes on from there" if self.outputs.exist else "printed"
-        if self.options.overwrite and self.outputs.exist:
+        if self.options.replaces and self.outputs.exist:
             kept = "written; without --overwrite the same command captions those that have none yet"
         alone = self.processes.count == 1
         count = f"{self.summary.written} of {len(self.plan.pending)}" if alone else "finished"

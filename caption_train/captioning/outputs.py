@@ -29,9 +29,11 @@ class Sink(ABC):
 
     Attributes:
         keeps_captions: whether a later run finds the captions there and skips their images.
+        was_complete: whether logs say that a run that adds to captions had added to all of them.
     """
 
     keeps_captions = True
+    was_complete = False
 
     @abstractmethod
     def pending(self, images: Sequence[Path]) -> list[Path]:
@@ -73,6 +75,12 @@ class Sink(ABC):
         """
         return []
 
+    def mark_added(self) -> None:  # noqa: B027
+        """Write into all logs of a run that adds to captions that it is done."""
+
+    def forget_added(self) -> None:  # noqa: B027
+        """Delete these logs."""
+
     def close(self) -> None:  # noqa: B027
         """Allow other runs to write there."""
 
@@ -81,11 +89,14 @@ class Outputs:
     """All sinks of a run, as one process writes them.
 
     Args:
-        sinks: the sinks. A caption that somebody else has written to one of them is copied to the others.
+        sinks: the sinks. A caption that somebody else has written to one of them is copied to the others,
+            unless captions are added to those that are there: then each sink goes on from its own.
+        adds: whether they are.
     """
 
-    def __init__(self, sinks: Sequence[Sink]) -> None:
+    def __init__(self, sinks: Sequence[Sink], *, adds: bool = False) -> None:
         self.sinks = sinks
+        self._adds = adds
 
     @property
     def exist(self) -> bool:
@@ -104,6 +115,8 @@ class Outputs:
         try:
             # All sinks first: nothing is copied unless every sink can be written.
             lacking = {sink: set(sink.pending(images)) for sink in self.sinks}
+            if any(sink.was_complete for sink in self.sinks):
+                return []
             self._copy(images, {sink: names for sink, names in lacking.items() if sink.keeps_captions})
         except BaseException:
             self.close()
@@ -118,20 +131,33 @@ class Outputs:
 
     def write(self, caption: Caption) -> bool:
         """Write one caption to all sinks; return False if somebody else has written one, which stays."""
-        for sink in self.sinks:
+        is_ours = True
+        for sink in () if self._adds else self.sinks:
             if (theirs := sink.find_theirs(caption)) is not None:
                 return self._write_theirs(theirs, sink)
         for sink in self.sinks:
             stands = sink.write(caption)
-            if stands is None:
+            if self._adds:
+                is_ours = is_ours and stands is caption
+            elif stands is None:
                 return False
-            if stands is not caption:
+            elif stands is not caption:
                 return self._write_theirs(stands, sink)
-        return True
+        return is_ours
 
-    def finish(self, images: Sequence[Path], *, complete: bool = True) -> list[str]:
-        """Write what is common to all processes; arguments and result as in `Sink.finish`."""
-        return [name for sink in self.sinks for name in sink.finish(images, complete=complete)]
+    def finish(self, images: Sequence[Path], *, complete: bool = True, done: bool = True) -> list[str]:
+        """Write what is common to all processes; arguments and result as in `Sink.finish`.
+
+        done: False if the same command, run again, would have something left to do.
+        """
+        kept = [name for sink in self.sinks for name in sink.finish(images, complete=complete)]
+        if self._adds and done:
+            # All logs say so before the first is gone: a kill between them is no run that has added nothing.
+            for sink in self.sinks:
+                sink.mark_added()
+            for sink in self.sinks:
+                sink.forget_added()
+        return kept
 
     def close(self) -> None:
         """Allow other runs to write to the sinks."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from caption_train.adapters.record import Base, name_served, read_adapter, read_request, resolve_base
 from caption_train.captioning.caption_file import CaptionFile
 from caption_train.captioning.drawings import Drawings
+from caption_train.captioning.existing import Existing
 from caption_train.captioning.inputs import find_inputs
 from caption_train.captioning.outputs import Outputs, Sink
 from caption_train.captioning.sidecars import Sidecars
@@ -49,15 +50,16 @@ def open_outputs(options: CaptionOptions, family: Family, rank: int = 0) -> Outp
         UsageError: the family has no answers that can be drawn.
     """
     sinks: list[Sink] = []
+    existing = Existing.from_options(options)
     if options.save_captions:
-        sinks.append(Sidecars(options.caption_extension, overwrite=options.overwrite))
+        sinks.append(Sidecars(options.caption_extension, existing=existing, rank=rank))
     if options.output:
-        sinks.append(CaptionFile(options.output, rank, overwrite=options.overwrite))
+        sinks.append(CaptionFile(options.output, rank, existing=existing))
     if options.visualize:
         if not family.draws_answers:
             raise UsageError(f"--visualize: {family.title} gives no boxes to draw")
         sinks.append(Drawings(options.visualize, family.draw_answer))
-    return Outputs(sinks)
+    return Outputs(sinks, adds=existing.adds)
 
 
 def make_plan(options: CaptionOptions, family: Family, outputs: Outputs) -> CaptionPlan:

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from caption_train.captioning.existing import KEEP, Added, AddedLog, Existing
 from caption_train.captioning.outputs import Caption, Sink
-from caption_train.data.formats import IMAGE_SUFFIXES
+from caption_train.data.formats import IMAGE_SUFFIXES, MAX_CAPTION_BYTES
 from caption_train.data.text import read_caption, refuse_odd_characters
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.system.console import escape_unprintable, print_line
 from caption_train.system.exclusive import Signature, create_atomically, replace_unchanged
-from caption_train.system.files import behind_link, clear_temporary
+from caption_train.system.files import behind_link, clear_temporary, read_regular_file
 from caption_train.system.lock import OutputLock
 from caption_train.system.processes import allow_open_files
 
@@ -25,12 +26,16 @@ class Sidecars(Sink):
 
     Args:
         extension: of the caption files, with or without a dot.
-        overwrite: replace the caption files that exist when the run begins.
+        existing: what becomes of the caption files that exist when the run begins.
+        rank: the rank of this process, which names its logs.
     """
 
-    def __init__(self, extension: str, *, overwrite: bool = False) -> None:
+    def __init__(self, extension: str, *, existing: Existing = KEEP, rank: int = 0) -> None:
         self._extension = "." + extension.lstrip(".")
-        self._overwrite = overwrite
+        self._existing = existing
+        self._rank = rank
+        self._logs: dict[Path, AddedLog] = {}
+        self._added: dict[Path, Added] = {}
         self._twins = _Twins()
         self._locks: list[OutputLock] = []
         self._found: dict[Path, Signature | None] = {}
@@ -52,38 +57,59 @@ class Sidecars(Sink):
         self._lock(folders)
         for folder in folders:
             clear_temporary(folder)
-        return [image for image in images if self._lacks(image) or self._overwrite]
+        lacking = [image for image in images if self._lacks(image) or self._existing.replaces]
+        if self._existing.mode == "overwrite":
+            for folder in folders:
+                self._log(folder).discard()
+        return self._resume(images) if self._existing.adds else lacking
 
     def begin(self, images: Sequence[Path]) -> None:
-        """Remember the caption files that `overwrite` may replace, to notice if somebody writes to them."""
-        if self._overwrite:
+        """Remember the caption files that may be replaced, to notice if somebody writes to them."""
+        if self._existing.replaces:
             paths = {self.caption_path(image) for image in images}
             self._found = {path: Signature.of(behind_link(path)) for path in paths}
 
     def read(self, image: Path) -> str:
-        """Return the text of an image's caption file."""
+        """Return the text of an image's caption file; of a run that adds, what it has added."""
+        if self._existing.adds:
+            return self._added[self.caption_path(image)].text
         path = self._find(image)
         return "" if path is None else read_caption(path)
 
     def write(self, caption: Caption) -> Caption | None:
         """Write one caption file; one that somebody else has written since the run began stays."""
         path = self.caption_path(caption.image)
-        content = _encode(path, caption.text)
-        there = None if self._overwrite else self._find(caption.image)
+        there = None if self._existing.replaces else self._find(caption.image)
+        text: str | None = caption.text
+        if self._existing.adds:
+            text = self._add(path, caption.text)
         try:
-            found = self._found.get(path)
-            if there is None and found is not None:
-                done = replace_unchanged(behind_link(path), content, found)
+            if text is None:
+                done = False
+            elif there is None and (found := self._found.get(path)) is not None:
+                done = replace_unchanged(behind_link(path), _encode(path, text), found)
             else:
-                done = there is None and create_atomically(path, content)
+                done = there is None and create_atomically(path, _encode(path, text))
         except OSError as error:
             raise CaptionTrainError(
                 f"{escape_unprintable(path)}: cannot be written: {error.strerror or error}"
             ) from error
         return caption if done else _read_theirs(caption, there or path)
 
+    def mark_added(self) -> None:
+        """Write into the logs of all folders that the run is done."""
+        for log in self._logs.values():
+            log.mark_done(self._existing.run)
+
+    def forget_added(self) -> None:
+        """Delete these logs."""
+        for log in self._logs.values():
+            log.discard()
+
     def close(self) -> None:
         """Allow other runs to write to the folders."""
+        for log in self._logs.values():
+            log.close()
         for lock in self._locks:
             lock.release()
         self._locks = []
@@ -109,6 +135,41 @@ class Sidecars(Sink):
             return full
         return image.with_name(image.stem + self._extension)
 
+    def _add(self, path: Path, text: str) -> str | None:
+        """Return the new text of a caption file, which the log knows by now; None if it has changed."""
+        found, source = self._found.get(path), behind_link(path)
+        old = "" if found is None else _read_text(path)
+        if Signature.of(source) != found:
+            return None
+        _encode(path, text)  # What no file can hold is refused before the log says that it is there.
+        added = Added((old,) if old else (), text)
+        self._log(path.parent).note(self._existing.run, path.name, added)
+        return self._existing.join(old, text)
+
+    def _resume(self, images: Sequence[Path]) -> list[Path]:
+        """Return the images that nothing was added to; complete what was only noted down."""
+        self.begin(images)
+        logs = {folder: self._log(folder).read(self._existing.run) for folder in {i.parent for i in images}}
+        self.was_complete = any(log.is_complete for log in self._logs.values())
+        pending = []
+        for image in images:
+            path = self.caption_path(image)
+            old = _read_text(path) if self._found[path] else ""
+            added = logs[image.parent].get(path.name)
+            if added is None:
+                pending.append(image)
+                continue
+            self._added[path] = added
+            if added.was == ((old,) if old else ()):
+                self.write(Caption(image, added.text))
+        return pending
+
+    def _log(self, folder: Path) -> AddedLog:
+        if folder not in self._logs:
+            where = f"--save_captions: {escape_unprintable(folder)}"
+            self._logs[folder] = AddedLog(folder, f"caption-train{self._extension}", self._rank, where)
+        return self._logs[folder]
+
     def _lock(self, folders: Sequence[Path]) -> None:
         real = list(dict.fromkeys(Path(os.path.realpath(folder)) for folder in folders))
         allow_open_files(len(real))
@@ -130,7 +191,7 @@ class Sidecars(Sink):
         exists, shown = os.path.exists(path), escape_unprintable(path)  # noqa: PTH110
         if not exists and os.path.islink(path):  # noqa: PTH114
             raise UsageError(f"--save_captions: {shown} is a link to nothing: delete it, or use --output")
-        if self._overwrite and exists and not path.is_file():
+        if self._existing.replaces and exists and not path.is_file():
             raise UsageError(f"--save_captions: {shown} is no file: move it away")
         return not exists
 
@@ -162,6 +223,19 @@ class _Twins:
             images = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
             self._images[folder] = {path.name for path in images}, Counter(path.stem for path in images)
         return self._images[folder]
+
+
+def _read_text(path: Path) -> str:
+    """Return what a caption file holds, its lines as they are."""
+    try:
+        text = read_regular_file(path, MAX_CAPTION_BYTES).decode("utf-8-sig")
+        refuse_odd_characters(text)
+    except (OSError, ValueError) as error:
+        reason = "not UTF-8" if isinstance(error, UnicodeError) else getattr(error, "strerror", None) or error
+        raise UsageError(
+            f"{escape_unprintable(path)}: nothing can be added to this caption: {reason}"
+        ) from error
+    return text.strip()
 
 
 def _encode(path: Path, text: str) -> bytes:

@@ -78,7 +78,18 @@ class CaptionOptions:
     save_captions: bool = _output(False, "write every caption to a file beside its image")
     caption_extension: str = _output(".txt", "extension of those files")
     output: Path | None = _output(None, "write all captions to this .jsonl, metadata.jsonl or .csv file")
-    overwrite: bool = _output(False, "caption images again that have a caption already")
+    existing: str = _output(
+        "keep",
+        "what becomes of captions that are there: kept, or what is new replaces, follows or precedes them",
+        choices=("keep", "overwrite", "append", "prepend"),
+    )
+    overwrite: bool = _output(False, "caption images again that have a caption already: --existing overwrite")
+    separator: str | None = _output(
+        None,
+        "between a caption and what is appended or prepended (default: a comma and a space, after the end of "
+        "a sentence a space)",
+        metavar="TEXT",
+    )
     prefix: str = _output("", "put this before every caption")
     suffix: str = _output("", "put this after every caption")
     trigger: str | None = _output(None, "begin captions with this word and a comma, where it is not in them")
@@ -89,6 +100,11 @@ class CaptionOptions:
 
     sources: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     """Where each value that is not a default came from: field name → "command line" or the config file."""
+
+    @property
+    def replaces(self) -> bool:
+        """Whether captions that are there are replaced: `--overwrite` or `--existing overwrite`."""
+        return self.overwrite or self.existing == "overwrite"
 
     def check(self) -> list[str]:
         """Return everything that is wrong with these options, one line each."""
@@ -115,6 +131,12 @@ class CaptionOptions:
             problems.append(f"--caption_extension {self.caption_extension!r} is no file extension like .txt")
         if self.output and self.output.suffix not in (".jsonl", ".csv"):
             problems.append(f"--output {self.output} must end in .jsonl or .csv")
+        if self.overwrite and self.existing not in ("keep", "overwrite"):
+            problems.append(f"--overwrite and --existing {self.existing} say two things: give one")
+        if self.existing in ("append", "prepend") and not (self.save_captions or self.output):
+            problems.append(f"--existing {self.existing} adds to files: give --save_captions or --output")
+        if self.separator is not None and self.existing not in ("append", "prepend"):
+            problems.append("--separator only has a meaning with --existing append or prepend")
         return problems + self._check_endpoint()
 
     def _check_endpoint(self) -> list[str]:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from caption_train.captioning.caption_file import CaptionFile
+from caption_train.captioning.existing import Existing
 from caption_train.captioning.outputs import Caption
 from caption_train.errors import CaptionTrainError, UsageError
 
@@ -41,7 +42,7 @@ def test_rows_of_other_images_stay_first_with_all_their_columns(tmp_path):
 
 def overwrite(path, image, text, **more):
     """Caption an image as `--overwrite` does; return the names that others have captioned meanwhile."""
-    file = CaptionFile(path, overwrite=True)
+    file = CaptionFile(path, existing=Existing("overwrite"))
     file.pending([image])
     file.begin([image])
     file.write(Caption(image, text, **more))
@@ -248,7 +249,7 @@ def test_even_overwrite_keeps_what_was_written_after_it_began(tmp_path):
     path, image = tmp_path / "captions.csv", tmp_path / "a.png"
     path.write_text("file_name,text\na.png,old\n")
     assert overwrite(path, image, "new") == []
-    file = CaptionFile(path, overwrite=True)
+    file = CaptionFile(path, existing=Existing("overwrite"))
     file.pending([image])
     file.begin([image])
     file.write(Caption(image, "newer"))
@@ -261,7 +262,7 @@ def test_even_overwrite_keeps_what_was_written_after_it_began(tmp_path):
 def test_a_killed_overwrite_is_finished_by_the_next_run(tmp_path):
     path, image = tmp_path / "captions.jsonl", tmp_path / "a.png"
     path.write_text('{"file_name": "a.png", "text": "old"}\n')
-    killed = CaptionFile(path, overwrite=True)
+    killed = CaptionFile(path, existing=Existing("overwrite"))
     killed.begin([image])
     killed.write(Caption(image, "new"))
     file = CaptionFile(path)
