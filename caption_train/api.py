@@ -120,6 +120,7 @@ def caption(
         CaptionTrainError: an image cannot be read, or the model cannot be loaded.
     """
     from caption_train.adapters.record import read_adapter, read_request, resolve_base
+    from caption_train.captioning.cleaning import clean_caption
     from caption_train.captioning.outputs import wrap_caption
     from caption_train.captioning.plan import Unreadable
     from caption_train.config.captioning import CaptionOptions
@@ -141,13 +142,14 @@ def caption(
         if isinstance(result, Unreadable):
             raise CaptionTrainError(result.reason)
         frame = {"prefix": options.prefix, "suffix": options.suffix, "trigger": options.trigger}
-        texts.append(wrap_caption(result.generated.text, **frame))
+        texts.append(wrap_caption(clean_caption(result.generated.text, options.clean), **frame))
     return texts
 
 
 WRITING_FLAGS = {
     *("images", "recursive", "save_captions", "caption_extension", "output", "overwrite", "visualize"),
-    *("existing", "separator", "endpoint", "model", "concurrency", "timeout", "retries"),
+    *("existing", "separator", "limit", "metadata", "prompts", "prompt_template"),
+    *("endpoint", "model", "concurrency", "timeout", "retries"),
 }
 """Flags of the inference scripts that `caption` has no use for."""
 

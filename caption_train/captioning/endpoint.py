@@ -21,12 +21,12 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from http.client import HTTPException
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from caption_train.adapters.record import Base
 from caption_train.captioning.plan import CaptionResult, Unreadable
+from caption_train.captioning.prompts import Task
 from caption_train.config.captioning import KEY_VARIABLE, CaptionOptions
 from caption_train.data.images import ImageError, open_image
 from caption_train.errors import CaptionTrainError, UsageError
@@ -164,24 +164,24 @@ class Endpoint:
 
 
 def caption_by_endpoint(
-    endpoint: Endpoint, family: Family, images: Sequence[Path], base: Base
+    endpoint: Endpoint, family: Family, tasks: Sequence[Task], base: Base
 ) -> Iterator[CaptionResult | Unreadable]:
     """Yield what became of every image, in order; `--concurrency` are under way at once.
 
     Raises CaptionTrainError when the server answers no image, or several in a row get no answer.
     """
-    tasks: queue.SimpleQueue[tuple[Path, Future] | None] = queue.SimpleQueue()
-    count = min(endpoint.options.concurrency, len(images))
+    queued: queue.SimpleQueue[tuple[Task, Future] | None] = queue.SimpleQueue()
+    count = min(endpoint.options.concurrency, len(tasks))
     for _ in range(count):
         # Daemons: a request under way must not keep an interrupted command from ending.
-        threading.Thread(target=_work, args=(tasks, endpoint, family, base), daemon=True).start()
+        threading.Thread(target=_work, args=(queued, endpoint, family, base), daemon=True).start()
     waiting: deque[Future] = deque()
-    pending, failures = iter(images), 0
+    pending, failures = iter(tasks), 0
     try:
         while True:
-            while len(waiting) < 2 * count and (image := next(pending, None)) is not None:
+            while len(waiting) < 2 * count and (task := next(pending, None)) is not None:
                 waiting.append(Future())
-                tasks.put((image, waiting[-1]))
+                queued.put((task, waiting[-1]))
             if not waiting:
                 return
             try:
@@ -190,7 +190,7 @@ def caption_by_endpoint(
                 raise CaptionTrainError(f"--endpoint {endpoint.url}: no answer, and no end of one") from None
             failures = failures + 1 if is_unanswered else 0
             yield result
-            if failures >= min(MOST_FAILURES, len(images)):
+            if failures >= min(MOST_FAILURES, len(tasks)):
                 raise CaptionTrainError(
                     f"--endpoint {endpoint.url}: {failures} in a row got no answer: "
                     f"{result.reason.partition(': ')[2]}"
@@ -198,7 +198,7 @@ def caption_by_endpoint(
     finally:
         endpoint.stopped.set()
         for _ in range(count):
-            tasks.put(None)
+            queued.put(None)
 
 
 def read_key() -> str | None:
@@ -239,22 +239,23 @@ def read_answer(content: bytes) -> Generated:
     return Generated(text.strip(), finished=choice.get("finish_reason") != "length")
 
 
-def _work(tasks: queue.SimpleQueue, endpoint: Endpoint, family: Family, base: Base) -> None:
-    while (task := tasks.get()) is not None and not endpoint.stopped.is_set():
-        path, future = task
+def _work(queued: queue.SimpleQueue, endpoint: Endpoint, family: Family, base: Base) -> None:
+    while (entry := queued.get()) is not None and not endpoint.stopped.is_set():
+        task, future = entry
         try:
-            future.set_result(_caption(endpoint, family, path, base))
+            future.set_result(_caption(endpoint, family, task, base))
         except BaseException as error:
             future.set_exception(error)
 
 
 def _caption(
-    endpoint: Endpoint, family: Family, path: Path, base: Base
+    endpoint: Endpoint, family: Family, task: Task, base: Base
 ) -> tuple[CaptionResult | Unreadable, bool]:
     """Return what became of one image, and whether that is for want of an answer."""
+    path = task.image
     try:
         image = open_image(path)
-        messages = family.write_conversation(image, base.prompt, base.settings)
+        messages = family.write_conversation(image, task.prompt, base.settings)
         return CaptionResult(path, image.size, endpoint.ask(messages)), False
     except ImageError as error:
         return Unreadable(path, str(error)), False

@@ -108,6 +108,7 @@ def caption_images(
     batch_size: int = 4,
     num_workers: int = 0,
     worker_timeout: float = 0,
+    prompts: Sequence[str] | None = None,
 ) -> Iterator[CaptionResult | Unreadable]:
     """Caption images.
 
@@ -120,6 +121,7 @@ def caption_images(
         batch_size: images per batch.
         num_workers: processes that open and encode images ahead of the model.
         worker_timeout: seconds to wait for a batch of theirs; 0 waits for ever.
+        prompts: that of each image, where they differ from `generation`'s.
 
     Yields:
         A result for each image, in order, as soon as its batch is done.
@@ -129,12 +131,12 @@ def caption_images(
     """
     num_workers, line = limit_workers(
         min(num_workers, len(images) // batch_size),
-        lambda: family.measure_inputs(processor, generation.prompt) * batch_size,
+        lambda: family.measure_inputs(processor, max(prompts or [generation.prompt], key=len)) * batch_size,
     )
     if line:
         print(line, file=sys.stderr)
     loader = DataLoader(
-        ImageFiles(images),
+        ImageFiles(images, prompts),
         batch_size=batch_size,
         collate_fn=Encode(family, processor, generation.prompt),
         num_workers=num_workers,
@@ -174,11 +176,12 @@ def _caption_batch(
 class ImageFiles(Dataset):
     """Images as `{"path", "size", "image"}`, or `{"path", "error"}` for what cannot be read.
 
-    The path of an image in memory is `image N`.
+    The path of an image in memory is `image N`. With `prompts`, an item has its `"prompt"` too.
     """
 
-    def __init__(self, paths: Sequence[Path | Image.Image]) -> None:
+    def __init__(self, paths: Sequence[Path | Image.Image], prompts: Sequence[str] | None = None) -> None:
         self.paths = paths
+        self.prompts = prompts
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -192,7 +195,8 @@ class ImageFiles(Dataset):
         except ImageError as error:
             # The message of a file begins with its path.
             return {"path": path, "error": f"{path}: {error}" if in_memory else str(error)}
-        return {"path": path, "size": image.size, "image": image}
+        item = {"path": path, "size": image.size, "image": image}
+        return item if self.prompts is None else item | {"prompt": self.prompts[index]}
 
 
 @dataclass
@@ -216,12 +220,14 @@ class Encode:
 
     def _encode(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return the model's inputs of all items with an image; what the family refuses gets an error."""
-        images = [item["image"] for item in items if "image" in item]
+        good = [item for item in items if "image" in item]
+        images, prompts = [item["image"] for item in good], [self._prompt_of(item) for item in good]
         try:
-            return self.family.encode(self.processor, images, [self.prompt] * len(images)) if images else {}
-        except UsageError:
-            raise
-        except CaptionTrainError:
+            return self.family.encode(self.processor, images, prompts) if images else {}
+        except CaptionTrainError as error:
+            # A prompt of the run is wrong for all images, one of an image for that image.
+            if isinstance(error, UsageError) and all(prompt == self.prompt for prompt in prompts):
+                raise
             found = ((index, self._try(item)) for index, item in enumerate(items))
             refused = {index: error for index, error in found if error}
             if not refused:
@@ -236,10 +242,13 @@ class Encode:
         if "image" not in item:
             return None
         try:
-            self.family.encode(self.processor, [item["image"]], [self.prompt])
+            self.family.encode(self.processor, [item["image"]], [self._prompt_of(item)])
         except CaptionTrainError as error:
             return error
         return None
+
+    def _prompt_of(self, item: dict[str, Any]) -> str:
+        return item.get("prompt", self.prompt)
 
 
 def _generate(

@@ -8,11 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from caption_train.captioning.cleaning import clean_caption
 from caption_train.captioning.outputs import Caption, wrap_caption
-from caption_train.captioning.plan import CaptionResult, Unreadable, make_plan, open_outputs
+from caption_train.captioning.plan import CaptionResult, Unreadable, make_plan, open_keyed_outputs
+from caption_train.captioning.prompts import Task
 from caption_train.captioning.summary import CaptioningSummary, describe_meanwhile
 from caption_train.config.captioning import CaptionOptions
 from caption_train.errors import CaptionTrainError
@@ -70,30 +71,30 @@ class CaptionJob:
         self.family = family
         self.processes = join_processes()
         notice_launcher(self.processes.count)
-        self.outputs = open_outputs(options, family, self.processes.rank)
+        self.outputs = open_keyed_outputs(options, family, self.processes.rank)
         self.plan = self.processes.share(lambda: make_plan(options, family, self.outputs))
         self.lines: list[tuple[int, str]] = []
         self.summary = CaptioningSummary()
         if self.processes.is_main:
-            self.summary.kept = len(self.plan.images) - len(self.plan.pending)
+            self.summary.kept, self.summary.left = self.plan.kept, self.plan.left
             self.summary.unreadable += self.plan.missing
             print_line(*self.plan.unread)
 
     def run(self) -> int:
         """Caption this process's share, wait for the others, write common files; return the exit code."""
-        share = self.plan.pending[self.processes.rank :: self.processes.count]
-        if self.plan.pending:
+        share = self.plan.tasks[self.processes.rank :: self.processes.count]
+        if self.plan.tasks:
             self.outputs.begin(self.plan.images)
         if share:
             self._caption(share)
         total = sum(self.processes.gather(self.summary), CaptioningSummary())
         lines = self.processes.gather(self.lines)
         if self.processes.is_main:
-            done = not total.unreadable
+            done = not (total.unreadable or self.plan.left)
             total.note_meanwhile(self.outputs.finish(self.plan.images, done=done))
             for _, line in sorted(line for part in lines for line in part):
                 print_result(line)
-            print_line(*total.lines())
+            print_line(*total.lines("caption" if self.options.prompts else "image"))
             if is_quiet():
                 print_problem(*total.problems())
         # Only the main process returns 1: launchers end all processes as soon as one of them fails.
@@ -113,19 +114,19 @@ class CaptionJob:
         if self.options.replaces and self.outputs.exist:
             kept = "written; without --overwrite the same command captions those that have none yet"
         alone = self.processes.count == 1
-        count = f"{self.summary.written} of {len(self.plan.pending)}" if alone else "finished"
+        count = f"{self.summary.written} of {len(self.plan.tasks)}" if alone else "finished"
         if self.processes.is_main:
             print_line(f"Interrupted: {count} captions are {kept}")
             print_line(*describe_meanwhile(self.summary.meanwhile))
 
-    def _caption(self, share: Sequence[Path]) -> None:
+    def _caption(self, share: Sequence[Task]) -> None:
         main = self.processes.is_main
         results = self._ask_endpoint(share) if self.options.endpoint else self._generate(share)
         start = time.monotonic()
         bar = ProgressBar(len(share), "captioning", "image", shown=main)
         with explaining_dead_worker(self.options.num_workers), bar:
-            for number, result in enumerate(results):
-                line = self._handle(result)
+            for number, (task, result) in enumerate(zip(share, results, strict=True)):
+                line = self._handle(task, result)
                 self.summary.seconds = time.monotonic() - start
                 bar.update(escape_unprintable(result.image.name)[:40])
                 if self.outputs.exist or isinstance(result, Unreadable):
@@ -135,7 +136,7 @@ class CaptionJob:
                 else:
                     self.lines.append((number * self.processes.count + self.processes.rank, line))
 
-    def _generate(self, share: Sequence[Path]) -> Iterator[CaptionResult | Unreadable]:
+    def _generate(self, share: Sequence[Task]) -> Iterator[CaptionResult | Unreadable]:
         """Load the model and caption with it."""
         from caption_train.captioning.generate import (
             caption_images,
@@ -153,55 +154,67 @@ class CaptionJob:
             print_line(self._describe(device, find_dtype(self.options, device)))
         model, processor = load_captioner(self.family, self.plan.base, self.options, device)
         if main:
-            print_line(*self.plan.base.changes, *self.family.describe_inputs(processor))
+            print_line(*self.plan.base.changes, *self.plan.lines, *self.family.describe_inputs(processor))
         return caption_images(
             self.family,
             model,
             processor,
-            share,
+            [task.image for task in share],
             make_generation(self.options, self.plan.base.prompt),
             batch_size=self.options.batch_size,
             num_workers=self.options.num_workers,
             worker_timeout=self.options.worker_timeout,
+            prompts=[task.prompt for task in share],
         )
 
-    def _ask_endpoint(self, share: Sequence[Path]) -> Iterator[CaptionResult | Unreadable]:
+    def _ask_endpoint(self, share: Sequence[Task]) -> Iterator[CaptionResult | Unreadable]:
         """Have a server caption."""
         from caption_train.captioning.endpoint import Endpoint, caption_by_endpoint
 
         endpoint = Endpoint.from_options(self.options)
         if self.processes.is_main:
-            prompt = escape_unprintable(self.plan.base.prompt)
             print_line(
                 f"Captioning {len(self.plan.pending):,} of {len(self.plan.images):,} images with "
-                f'{endpoint.model} at {endpoint.url}, prompt "{prompt}"',
+                f"{endpoint.model} at {endpoint.url}{self._describe_prompt(always=True)}",
                 *self.plan.base.changes,
+                *self.plan.lines,
             )
         return caption_by_endpoint(endpoint, self.family, share, self.plan.base)
 
-    def _handle(self, result: CaptionResult | Unreadable) -> str:
+    def _handle(self, task: Task, result: CaptionResult | Unreadable) -> str:
         """Write and count the result of one image; return it as a line."""
         if isinstance(result, Unreadable):
             self.summary.unreadable.append(result.reason)
             return result.reason
         options, generated = self.options, result.generated
         text = wrap_caption(
-            generated.text, prefix=options.prefix, suffix=options.suffix, trigger=options.trigger
+            clean_caption(generated.text, options.clean),
+            prefix=options.prefix,
+            suffix=options.suffix,
+            trigger=options.trigger,
         )
-        answer = self.family.parse_answer(generated.text, self.plan.base.prompt, result.size)
+        answer = self.family.parse_answer(generated.text, task.prompt, result.size)
         remarks = find_remarks(generated)
-        if not self.outputs.write(Caption(result.image, text, answer, remarks)):
+        if not self.outputs.write(Caption(result.image, text, answer, remarks), task.key):
             self.summary.meanwhile.append(escape_unprintable(result.image))
             return f"{escape_unprintable(result.image)}: has a caption by now, which stays"
         self.summary.count(str(result.image), remarks)
-        return f"{escape_unprintable(result.image)}: {escape_unprintable(text)}"
+        key = f"[{task.key}] " if task.key else ""
+        return f"{escape_unprintable(result.image)}: {key}{escape_unprintable(text)}"
 
     def _describe(self, device: torch.device, dtype: torch.dtype) -> str:
         adapter = f" and {self.options.peft_model}" if self.options.peft_model else ""
-        prompt = f', prompt "{escape_unprintable(self.plan.base.prompt)}"' if self.plan.base.prompt else ""
         quantized = f", the base in {self.options.quantize}" if self.options.quantize else ""
         precision = str(dtype).removeprefix("torch.") + quantized
         return (
             f"Captioning {len(self.plan.pending):,} of {len(self.plan.images):,} images with "
-            f"{self.plan.base.model_id}{adapter} on {device} in {precision}{prompt}"
+            f"{self.plan.base.model_id}{adapter} on {device} in {precision}{self._describe_prompt()}"
         )
+
+    def _describe_prompt(self, *, always: bool = False) -> str:
+        options = self.options
+        if options.prompts:
+            return f", {len(options.prompts)} prompts"
+        kind = "prompt" if options.prompt_template is None else "prompt template"
+        prompt = self.plan.base.prompt if options.prompt_template is None else options.prompt_template
+        return f', {kind} "{escape_unprintable(prompt)}"' if prompt or always else ""

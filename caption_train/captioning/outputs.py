@@ -1,7 +1,7 @@
 """Writes captions to sinks: files beside the images, one common file, drawings. No torch."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ class Outputs:
     """
 
     def __init__(self, sinks: Sequence[Sink], *, adds: bool = False) -> None:
-        self.sinks = sinks
+        self.sinks = list(sinks)
         self._adds = adds
 
     @property
@@ -177,6 +177,46 @@ class Outputs:
                 text = next(sink for sink in lacking if sink not in missing).read(image)
                 for sink in missing:
                     sink.write(Caption(image, text))
+
+
+class KeyedOutputs:
+    """The outputs of each prompt of a run: one, under the name "", or those that `--prompts` names."""
+
+    def __init__(self, by_key: Mapping[str, Outputs]) -> None:
+        self._by_key = by_key
+
+    @property
+    def exist(self) -> bool:
+        """Whether captions are written to files; if not, they are only printed."""
+        return any(outputs.exist for outputs in self._by_key.values())
+
+    def find_pending(self, images: Sequence[Path]) -> list[tuple[Path, str]]:
+        """Return (image, key) for what has no caption; errors as in `Outputs.find_pending`."""
+        try:
+            lacking = {key: set(outputs.find_pending(images)) for key, outputs in self._by_key.items()}
+        except BaseException:
+            self.close()
+            raise
+        return [(image, key) for image in images for key, names in lacking.items() if image in names]
+
+    def begin(self, images: Sequence[Path]) -> None:
+        """Remember the captions that exist now, before the first one is made."""
+        for outputs in self._by_key.values():
+            outputs.begin(images)
+
+    def write(self, caption: Caption, key: str = "") -> bool:
+        """Write one caption; return False if somebody else has written one, which stays."""
+        return self._by_key[key].write(caption)
+
+    def finish(self, images: Sequence[Path], *, complete: bool = True, done: bool = True) -> list[str]:
+        """Write what is common to all processes; arguments and result as in `Outputs.finish`."""
+        kept = [n for o in self._by_key.values() for n in o.finish(images, complete=complete, done=done)]
+        return list(dict.fromkeys(kept))
+
+    def close(self) -> None:
+        """Allow other runs to write to the sinks."""
+        for outputs in self._by_key.values():
+            outputs.close()
 
 
 def wrap_caption(text: str, *, prefix: str = "", suffix: str = "", trigger: str | None = None) -> str:

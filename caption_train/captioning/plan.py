@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from caption_train.adapters.record import Base, name_served, read_adapter, read_request, resolve_base
-from caption_train.captioning.caption_file import CaptionFile
-from caption_train.captioning.drawings import Drawings
-from caption_train.captioning.existing import Existing
 from caption_train.captioning.inputs import find_inputs
-from caption_train.captioning.outputs import Outputs, Sink
-from caption_train.captioning.sidecars import Sidecars
+from caption_train.captioning.outputs import KeyedOutputs, Outputs, Sink
+from caption_train.captioning.prompts import Prompts, Task, read_named_prompts
+from caption_train.captioning.sinks.caption_file import CaptionFile
+from caption_train.captioning.sinks.drawings import Drawings
+from caption_train.captioning.sinks.existing import Existing
+from caption_train.captioning.sinks.sidecars import Sidecars
 from caption_train.config.captioning import CaptionOptions
 from caption_train.data.formats import describe_unread
-from caption_train.errors import UsageError
+from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families.base import Family, Generated
 
 
@@ -25,17 +26,28 @@ class CaptionPlan:
 
     Attributes:
         images: all images that were asked for, in order.
-        pending: those of them that are captioned now.
-        missing: one line per image that is not there.
+        tasks: the captions that are made now, those of an image one after the other.
+        missing: one line per image that is not there, or cannot be asked about.
         base: the model and its prompt.
         unread: a line for each image format in the folders that is not read.
+        left: how many images `--limit` leaves for another run.
+        kept: how many images have all their captions already.
+        lines: what to say of the prompts.
     """
 
     images: Sequence[Path]
-    pending: Sequence[Path]
+    tasks: Sequence[Task]
     missing: Sequence[str]
     base: Base
     unread: Sequence[str] = ()
+    left: int = 0
+    kept: int = 0
+    lines: Sequence[str] = ()
+
+    @property
+    def pending(self) -> list[Path]:
+        """The images that are captioned now."""
+        return list(dict.fromkeys(task.image for task in self.tasks))
 
 
 def open_outputs(options: CaptionOptions, family: Family, rank: int = 0) -> Outputs:
@@ -49,21 +61,45 @@ def open_outputs(options: CaptionOptions, family: Family, rank: int = 0) -> Outp
     Raises:
         UsageError: the family has no answers that can be drawn.
     """
-    sinks: list[Sink] = []
-    existing = Existing.from_options(options)
-    if options.save_captions:
-        sinks.append(Sidecars(options.caption_extension, existing=existing, rank=rank))
-    if options.output:
-        sinks.append(CaptionFile(options.output, rank, existing=existing))
+    outputs = _open_outputs(options, rank, options.caption_extension)
     if options.visualize:
         if not family.draws_answers:
             raise UsageError(f"--visualize: {family.title} gives no boxes to draw")
-        sinks.append(Drawings(options.visualize, family.draw_answer))
+        outputs.sinks.append(Drawings(options.visualize, family.draw_answer))
+    return outputs
+
+
+def open_keyed_outputs(options: CaptionOptions, family: Family, rank: int = 0) -> KeyedOutputs:
+    """Return what one process writes captions to, for every prompt; see `open_outputs`."""
+    keys = list(read_named_prompts(options.prompts))
+    if not keys:
+        return KeyedOutputs({"": open_outputs(options, family, rank)})
+    extension = "." + options.caption_extension.lstrip(".")
+    # The first one locks file and folders for all.
+    return KeyedOutputs(
+        {
+            key: _open_outputs(
+                options, rank, extension if key == "text" else f".{key}{extension}", key, locks=key == keys[0]
+            )
+            for key in keys
+        }
+    )
+
+
+def _open_outputs(
+    options: CaptionOptions, rank: int, extension: str, column: str = "text", *, locks: bool = True
+) -> Outputs:
+    sinks: list[Sink] = []
+    existing = Existing.from_options(options)
+    if options.save_captions:
+        sinks.append(Sidecars(extension, existing=existing, rank=rank, locks=locks))
+    if options.output:
+        sinks.append(CaptionFile(options.output, rank, existing=existing, column=column, locks=locks))
     return Outputs(sinks, adds=existing.adds)
 
 
-def make_plan(options: CaptionOptions, family: Family, outputs: Outputs) -> CaptionPlan:
-    """Find images and model; raise UsageError if something cannot work."""
+def make_plan(options: CaptionOptions, family: Family, outputs: KeyedOutputs) -> CaptionPlan:
+    """Find images, model and prompts; raise UsageError if something cannot work."""
     inputs = find_inputs(options.images, recursive=options.recursive)
     adapter = read_adapter(options.peft_model) if options.peft_model else None
     prompt, settings = read_request(options, family)
@@ -71,8 +107,20 @@ def make_plan(options: CaptionOptions, family: Family, outputs: Outputs) -> Capt
         base = name_served(family, options.model, prompt, settings, adapter)
     else:
         base = resolve_base(family, options.base_model, options.revision, prompt, adapter, settings=settings)
+    prompts = Prompts(options, family, base.prompt)
     pending = outputs.find_pending(inputs.images)
-    return CaptionPlan(inputs.images, pending, inputs.missing, base, describe_unread(inputs.unread))
+    images = list(dict.fromkeys(image for image, _ in pending))
+    chosen = set(images[: options.limit])
+    tasks, missing = [], list(inputs.missing)
+    for image, key in pending:
+        if image in chosen:
+            try:
+                tasks.append(prompts.find(image, key))
+            except CaptionTrainError as error:
+                missing.append(str(error))
+    left, kept = len(images) - len(chosen), len(inputs.images) - len(images)
+    unread = describe_unread(inputs.unread)
+    return CaptionPlan(inputs.images, tasks, missing, base, unread, left, kept, prompts.describe())
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ class CaptioningSummary:
         unreadable: images that could not be read, each with the reason.
         remarked: remark → names of images.
         seconds: time spent captioning.
+        left: images that `--limit` leaves.
         meanwhile: images whose caption somebody else wrote during the run.
     """
 
@@ -28,6 +29,7 @@ class CaptioningSummary:
     remarked: dict[str, list[str]] = field(default_factory=lambda: {remark: [] for remark in REMARKS})
     seconds: float = 0.0
     meanwhile: list[str] = field(default_factory=list)
+    left: int = 0
 
     def count(self, name: str, remarks: Sequence[str]) -> None:
         """Count one caption."""
@@ -50,18 +52,24 @@ class CaptioningSummary:
             {remark: self.remarked[remark] + other.remarked[remark] for remark in REMARKS},
             max(self.seconds, other.seconds),
             self.meanwhile + other.meanwhile,
+            self.left + other.left,
         )
 
-    def lines(self) -> list[str]:
-        """Return the summary as lines: all unreadable images, and the first few names of other kinds."""
+    def lines(self, thing: str = "image") -> list[str]:
+        """Return the summary as lines: all unreadable images, and the first few names of other kinds.
+
+        thing: what is counted, "image", or "caption" where an image gets several.
+        """
         rate = (
-            f" in {self.seconds:.1f} s ({self.written / self.seconds:.2f} images/s)"
+            f" in {self.seconds:.1f} s ({self.written / self.seconds:.2f} {thing}s/s)"
             if self.written and self.seconds
             else ""
         )
-        lines = [f"{count_things(self.written, 'image')} captioned{rate}"]
+        lines = [f"{count_things(self.written, thing)} {'made' if thing == 'caption' else 'captioned'}{rate}"]
         if self.kept:
             lines[0] += f", {self.kept} kept as they were (--overwrite captions them again)"
+        if self.left:
+            lines[0] += f", {self.left:,} left by --limit"
         lines += describe_meanwhile(self.meanwhile)
         for remark, names in self.remarked.items():
             if names:

@@ -1,17 +1,10 @@
 """Finds what is odd in a dataset although it can be used: copies that disagree, tokens in captions."""
 
-import re
 from collections.abc import Mapping
 
 from caption_train.data.pairs import Pair
+from caption_train.data.text import TOKEN_NAMES
 from caption_train.system.files import hash_file
-
-_TOKEN = re.compile(
-    r"<\|[^|<>\s]{1,40}\|>"  # <|im_end|>, <|endoftext|>
-    r"|</?(?:s|bos|eos|pad|unk|mask|sep|cls|image|img|start_of_turn|end_of_turn|end_of_utterance|think)>"
-    r"|\[/?(?:CLS|SEP|PAD|UNK|MASK|BOS|EOS|DEC|ENC|INST)\]"
-)
-"""How models of the last years write their control tokens."""
 
 
 def find_token_like(pairs: Mapping[str, Pair]) -> list[str]:
@@ -24,7 +17,7 @@ def find_token_like(pairs: Mapping[str, Pair]) -> list[str]:
     >>> find_token_like({"a.png": Pair(Path("a.png"), "a cat</s>", "a.txt")})
     ['a.png: </s>']
     """
-    found = ((name, dict.fromkeys(_TOKEN.findall(pair.caption))) for name, pair in pairs.items())
+    found = ((name, dict.fromkeys(TOKEN_NAMES.findall(pair.caption))) for name, pair in pairs.items())
     return [f"{name}: {' '.join(tokens)}" for name, tokens in found if tokens]
 
 

@@ -1,11 +1,15 @@
 """Defines the flags of the inference scripts; config/training.py explains the form. Standard library only."""
 
+import re
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from caption_train.config.fields import LARGEST_SEED, find_above, find_below, find_not_utf8, flag
 
+CLEANERS = ("strip_special", "one_line", "first_sentence", "dedupe_tags")
+"""What `--clean` does, in this order."""
+RESERVED_KEYS = ("file_name", "split", "prompt", "answer", "remarks")
 KEY_VARIABLE = "CAPTION_TRAIN_API_KEY"
 """Environment variable of a server's key: no flag, which other users of the machine would see."""
 
@@ -26,6 +30,11 @@ class CaptionOptions:
         [], "images to caption: files, folders, globs, or a .txt file that lists one image a line"
     )
     recursive: bool = _input(False, "look into the folders inside a folder too")
+    limit: int | None = _input(None, "caption the first N of the images that are left, to try")
+    metadata: Path | None = _input(
+        None,
+        "a .jsonl or .csv file whose columns prompt, text and tags say what images are asked (or --output)",
+    )
 
     base_model: str | None = _model(
         None, "model to caption with: a hub id or a folder (default: the adapter's, or see above)"
@@ -60,6 +69,15 @@ class CaptionOptions:
     prompt: str | None = _captions(None, "text the model is given with every image (default: the adapter's)")
     task: str | None = _captions(None, "task token, instead of --prompt")
     preset: str | None = _captions(None, "a prompt by its name, instead of --prompt")
+    prompt_template: str | None = _captions(
+        None, "a prompt with {caption} {tags} {name} {folder} of every image, instead of --prompt"
+    )
+    prompts: list[str] = _captions(
+        [],
+        "several captions of every image, each a column NAME of --output and a file a.NAME.txt; repeatable",
+        repeated=True,
+        metavar="NAME=PROMPT",
+    )
     system_prompt: str | None = _captions(
         None, "what the model is told before every prompt (default: the adapter's, else the checkpoint's)"
     )
@@ -90,6 +108,7 @@ class CaptionOptions:
         "a sentence a space)",
         metavar="TEXT",
     )
+    clean: list[str] = _output([], f"clean captions before they are written: {', '.join(CLEANERS)}")
     prefix: str = _output("", "put this before every caption")
     suffix: str = _output("", "put this after every caption")
     trigger: str | None = _output(None, "begin captions with this word and a comma, where it is not in them")
@@ -111,10 +130,10 @@ class CaptionOptions:
         problems = [] if self.images else ["--images is required"]
         problems += ["--images is empty; is a variable not set?"] if "" in self.images else []
         # Images and what is written beside them may have any name.
-        problems += find_not_utf8(self, "images", "output", "visualize")
+        problems += find_not_utf8(self, "images", "output", "visualize", "metadata")
         problems += find_above(self, LARGEST_SEED, "seed")
         problems += find_below(
-            self, 1, "beams", "max_token_length", "batch_size", "max_pixels", "concurrency"
+            self, 1, "limit", "beams", "max_token_length", "batch_size", "max_pixels", "concurrency"
         )
         problems += find_below(self, 0, "temperature", "seed", "num_workers", "retries", "worker_timeout")
         if not 0 < self.top_p <= 1:
@@ -137,7 +156,31 @@ class CaptionOptions:
             problems.append(f"--existing {self.existing} adds to files: give --save_captions or --output")
         if self.separator is not None and self.existing not in ("append", "prepend"):
             problems.append("--separator only has a meaning with --existing append or prepend")
-        return problems + self._check_endpoint()
+        return problems + self._check_prompts() + self._check_endpoint()
+
+    def _check_prompts(self) -> list[str]:
+        problems = [
+            f"--clean {name}: there are {', '.join(CLEANERS)}" for name in self.clean if name not in CLEANERS
+        ]
+        given = [n for n in ("prompt", "task", "preset") if getattr(self, n) is not None]
+        given += ["prompt_template"] * (self.prompt_template is not None) + ["prompts"] * bool(self.prompts)
+        if len(given) > 1 and not {"prompt_template", "prompts"}.isdisjoint(given):
+            problems.append(f"--{given[0]} and --{given[1]} both say what is asked: give one")
+        if self.prompts and self.visualize:
+            problems.append("--visualize draws one answer an image: drop it, or --prompts")
+        if self.metadata and self.metadata.suffix not in (".jsonl", ".csv"):
+            problems.append(f"--metadata {self.metadata} must end in .jsonl or .csv")
+        seen = set()
+        for entry in self.prompts:
+            name, sign, _ = entry.partition("=")
+            if not sign or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+                problems.append(f"--prompts {entry}: write NAME=PROMPT, the name of letters, digits and _")
+            elif name in RESERVED_KEYS:
+                problems.append(f"--prompts {name}: that column says something else; choose another name")
+            elif name in seen:
+                problems.append(f"--prompts {name}: is given twice")
+            seen.add(name)
+        return problems
 
     def _check_endpoint(self) -> list[str]:
         if self.endpoint is None:

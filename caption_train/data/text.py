@@ -8,6 +8,13 @@ from caption_train.errors import CaptionTrainError
 from caption_train.system.console import escape_unprintable
 from caption_train.system.files import TooLarge, read_regular_file
 
+TOKEN_NAMES = re.compile(
+    r"<\|[^|<>\s]{1,40}\|>"  # <|im_end|>, <|endoftext|>
+    r"|</?(?:s|bos|eos|pad|unk|mask|sep|cls|image|img|start_of_turn|end_of_turn|end_of_utterance|think)>"
+    r"|\[/?(?:CLS|SEP|PAD|UNK|MASK|BOS|EOS|DEC|ENC|INST)\]"
+)
+"""How models of the last years write their control tokens."""
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 

@@ -32,6 +32,7 @@ def workplace(tiny_base, tmp_path_factory):
         (folder / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 30), "teal").save(folder / "photos" / name)
     (folder / "list.txt").write_text("photos/a.jpg\n")
+    (folder / "questions.csv").write_text("file_name,prompt\nphotos/a.jpg,What is blue?\n")
     for name in FAMILIES.values():
         family = get_family(name)
         model, _ = family.load(str(tiny_base(name)))

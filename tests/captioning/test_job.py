@@ -191,7 +191,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(folder, monkeypatch):
     def fill(path, content):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("caption_train.captioning.sidecars.create_atomically", fill)
+    monkeypatch.setattr("caption_train.captioning.sinks.sidecars.create_atomically", fill)
     output = folder / "captions.jsonl"
     with pytest.raises(CaptionTrainError, match=r"0\.txt: cannot be written: No space left on device"):
         run(FakeFamily(), folder, save_captions=True, output=output)

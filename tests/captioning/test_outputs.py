@@ -118,7 +118,7 @@ def test_a_file_that_another_run_writes_is_refused_until_that_ends(tmp_path, ima
     output = tmp_path / "captions.jsonl"
     code = f"""if True:
         from pathlib import Path
-        from caption_train.captioning.caption_file import CaptionFile
+        from caption_train.captioning.sinks.caption_file import CaptionFile
         from caption_train.captioning.outputs import Caption
         file, image = CaptionFile(Path({str(output)!r})), Path({str(images[0])!r})
         file.pending([image])

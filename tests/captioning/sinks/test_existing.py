@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from caption_train.captioning import caption_file, existing, sidecars
-from caption_train.captioning.existing import Existing
 from caption_train.captioning.outputs import Caption
 from caption_train.captioning.plan import open_outputs
+from caption_train.captioning.sinks import caption_file, existing, sidecars
+from caption_train.captioning.sinks.existing import Existing
 from caption_train.config.captioning import CaptionOptions
 from caption_train.errors import UsageError
 from tests.fixtures.fake_family import FakeFamily

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from caption_train.captioning.caption_file import CaptionFile
-from caption_train.captioning.existing import Existing
 from caption_train.captioning.outputs import Caption
+from caption_train.captioning.sinks.caption_file import CaptionFile
+from caption_train.captioning.sinks.existing import Existing
 from caption_train.errors import CaptionTrainError, UsageError
 
 

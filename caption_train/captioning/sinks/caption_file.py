@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from caption_train.captioning.existing import KEEP, Added, AddedLog, Existing
 from caption_train.captioning.outputs import Caption, Sink
-from caption_train.captioning.row_text import CsvTable, JsonLines, Row, Table
+from caption_train.captioning.sinks.existing import KEEP, Added, AddedLog, Existing
+from caption_train.captioning.sinks.row_text import REPLACED, CsvTable, JsonLines, Row, Table
 from caption_train.data.formats import TEXT_COLUMNS
 from caption_train.data.text import refuse_odd_characters
 from caption_train.errors import CaptionTrainError, UsageError
@@ -38,16 +38,30 @@ class CaptionFile(Sink):
         path: the file.
         rank: the rank of this process, which names its journal.
         existing: what becomes of the captions that are there when the run begins.
+        column: of the captions; where it is not `text`, rows have several captions of different prompts.
+        locks: whether to lock the file; not for the second of several columns of one run.
     """
 
-    def __init__(self, path: Path, rank: int = 0, *, existing: Existing = KEEP) -> None:
+    def __init__(
+        self,
+        path: Path,
+        rank: int = 0,
+        *,
+        existing: Existing = KEEP,
+        column: str = "text",
+        locks: bool = True,
+    ) -> None:
         self.path = path
         self.is_dataset = path.name == "metadata.jsonl"
         self._existing = existing
-        self._log = AddedLog(path.parent, path.name, rank, f"--output {path}")
+        self._column = column
+        self._holds_lock = locks
+        name = path.name if column == "text" else f"{path.name}.{column}"
+        self._log = AddedLog(path.parent, name, rank, f"--output {path}")
+        self._journal_pattern = re.compile(rf"\.{re.escape(name)}\.\d+\.part", re.DOTALL)
         self._added: dict[str, Added] = {}
         self._folder = path.parent.resolve()
-        self._journal_path = path.with_name(f".{path.name}.{rank}.part")
+        self._journal_path = path.with_name(f".{name}.{rank}.part")
         self._journal: io.FileIO | None = None
         self._lock = OutputLock(
             path.parent, f".{path.name}.lock", f"--output {path}", instead="choose another file"
@@ -73,7 +87,8 @@ class CaptionFile(Sink):
         if self.path.is_symlink() and not self.path.exists():
             raise UsageError(f"--output {self.path}: is a link to nothing: delete it, or name another file")
         names = {image: self.name_of(image) for image in images}
-        self._acquire()
+        if self._holds_lock:
+            self._acquire()
         clear_temporary(folder)
         if self._existing.replaces:
             self._take_over()
@@ -91,7 +106,7 @@ class CaptionFile(Sink):
         self._seen = Signature.of(behind_link(self.path))
         self._before = {}
         for row in self._read_table().rows:
-            if (text := _text_of(row.values)) is not None:
+            if (text := self._text_of(row.values)) is not None:
                 self._before.setdefault(row.values["file_name"], []).append(text)
 
     def read(self, image: Path) -> str:
@@ -103,8 +118,8 @@ class CaptionFile(Sink):
     def write(self, caption: Caption) -> Caption:
         """Write one caption to the journal."""
         name = self.name_of(caption.image)
-        row = {"file_name": name, "text": caption.text}
-        if not self.is_dataset:
+        row = {"file_name": name, self._column: caption.text}
+        if not self.is_dataset and self._column == "text":
             more = {"answer": caption.answer, "remarks": list(caption.remarks)}
             row |= {name: value for name, value in more.items() if value}
         before = self._before.get(name, [])
@@ -127,7 +142,7 @@ class CaptionFile(Sink):
             except UsageError:
                 return None  # Perhaps half of it is saved at this moment; `finish` reads it again.
             self._seen = now
-            texts = [(row["file_name"], _text_of(row)) for row in rows]
+            texts = [(row["file_name"], self._text_of(row)) for row in rows]
             self._theirs = {
                 name: text
                 for name, text in texts
@@ -165,7 +180,7 @@ class CaptionFile(Sink):
     def captions(self) -> dict[str, str]:
         """Return the captions that exist by `file_name`: the file's, then those that killed runs left."""
         rows = [row.values for row in self._read_table().rows] + list(self._read_journals().values())
-        found = {row["file_name"]: _text_of(row) for row in rows}
+        found = {row["file_name"]: self._text_of(row) for row in rows}
         return {name: text for name, text in found.items() if text is not None}
 
     def name_of(self, image: Path) -> str:
@@ -213,7 +228,8 @@ class CaptionFile(Sink):
             if was is not None and not new:
                 return []
             table = self._read_table()
-            kept = [str(images[places[n]]) if n in places else n for n in _put_captions(table, new, places)]
+            others = self._put_captions(table, new, places)
+            kept = [str(images[places[name]]) if name in places else name for name in others]
             content = table.render().encode()
             if create_atomically(target, content) if was is None else replace_unchanged(target, content, was):
                 return kept
@@ -260,9 +276,9 @@ class CaptionFile(Sink):
         return folder.as_posix().rstrip("/") + "/"
 
     def _journals(self) -> list[Path]:
-        # By its number: a file's name may begin with another file's name.
-        journal = re.compile(rf"\.{re.escape(self.path.name)}\.\d+\.part")
-        return sorted(p for p in self.path.parent.iterdir() if journal.fullmatch(p.name))
+        return sorted(
+            path for path in self.path.parent.iterdir() if self._journal_pattern.fullmatch(path.name)
+        )
 
     def _read_journals(self) -> dict[str, Row]:
         rows = {}
@@ -299,29 +315,33 @@ class CaptionFile(Sink):
                 )
         return table
 
+    def _put_captions(self, table: Table, new: Mapping[str, Row], places: Mapping[str, int]) -> list[str]:
+        """Put new captions into a table and sort it; return the names whose rows others have written."""
+        kept, known, column = [], set(), self._column
+        replaceable = REPLACED if column == "text" else (column,)
+        for row in table.rows:
+            name = row.values["file_name"]
+            known.add(name)
+            if name in new:
+                caption = {key: value for key, value in new[name].items() if key != REPLACES}
+                text, replaced = self._text_of(row.values), new[name].get(REPLACES, ())
+                joined = replaced if isinstance(replaced, dict) else {}
+                if text is None or text in replaced:
+                    caption |= {column: joined[text]} if text in joined else {}
+                    table.change(row, caption, replaceable)
+                elif text not in (caption.get(column), *joined.values()):
+                    kept.append(name)
+        for name in sorted(new.keys() - known, key=lambda name: places.get(name, -1)):
+            table.add({key: value for key, value in new[name].items() if key != REPLACES})
+        table.sort(lambda row: places.get(row["file_name"], -1))
+        return list(dict.fromkeys(kept))
 
-def _put_captions(table: Table, new: Mapping[str, Row], places: Mapping[str, int]) -> list[str]:
-    """Put new captions into a table and sort it; return the names whose rows others have written."""
-    kept, known = [], set()
-    for row in table.rows:
-        name = row.values["file_name"]
-        known.add(name)
-        if name in new:
-            caption = {column: value for column, value in new[name].items() if column != REPLACES}
-            text, replaced = _text_of(row.values), new[name].get(REPLACES, ())
-            joined = replaced if isinstance(replaced, dict) else {}
-            if text is None or text in replaced:
-                table.change(row, caption | ({"text": joined[text]} if text in joined else {}))
-            elif text not in (caption.get("text"), *joined.values()):
-                kept.append(name)
-    for name in sorted(new.keys() - known, key=lambda name: places.get(name, -1)):
-        table.add({column: value for column, value in new[name].items() if column != REPLACES})
-    table.sort(lambda row: places.get(row["file_name"], -1))
-    return list(dict.fromkeys(kept))
-
-
-def _text_of(row: Row) -> str | None:
-    return next((row[column] for column in TEXT_COLUMNS if isinstance(row.get(column), str)), None)
+    def _text_of(self, row: Row) -> str | None:
+        if self._column == "text":
+            return next((row[column] for column in TEXT_COLUMNS if isinstance(row.get(column), str)), None)
+        text = row.get(self._column)
+        # A table has an empty cell where there is no caption yet.
+        return text if isinstance(text, str) and (text or self.path.suffix != ".csv") else None
 
 
 def _is_text(text: str | None) -> bool:

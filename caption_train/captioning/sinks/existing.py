@@ -24,7 +24,7 @@ _MOST_BYTES = 1 << 30
 _SENTENCE_ENDS = tuple(".!?:;,。！？、，；：")
 _SHAPING = (
     *("base_model", "peft_model", "endpoint", "model", "prompt", "task", "preset", "system_prompt"),
-    *("prefix", "suffix", "trigger", "separator"),
+    *("prompt_template", "prompts", "metadata", "clean", "prefix", "suffix", "trigger", "separator"),
 )
 """Flags that make a run that adds to captions another one. How fast, and which images, do not."""
 

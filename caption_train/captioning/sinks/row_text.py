@@ -8,7 +8,7 @@ import csv
 import io
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from json.decoder import scanstring
 from typing import Any
@@ -60,8 +60,8 @@ class Table(ABC):
         self.rows.sort(key=lambda row: key(row.values))
 
     @abstractmethod
-    def change(self, row: TextRow, caption: Row) -> None:
-        """Give a row another caption; all else in it stays as it is."""
+    def change(self, row: TextRow, caption: Row, replaceable: Sequence[str] = REPLACED) -> None:
+        """Give a row another caption; all else in it but `replaceable` stays as it is."""
 
     @abstractmethod
     def add(self, caption: Row) -> None:
@@ -80,13 +80,13 @@ class Table(ABC):
 class JsonLines(Table):
     """A JSON object a line."""
 
-    def change(self, row: TextRow, caption: Row) -> None:
+    def change(self, row: TextRow, caption: Row, replaceable: Sequence[str] = REPLACED) -> None:
         line = row.text.rstrip("\r\n")
         end = row.text[len(line) :] or "\n"
-        kept = [text for name, text in _members(line) if name not in REPLACED]
-        new = [_dump_member(name, value) for name, value in caption.items() if name in REPLACED]
+        kept = [text for name, text in _members(line) if name not in replaceable]
+        new = [_dump_member(name, value) for name, value in caption.items() if name in replaceable]
         row.text = "{" + ", ".join(kept + new) + "}" + end
-        row.values = {name: value for name, value in row.values.items() if name not in REPLACED} | caption
+        row.values = {name: value for name, value in row.values.items() if name not in replaceable} | caption
 
     def add(self, caption: Row) -> None:
         members = (_dump_member(name, value) for name, value in caption.items())
@@ -116,9 +116,9 @@ class CsvTable(Table):
         super().__init__(text)
         self._end = "\n" if self._header.endswith("\n") and not self._header.endswith("\r\n") else "\r\n"
 
-    def change(self, row: TextRow, caption: Row) -> None:
+    def change(self, row: TextRow, caption: Row, replaceable: Sequence[str] = REPLACED) -> None:
         cells = next(csv.reader(io.StringIO(row.text.lstrip("\r\n"), newline="")))
-        replaced = [name for name in REPLACED if name in caption or name in self._columns]
+        replaced = [name for name in replaceable if name in caption or name in self._columns]
         self._put(row, cells, {name: caption.get(name) for name in replaced})
         row.values |= caption
 
@@ -136,7 +136,7 @@ class CsvTable(Table):
 
     def _add_columns(self, names: list[str]) -> None:
         if not self._columns:
-            names = list(dict.fromkeys(["file_name", "text", *names]))
+            names = list(dict.fromkeys(["file_name", *(names or ["text"])]))
         if names:
             # Cells beyond the header stay beyond what it says.
             self._columns += [""] * (self._width - len(self._columns)) + names

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from caption_train.captioning.existing import KEEP, Added, AddedLog, Existing
 from caption_train.captioning.outputs import Caption, Sink
+from caption_train.captioning.sinks.existing import KEEP, Added, AddedLog, Existing
 from caption_train.data.formats import IMAGE_SUFFIXES, MAX_CAPTION_BYTES
 from caption_train.data.text import read_caption, refuse_odd_characters
 from caption_train.errors import CaptionTrainError, UsageError
@@ -28,9 +28,13 @@ class Sidecars(Sink):
         extension: of the caption files, with or without a dot.
         existing: what becomes of the caption files that exist when the run begins.
         rank: the rank of this process, which names its logs.
+        locks: whether to lock the folders; not for the second of several kinds of captions of one run.
     """
 
-    def __init__(self, extension: str, *, existing: Existing = KEEP, rank: int = 0) -> None:
+    def __init__(
+        self, extension: str, *, existing: Existing = KEEP, rank: int = 0, locks: bool = True
+    ) -> None:
+        self._holds_locks = locks
         self._extension = "." + extension.lstrip(".")
         self._existing = existing
         self._rank = rank
@@ -54,7 +58,8 @@ class Sidecars(Sink):
             if not os.access(folder, os.W_OK):
                 shown = escape_unprintable(folder)
                 raise UsageError(f"--save_captions: {shown} cannot be written to; use --output instead")
-        self._lock(folders)
+        if self._holds_locks:
+            self._lock(folders)
         for folder in folders:
             clear_temporary(folder)
         lacking = [image for image in images if self._lacks(image) or self._existing.replaces]
@@ -73,13 +78,13 @@ class Sidecars(Sink):
         """Return the text of an image's caption file; of a run that adds, what it has added."""
         if self._existing.adds:
             return self._added[self.caption_path(image)].text
-        path = self._find(image)
+        path = self.find(image)
         return "" if path is None else read_caption(path)
 
     def write(self, caption: Caption) -> Caption | None:
         """Write one caption file; one that somebody else has written since the run began stays."""
         path = self.caption_path(caption.image)
-        there = None if self._existing.replaces else self._find(caption.image)
+        there = None if self._existing.replaces else self.find(caption.image)
         text: str | None = caption.text
         if self._existing.adds:
             text = self._add(path, caption.text)
@@ -186,7 +191,7 @@ class Sidecars(Sink):
                 print_line(line)
 
     def _lacks(self, image: Path) -> bool:
-        path = self._find(image) or self.caption_path(image)
+        path = self.find(image) or self.caption_path(image)
         # os.path, because it returns False for a name that is too long, where Path raises.
         exists, shown = os.path.exists(path), escape_unprintable(path)  # noqa: PTH110
         if not exists and os.path.islink(path):  # noqa: PTH114
@@ -195,7 +200,7 @@ class Sidecars(Sink):
             raise UsageError(f"--save_captions: {shown} is no file: move it away")
         return not exists
 
-    def _find(self, image: Path) -> Path | None:
+    def find(self, image: Path) -> Path | None:
         """Return an image's caption file if it exists."""
         stems = [image.name] if self._twins.is_named_as_another(image) else [image.name, image.stem]
         paths = (image.with_name(stem + self._extension) for stem in stems)
