@@ -76,6 +76,29 @@ TOKENIZED = {
     ),
     "हिन्दी שָׁלוֹם привет мир! 日本語 の 猫 👍🏽": "हिन्दी שָׁלוֹם привет мир 日本語 の 猫",
     "she'll he'd we've I'm wanna gotta": "she 'll he 'd we 've i 'm wan na got ta",
+    # Tag lists.
+    "1girl, solo, (best quality:1.2), ((masterpiece)), [low quality:0.8], {detailed}": (
+        "1girl solo -lrb- best quality :1.2 -rrb- -lrb- -lrb- masterpiece -rrb- -rrb- "
+        "-lsb- low quality :0.8 -rsb- -lcb- detailed -rcb-"
+    ),
+    "name_(series), rem_(re:zero), jojo's_bizarre_adventure, girls'_frontline, fate/stay_night": (
+        "name _ -lrb- series -rrb- rem _ -lrb- re zero -rrb- jojo 's _ bizarre_adventure "
+        "girls _ frontline fate/stay _ night"
+    ),
+    ":3, ^_^, >_<, @_@, =_=, o_o, (^_^), (x_x), >:), :[, :d, :o, :P, ;q": (
+        ":3 ^_^ >_< @_ @ =_= o_o -lrb-^_^-rrb- -lrb-x_x-rrb- >:-rrb- :[ :d o :p q"
+    ),
+    "1girl,1boy,t-shirt,blue eyes": ("1girl,1boy,t-shirt blue eyes"),
+    "(a, b:1.2), [a:b:0.5], <lora:add_detail:0.8>, <hypernet:a b:1>": (
+        "-lrb- a b :1.2 -rrb- -lsb- a b :0.5 -rsb- <lora:add_detail:0.8> <hypernet:a\xa0b:1>"
+    ),
+    "__wildcard__, a__b, _a, a_, 6+girls, 4k, f/1.8, 16:9, score_8_up, k/da_(league_of_legends)": (
+        "__ wildcard __ a __ b _ a a _ 6 + girls 4k f/1 .8 16:9 score_8_up k/da _ -lrb- "
+        "league_of_legends -rrb-"
+    ),
+    "a\\(b\\), \\m/, <<, >>, ---, x,@user, #tag_name, @user_name, U.S._flag, can't_stop": (
+        "a \\ -lrb- b \\ -rrb- \\ m / << >> x,@user, #tag _ name @user_name u.s. _ flag ca n't _ stop"
+    ),
 }
 
 
