@@ -218,8 +218,8 @@ IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "flora-opt": "flora_opt"}
 RUN_AS_PROGRAMS = {"pytest-xdist", "pytest", "ruff", "tensorboard"}
 BROUGHT_ALONG = {"huggingface_hub", "packaging"}
 """By transformers, which pins what it can work with."""
-ON_REQUEST = {"pillow_heif", "deepspeed"}
-"""Built from source when it is installed: for those who launch with it."""
+ON_REQUEST = {"pillow_heif", "deepspeed", "pyarrow"}
+"""Built from source when it is installed, for those who launch with it; for those who have parquet files."""
 
 
 def read_pins() -> dict[str, str]:

@@ -1,23 +1,26 @@
 """Finds what is odd in a dataset although it can be used: copies that disagree, tokens in captions."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from caption_train.data.pairs import Pair
 from caption_train.data.text import TOKEN_NAMES
 from caption_train.system.files import hash_file
 
 
-def find_token_like(pairs: Mapping[str, Pair]) -> list[str]:
+def find_token_like(pairs: Mapping[str, Sequence[Pair]]) -> list[str]:
     """Return a line for each caption that spells out a control token of some model, with what it spells.
 
     Tools that decode with special tokens leave them behind. Training reads them as text, and a model then
     learns to write them.
 
     >>> from pathlib import Path
-    >>> find_token_like({"a.png": Pair(Path("a.png"), "a cat</s>", "a.txt")})
+    >>> find_token_like({"a.png": [Pair(Path("a.png"), "a cat</s>", "a.txt")]})
     ['a.png: </s>']
     """
-    found = ((name, dict.fromkeys(TOKEN_NAMES.findall(pair.caption))) for name, pair in pairs.items())
+    found = (
+        (name, dict.fromkeys(token for pair in several for token in TOKEN_NAMES.findall(pair.caption)))
+        for name, several in pairs.items()
+    )
     return [f"{name}: {' '.join(tokens)}" for name, tokens in found if tokens]
 
 

@@ -1,6 +1,7 @@
 """Runs the compile command: finds pairs in a folder and writes metadata.jsonl. No torch, no datasets."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from caption_train.compiling.advice import find_disagreeing, find_token_like
@@ -8,10 +9,11 @@ from caption_train.compiling.placement import find_prefix, place_images, plan_pl
 from caption_train.compiling.result import Compiled
 from caption_train.config.compiling import CompileOptions
 from caption_train.data import kohya
+from caption_train.data.caption_sources import Said, read_captions_file
 from caption_train.data.formats import METADATA_NAME, TEXT_COLUMNS
 from caption_train.data.pairs import Pair, match_captions
 from caption_train.data.rows import read_rows, write_metadata
-from caption_train.data.scan import scan_folder
+from caption_train.data.scan import Folder, scan_folder
 from caption_train.data.split import split_by_content
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.system.console import escape_unprintable, summarize
@@ -45,10 +47,14 @@ def compile_folder(options: CompileOptions) -> tuple[Compiled, list[str]]:
     """
     compiled = find_pairs(options)
     # Collected before unusable pairs are dropped: the caption of a damaged image is still in its own file.
-    known = {(compiled.file_name(name), pair.caption) for name, pair in compiled.pairs.items()}
+    known = {
+        (compiled.file_name(name), pair.caption, pair.prompt)
+        for name in compiled.pairs
+        for pair in compiled.pairs_of(name)
+    }
     leave_out_unusable(compiled, options)
     compiled.disagreeing = find_disagreeing(compiled.pairs)
-    compiled.token_like = find_token_like(compiled.pairs)
+    compiled.token_like = find_token_like({n: compiled.pairs_of(n) for n in compiled.pairs})
     make_rows(compiled, options)
     target = compiled.output_dir / METADATA_NAME
     losses = [] if options.overwrite else find_losses(target, known)
@@ -84,8 +90,41 @@ def find_pairs(options: CompileOptions) -> Compiled:
     prefix = find_prefix(options.dataset_dir, output_dir)
     source = options.kohya_metadata or kohya.find_metadata(folder)
     given, problems = kohya.read_metadata(source, folder) if source else ({}, [])
+    said, sources, source_problems = _read_sources(options, folder)
+    given |= {name: (entries[0].caption, entries[0].where) for name, entries in said.items()}
     matches = match_captions(folder, extensions, encoding=options.encoding, given=given)
-    return Compiled(folder, matches, output_dir, prefix, dict(matches.pairs), source, problems)
+    pairs, more = dict(matches.pairs), {}
+    for name, entries in said.items():
+        all_of_it = [
+            Pair(pairs[name].image, entry.caption, entry.where, prompt=entry.prompt) for entry in entries
+        ]
+        pairs[name], more[name] = all_of_it[0], all_of_it[1:]
+    return Compiled(
+        *(folder, matches, output_dir, prefix, pairs, more, sources, source_problems, source, problems)
+    )
+
+
+def _read_sources(
+    options: CompileOptions, folder: Folder
+) -> tuple[dict[str, list[Said]], dict[str, int], list[str]]:
+    """Return image → what `--captions` say of it, how many each file has, and what is wrong with others."""
+    said: dict[str, list[Said]] = {}
+    counts: dict[str, int] = {}
+    problems: list[str] = []
+    for path in options.captions:
+        found, more = read_captions_file(path, folder)
+        problems += more
+        counts[str(path)] = sum(map(len, found.values()))
+        for name, entries in found.items():
+            if options.ignore_prompts:
+                entries = [replace(entry, prompt=None) for entry in entries]
+            known = said.setdefault(name, [])
+            texts = {(entry.caption, entry.prompt) for entry in known}
+            for entry in entries:
+                if (entry.caption, entry.prompt) not in texts:
+                    texts.add((entry.caption, entry.prompt))
+                    known.append(entry)
+    return said, counts, problems
 
 
 def leave_out_unusable(compiled: Compiled, options: CompileOptions) -> None:
@@ -112,20 +151,23 @@ def make_rows(compiled: Compiled, options: CompileOptions) -> None:
             raise UsageError("--validation_split needs two different images at least")
         images = {pair.image for pair in held_out}
         compiled.held_out = {name for name, pair in pairs.items() if pair.image in images}
-    for name, pair in pairs.items():
-        row = {"file_name": compiled.file_name(name), "text": pair.caption}
-        if options.validation_split:
-            row["split"] = "validation" if name in compiled.held_out else "train"
+    for name in pairs:
         repeated = options.kohya_repeats and name not in compiled.held_out
-        compiled.rows += [row] * (compiled.repeats_of(name) if repeated else 1)
+        for pair in compiled.pairs_of(name):
+            row = {"file_name": compiled.file_name(name), "text": pair.caption}
+            if pair.prompt:
+                row["prompt"] = pair.prompt
+            if options.validation_split:
+                row["split"] = "validation" if name in compiled.held_out else "train"
+            compiled.rows += [row] * (compiled.repeats_of(name) if repeated else 1)
 
 
-def find_losses(path: Path, known: set[tuple[str, str]]) -> list[str]:
+def find_losses(path: Path, known: set[tuple[str, str, str | None]]) -> list[str]:
     """Return what overwriting a metadata.jsonl would lose: extra columns, and captions of images still there.
 
     Args:
         path: the existing metadata.jsonl, if there is one.
-        known: (file_name, caption) of every pair that was found this time.
+        known: (file_name, caption, prompt) of every pair that was found this time.
 
     Returns:
         One line per row that holds something not found this time.
@@ -140,12 +182,20 @@ def find_losses(path: Path, known: set[tuple[str, str]]) -> list[str]:
             continue
         name = row.get("file_name")
         caption = next((row[column] for column in TEXT_COLUMNS if row.get(column) is not None), "")
+        found = (name, str(caption).strip(), prompt := row.get("prompt"))
+        is_known = _is_hashable(found) and found in known
         columns = sorted(row.keys() - {"file_name", "split", *TEXT_COLUMNS})
+        if prompt is not None and is_known:
+            columns.remove("prompt")
         if columns:
             losses.append(f"{where}: {name}: columns {', '.join(columns)}")
-        elif (name, str(caption).strip()) not in known and caption and _exists(path.parent, name):
+        elif not is_known and caption and _exists(path.parent, name):
             losses.append(f"{where}: {name}: {str(caption)[:60]}")
     return losses
+
+
+def _is_hashable(found: tuple) -> bool:
+    return all(isinstance(value, str | None) for value in found)
 
 
 def _write(compiled: Compiled, options: CompileOptions) -> list[str]:

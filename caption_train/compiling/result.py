@@ -17,6 +17,9 @@ class Compiled:
         output_dir: where metadata.jsonl is written.
         prefix: the path from output_dir to the dataset folder; None if images have to be placed.
         pairs: image → pair, for the pairs that are written.
+        more: image → further captions of it, beside that of its pair.
+        sources: file of `--captions` → how many captions it gave.
+        source_problems: one line per entry of these files that was not used.
         kohya_metadata: the Kohya JSON that was read, if any.
         kohya_problems: one line per entry of it that was not used.
         repeats: folder `N_name` → N.
@@ -37,6 +40,9 @@ class Compiled:
     output_dir: Path
     prefix: str | None
     pairs: dict[str, Pair]
+    more: dict[str, list[Pair]] = field(default_factory=dict)
+    sources: dict[str, int] = field(default_factory=dict)
+    source_problems: list[str] = field(default_factory=list)
     kohya_metadata: Path | None = None
     kohya_problems: list[str] = field(default_factory=list)
     repeats: dict[str, int] = field(default_factory=dict)
@@ -58,6 +64,10 @@ class Compiled:
     def repeats_of(self, name: str) -> int:
         """Return how many repeats the folder of an image asks for."""
         return self.repeats.get(name.rpartition("/")[0], 1)
+
+    def pairs_of(self, name: str) -> list[Pair]:
+        """Return all pairs of an image."""
+        return [self.pairs[name], *self.more.get(name, ())]
 
     @property
     def damaged(self) -> int:

@@ -61,12 +61,14 @@ def _count_lines(compiled: "Compiled", options: CompileOptions) -> Iterator[str]
             pair.source.startswith(f"{compiled.kohya_metadata.name}: ") for pair in compiled.pairs.values()
         )
         yield _line("captions from Kohya metadata", source, compiled.kohya_metadata.name)
+    for source, count in compiled.sources.items():
+        yield _line("captions in that file", count, source)
     yield _line("pairs", len(compiled.pairs))
     if options.validation_split:
         yield _line("  for training", len(compiled.pairs) - len(compiled.held_out))
         yield _line("  for validation", len(compiled.held_out), f"by content, seed {options.seed}")
     if len(compiled.rows) != len(compiled.pairs):
-        yield _line("rows, with repeats", len(compiled.rows))
+        yield _line("rows, with repeats" if not compiled.more else "rows, all captions", len(compiled.rows))
     if compiled.prefix is None:
         linked, copied = compiled.placed - compiled.copied, compiled.copied
         yield _line("images new in output_dir", compiled.placed, f"{linked:,} hard links, {copied:,} copies")
@@ -103,6 +105,7 @@ def _left_over_lines(compiled: "Compiled", options: CompileOptions) -> Iterator[
             compiled.token_like,
             "training takes it for plain text; delete what a tool left",
         ),
+        ("entries not used", compiled.source_problems, "of --captions"),
         ("Kohya entries not used", compiled.kohya_problems, ""),
         ("Kohya repeat folders", repeats, once),
         ("images in 0_ folders", compiled.unrepeated, "left out, as Kohya does"),

@@ -7,6 +7,8 @@ from pathlib import Path
 from caption_train.config.fields import find_below, flag
 from caption_train.data.formats import IMAGE_SUFFIXES, with_dot
 
+CAPTIONS_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+
 _pairs = partial(flag, group="finding pairs")
 _kohya = partial(flag, group="Kohya-ss datasets")
 _written = partial(flag, group="what is written")
@@ -26,6 +28,14 @@ class CompileOptions:
         repeated=True,
         metavar="EXT",
     )
+    captions: list[Path] = _pairs(
+        [],
+        "captions in this file go before all others: LLaVA, ShareGPT, messages or COCO (.json, .jsonl), "
+        "a table (.csv, .tsv) or .parquet; repeatable",
+        repeated=True,
+        metavar="FILE",
+    )
+    ignore_prompts: bool = _pairs(False, "leave out what --captions say was asked for a caption")
     encoding: str = _pairs("utf-8", "encoding of the caption files")
     follow_symlinks: bool = _pairs(False, "follow links that lead out of dataset_dir")
     check_images: bool = _pairs(False, "decode every image; leave out and name the bad ones")
@@ -65,6 +75,11 @@ class CompileOptions:
                 problems.append(f"--caption_extension {extension!r} is no file extension like .txt")
             elif with_dot(extension).lower() in IMAGE_SUFFIXES:
                 problems.append(f"--caption_extension {extension} is an image's, not a caption's")
+        for path in self.captions:
+            if path.suffix.lower() not in CAPTIONS_SUFFIXES:
+                problems.append(f"--captions {path} must end in {', '.join(CAPTIONS_SUFFIXES)}")
+        if self.ignore_prompts and not self.captions:
+            problems.append("--ignore_prompts only has a meaning with --captions")
         try:
             "".encode(self.encoding)
         except (LookupError, ValueError):

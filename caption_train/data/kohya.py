@@ -5,7 +5,7 @@ The JSON is what finetune/merge_*_to_metadata.py of kohya-ss/sd-scripts writes: 
 """
 
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,22 +67,34 @@ def read_metadata(path: Path, folder: Folder) -> tuple[Given, list[str]]:
         raise CaptionTrainError(
             f'{escape_unprintable(path)}: not Kohya metadata, {{"image": {{"caption": …, "tags": …}}}}'
         )
-    index = _index(folder)
+    index = index_images(folder)
     given: Given = {}
     problems = []
     for key, entry in entries.items():
         where = f"{path.name}: {key}"
-        images = next((index[tail] for tail in _tails(key) if tail in index), [])
-        if not images:
-            problems.append(f"{where}: no such image")
-        elif len({posixpath.dirname(image) for image in images}) > 1:
-            problems.append(f"{where}: could be any of {', '.join(images)}")
-        else:
-            try:
-                given |= dict.fromkeys(images, (_join(entry), where))
-            except ValueError as error:
-                problems.append(f"{where}: {error}")
+        try:
+            given |= dict.fromkeys(find_images(index, key), (_join(entry), where))
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
     return given, problems
+
+
+def find_images(index: Mapping[str, list[str]], name: str) -> list[str]:
+    """Return the images that a name stands for: one, or several of one folder that differ in their ending.
+
+    Args:
+        index: what `index_images` returned.
+        name: a path, perhaps of another machine, or the end of one, with or without the extension.
+
+    Raises:
+        ValueError: there is none, or it could be any of several.
+    """
+    images = next((index[tail] for tail in _tails(name) if tail in index), [])
+    if not images:
+        raise ValueError("no such image")
+    if len({posixpath.dirname(image) for image in images}) > 1:
+        raise ValueError(f"could be any of {', '.join(images)}")
+    return images
 
 
 def _join(entry: dict[str, Any]) -> str:
@@ -118,7 +130,7 @@ def _looks_like_metadata(path: Path) -> bool:
         return False
 
 
-def _index(folder: Folder) -> dict[str, list[str]]:
+def index_images(folder: Folder) -> dict[str, list[str]]:
     """Map each tail of an image's path, with and without extension, to the images; full paths come first."""
     index: dict[str, list[str]] = {}
     whole: dict[str, list[str]] = {}

@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import shlex
@@ -31,17 +32,37 @@ def test_what_the_page_shows_works(tmp_path, monkeypatch):
     write_pair(Path("kohya/10_dog/a.png"), "a dog")
     Path("kohya/meta_clean.json").write_text('{"a": {"caption": "a dog", "tags": "grass"}}')
     commands = "".join(blocks_of("docs/dataset.md", "bash")).splitlines()
-    assert len(commands) == 7
+    assert len(commands) == 10
+    write_other_tools_files()
     for command in commands:
         program, script, *arguments = shlex.split(command)
         assert (program, script) == ("python", "compile_captions.py")
         assert compile_main(arguments) == 0, command
     assert len(rows_of(Path("dataset"))) == 2
+    assert [row["text"] for row in rows_of(Path("photos"))] == ["a hill", "the sea"]
+    assert [row.get("prompt") for row in rows_of(Path("llava"))] == ["Who?"] and len(
+        rows_of(Path("coco"))
+    ) == 2
     assert rows_of(Path("kohya")) == [{"file_name": "10_dog/a.png", "text": "a dog, grass"}] * 10
     (snippet,) = blocks_of("docs/dataset.md", "python")
     names = {}
     exec(snippet, names)
     assert len(names["dataset"]) == 2
+
+
+def write_other_tools_files():
+    """Write the files of the page's section on captions in one file, with their images."""
+    from pyarrow import Table, parquet
+
+    for name in ("llava/a.png", "coco/a.png", "coco/b.png", "photos/a.png", "photos/b.png"):
+        write_image(Path(name), (0, 0, len(name) * ord(name[-5]) % 256))
+    turns = [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "Nobody."}]
+    Path("llava_instruct.json").write_text(json.dumps([{"image": "a.png", "conversations": turns}]))
+    images = [{"id": n, "file_name": f"{n}.png"} for n in "ab"]
+    said = [{"image_id": n, "caption": f"it is {n}"} for n in "ab"]
+    Path("captions_train2017.json").write_text(json.dumps({"images": images, "annotations": said}))
+    parquet.write_table(Table.from_pylist([{"image": {"path": "a.png"}, "text": "a hill"}]), "train.parquet")
+    Path("more.csv").write_text("file_name,text,prompt\nb.png,the sea,What?\n")
 
 
 def run_script(*arguments, **environment):
