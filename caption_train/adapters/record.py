@@ -286,12 +286,18 @@ def find_versions() -> dict[str, str]:
     return versions
 
 
+def _as_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_as_json(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
 def describe_options(options: TrainOptions) -> dict[str, Any]:
     """Return the options by name, with paths as text."""
     kept = {f.name: f.metadata.get("recorded", False) for f in fields(options)}
     values = {name: getattr(options, name) for name, recorded in kept.items() if recorded}
     return {
-        name: str(value) if isinstance(value, Path) else value
+        name: _as_json(value)
         for name, value in values.items()
         if kept[name] is True or value not in (None, [])
     }

@@ -127,6 +127,8 @@ def _argument(flag: Field, hint: Any, default: Any, choices: Sequence[str] | Non
         "type": PARSERS.get(kind, kind),
         "metavar": flag.metadata["metavar"] or METAVARS.get(kind, "NAME"),
     }
+    if flag.metadata["more"]:
+        keywords["action"] = _first_and_more(flag.metadata["more"])
     if choices:
         listed = len(choices) > 5
         keywords |= {"choices": tuple(choices), "metavar": "NAME" if listed else None}
@@ -134,6 +136,21 @@ def _argument(flag: Field, hint: Any, default: Any, choices: Sequence[str] | Non
     if flag.metadata["const"]:
         keywords |= {"nargs": "?", "const": flag.metadata["const"]}
     return keywords
+
+
+def _first_and_more(more: str) -> type[argparse.Action]:
+    """Return an action for a flag whose further values go to the list `more`."""
+
+    class FirstAndMore(argparse.Action):
+        def __call__(
+            self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any
+        ) -> None:
+            if hasattr(namespace, self.dest):
+                setattr(namespace, more, [*getattr(namespace, more, []), values])
+            else:
+                setattr(namespace, self.dest, values)
+
+    return FirstAndMore
 
 
 OTHER_NAMES = {

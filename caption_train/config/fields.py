@@ -21,6 +21,7 @@ def flag(
     metavar: str | None = None,
     repeated: bool = False,
     recorded: bool | Literal["if given"] = True,
+    more: str | None = None,
 ) -> Any:
     """Make a dataclass field that is a command-line flag.
 
@@ -35,6 +36,7 @@ def flag(
         repeated: for lists: the flag is given several times, with one value each, instead of once with
             several.
         recorded: whether a trained LoRA keeps the value in its training.json.
+        more: the list field that takes the values after the first, where the flag is given several times.
     """
     metadata = {
         "help": help,
@@ -45,6 +47,7 @@ def flag(
         "metavar": metavar,
         "repeated": repeated,
         "recorded": recorded,
+        "more": more,
     }
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)

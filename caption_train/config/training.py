@@ -39,8 +39,21 @@ _save = partial(flag, group="saving, samples and logs")
 class TrainOptions:
     """The flags of a training script. A family may have other defaults for some."""
 
-    dataset_dir: Path = _data(None, "folder with metadata.jsonl, or with image/caption pairs")
+    dataset_dir: Path = _data(
+        None,
+        "folder with metadata.jsonl, or with image/caption pairs; given again, one more",
+        more="add_dataset",
+    )
     output_dir: Path = _data(None, "save the LoRA to this folder")
+    add_dataset: list[Path] = _data(
+        [], "further datasets, as --dataset_dir given again", metavar="PATH", recorded="if given"
+    )
+    dataset_weights: list[int] = _data(
+        [],
+        "how often an epoch reads the images of each dataset, in their order (once if not given)",
+        metavar="N",
+        recorded="if given",
+    )
     caption_extension: list[str] = _data(
         [".txt"], "caption files beside the images end in this; repeatable", repeated=True
     )
@@ -205,6 +218,12 @@ class TrainOptions:
     sources: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     """Where each value that is not a default came from: field name → "command line" or the config file."""
 
+    @property
+    def datasets(self) -> list[tuple[Path, int]]:
+        """The dataset folders, each with how often an epoch reads it."""
+        folders = [self.dataset_dir, *self.add_dataset]
+        return list(zip(folders, self.dataset_weights or [1] * len(folders), strict=True))
+
     def check(self) -> list[str]:
         """Return everything that is wrong with these options, one line each."""
         problems = [
@@ -235,7 +254,7 @@ class TrainOptions:
             for part in getattr(self, name)
             if part not in PARTS
         ]
-        problems += self._check_part_rates() + self._check_validation()
+        problems += self._check_datasets() + self._check_part_rates() + self._check_validation()
         if self.name is not None and (not self.name.strip(". ") or set(self.name) & set("/\\\0")):
             problems.append(f"--name {self.name!r} cannot begin a folder's name: leave out slashes")
         if self.keep_tokens and not self.shuffle_captions:
@@ -249,6 +268,18 @@ class TrainOptions:
         if self.memory_budget is not None and parse_bytes(self.memory_budget) is None:
             problems.append(f"--memory_budget {self.memory_budget} is no size like 8GB, 7.5GiB or 900MB")
         return problems + compatibility.check(self)
+
+    def _check_datasets(self) -> list[str]:
+        folders, weights = [self.dataset_dir, *self.add_dataset], self.dataset_weights
+        problems = [f"--dataset_weights {n}: write whole numbers from 1" for n in weights if n < 1]
+        if weights and len(weights) != len(folders):
+            problems.append(
+                f"--dataset_weights names {len(weights)} weights, but there are {len(folders)} datasets"
+            )
+        twice = {str(folder) for folder in folders if folders.count(folder) > 1}
+        return problems + [
+            f"--dataset_dir {folder} is given twice: use --dataset_weights" for folder in twice
+        ]
 
     def _check_part_rates(self) -> list[str]:
         problems, seen = [], set()

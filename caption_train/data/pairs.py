@@ -22,6 +22,7 @@ class Pair:
         source: where the caption was read: `a/b.txt` or `metadata.jsonl:12`.
         split: "train", "validation" or "test".
         prompt: what the model is asked for this caption; None means the prompt of the run.
+        dataset: which of several datasets it is from, counted from 0.
     """
 
     image: Path
@@ -29,6 +30,7 @@ class Pair:
     source: str
     split: str = "train"
     prompt: str | None = None
+    dataset: int = 0
 
     @property
     def texts(self) -> dict[str, str]:

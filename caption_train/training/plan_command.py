@@ -88,11 +88,16 @@ def make_planner(options: TrainOptions, family: Family) -> tuple[Planner, TrainO
     options, base = resolve_options(options, family)
     accelerator = make_accelerator(options)
     options = replace(options, mixed_precision=accelerator.mixed_precision)
-    pairs = read_dataset(
-        options.dataset_dir,
-        caption_extensions=options.caption_extension,
-        follow_symlinks=options.follow_symlinks,
-    )
+    pairs = [
+        pair
+        for folder, weight in options.datasets
+        for pair in read_dataset(
+            folder,
+            caption_extensions=options.caption_extension,
+            follow_symlinks=options.follow_symlinks,
+        )
+        * weight
+    ]
     if family.plans_without_weights:
         with suppress(*NEEDS_DATA):
             return _plan_model(options, family, base, accelerator, pairs, is_empty=True), options

@@ -195,13 +195,15 @@ def _make_run(
 def _open_output_dir(options: TrainOptions, accelerator: Accelerator) -> OutputLock:
     """Make the output folder and lock it against other runs; the main process does this for all."""
     lock = OutputLock(options.output_dir)
-    for name, what in (
-        ("model_id", "the base"),
-        ("dataset_dir", "the images"),
-        ("validation_dir", "validation images"),
+    for name, what, values in (
+        ("model_id", "the base", [options.model_id]),
+        ("dataset_dir", "the images", [folder for folder, _ in options.datasets]),
+        ("validation_dir", "validation images", [options.validation_dir]),
     ):
-        value = getattr(options, name)
-        if value and Path(value).is_dir() and options.output_dir.resolve() == Path(value).resolve():
+        if any(
+            value and Path(value).is_dir() and options.output_dir.resolve() == Path(value).resolve()
+            for value in values
+        ):
             raise UsageError(
                 f"--output_dir {options.output_dir}: holds {what}, --{name}; choose another folder"
             )

@@ -37,7 +37,8 @@ from caption_train.training.run.run import TrainingRun
 
 MAY_CHANGE = {
     *("model_id", "prompt", "task", "preset"),  # what they come to is in FACTS
-    *("dataset_dir", "caption_extension", "follow_symlinks", "validation_dir", "output_dir", "metrics"),
+    *("dataset_dir", "add_dataset", "dataset_weights", "caption_extension", "follow_symlinks"),
+    *("validation_dir", "output_dir", "metrics"),
     *("epochs", "num_workers", "worker_timeout", "rank_timeout", "device", "name", "log_with"),
     *("cache_converted", "plan", "memory_budget"),
     *("resume", "resume_anyway", "keep_last", "max_bad_steps", "on_bad_data", "auto_batch_size"),

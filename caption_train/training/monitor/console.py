@@ -27,7 +27,7 @@ def print_settings(
         if "help" not in f.metadata:
             continue
         value = getattr(options, f.name)
-        shown = " ".join(value) if isinstance(value, list) else str(value)
+        shown = " ".join(map(str, value)) if isinstance(value, list) else str(value)
         if f.name in options.sources:
             table.add_row(f.name, shown, options.sources[f.name])
         elif value not in (None, False, [], ""):

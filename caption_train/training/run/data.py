@@ -1,6 +1,7 @@
 """Reads a run's training and validation pairs, and decodes every image once before training starts."""
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -48,16 +49,26 @@ class TrainingData:
         """Return what identifies the data wherever its folder is. The order counts: batches depend on it."""
         described = {
             "pairs": len(self.train),
-            "fingerprint": fingerprint(self.train, self.digests),
-            "order": _hash_order(self.train),
+            "fingerprint": self._identify(self.train, lambda pairs: fingerprint(pairs, self.digests)),
+            "order": self._identify(self.train, _hash_order),
         }
         if self.validation:
             described |= {
                 "held-out pairs": len(self.validation),
-                "held-out fingerprint": fingerprint(self.validation, self.digests),
-                "held-out order": _hash_order(self.validation),
+                "held-out fingerprint": self._identify(
+                    self.validation, lambda pairs: fingerprint(pairs, self.digests)
+                ),
+                "held-out order": self._identify(self.validation, _hash_order),
             }
         return described
+
+    def _identify(self, pairs: Sequence[Pair], identify: Callable[[Sequence[Pair]], str]) -> str:
+        """Return what `identify` says of one dataset; of several, a hash without their places."""
+        numbers = sorted({pair.dataset for pair in pairs})
+        if numbers in ([], [0]):
+            return identify(pairs)
+        parts = [[n, identify([pair for pair in pairs if pair.dataset == n])] for n in numbers]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def find_worst(self, count: int) -> list[Pair]:
         """Return `count` pairs of the longest captions and the largest images, which need the most memory."""
@@ -111,6 +122,9 @@ def read_training_data(options: TrainOptions, accelerator: Accelerator) -> Train
                 data.train, options.validation_split, options.seed, data.digests
             )
         _refuse_or_report(data, options, accelerator)
+    # After the split, which counts every image once.
+    weights = [weight for _, weight in options.datasets]
+    data.train = [pair for pair in data.train for _ in range(weights[pair.dataset])]
     return data
 
 
@@ -138,7 +152,13 @@ def _refuse_or_report(data: TrainingData, options: TrainOptions, accelerator: Ac
 
 
 def _read(options: TrainOptions) -> TrainingData:
-    pairs, problems = _inspect(options, options.dataset_dir)
+    pairs, problems = [], []
+    for number, (folder, _) in enumerate(options.datasets):
+        found, more = _inspect(options, folder)
+        pairs += [replace(pair, dataset=number) for pair in found] if number else found
+        problems += (
+            [f"{escape_unprintable(folder)}: {line}" for line in more] if options.add_dataset else more
+        )
     train = [pair for pair in pairs if pair.split == "train"]
     validation = [pair for pair in pairs if pair.split == "validation"]
     if validation and (options.validation_split or options.validation_dir):
