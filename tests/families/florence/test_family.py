@@ -183,8 +183,8 @@ def test_every_row_is_trained_on_and_validated_with_its_own_prompt(
     assert train_main("florence", [*map(str, paths), *flags]) == 0
     regions = [f"<REGION_TO_DESCRIPTION><loc_{number}><loc_0><loc_9><loc_9>" for number in range(4)]
     assert set(asked[2:]) == set(regions)
-    # The loss, the metric, and a sample before and after.
-    assert asked[2:].count(regions[3]) == 4
+    # The loss, the metric and a sample, before and after.
+    assert asked[2:].count(regions[3]) == 6
 
 
 def test_a_rows_prompt_that_cannot_work_is_named_by_its_row(folder, asking_folder, tmp_path, capsys):
