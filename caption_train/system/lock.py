@@ -26,8 +26,8 @@ from caption_train.system.holder import Holder, fcntl, is_running, try_lock
 
 LOCK_FILE = ".lock"
 
-BEAT_SECONDS = 20.0
-SILENCE_SECONDS = 120.0
+BEAT_SECONDS = 10.0
+SILENCE_SECONDS = 45.0
 """A holder touches its file every BEAT_SECONDS. On another host, one that does not for this long is dead."""
 GRACE_SECONDS = 1.0
 """How long a file may stand there that its maker has not signed or locked yet."""
