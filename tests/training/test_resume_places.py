@@ -21,8 +21,8 @@ RUN = {"epochs": 1, "save_every_n_steps": 1, "validation_split": 0.2, "eval_ever
 
 @pytest.fixture
 def falling(monkeypatch):
-    """Have the second validation be the best of three."""
-    losses = iter([3.0, 1.0, 2.0])
+    """Have the second validation be the best of three; before them, the base is measured."""
+    losses = iter([4.0, 3.0, 1.0, 2.0])
     monkeypatch.setattr(Evaluator, "evaluate", lambda self: {"loss": next(losses)})
 
 
@@ -180,7 +180,7 @@ def test_a_log_that_a_power_cut_spoiled_is_cut_not_choked_on(finished, make):
 
 
 def test_a_run_that_had_stopped_early_goes_on_with_more_patience(make, monkeypatch):
-    losses = iter([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    losses = iter([9.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     monkeypatch.setattr(Evaluator, "evaluate", lambda self: {"loss": next(losses)})
     assert train("blip", make(early_stopping_patience=1))["stopped_early"]
     summary = train("blip", make(early_stopping_patience=9, resume="auto"))
