@@ -115,7 +115,7 @@ class Outputs:
         try:
             # All sinks first: nothing is copied unless every sink can be written.
             lacking = {sink: set(sink.pending(images)) for sink in self.sinks}
-            if any(sink.was_complete for sink in self.sinks):
+            if self.was_complete:
                 return []
             self._copy(images, {sink: names for sink, names in lacking.items() if sink.keeps_captions})
         except BaseException:
@@ -145,19 +145,14 @@ class Outputs:
                 return self._write_theirs(stands, sink)
         return is_ours
 
-    def finish(self, images: Sequence[Path], *, complete: bool = True, done: bool = True) -> list[str]:
-        """Write what is common to all processes; arguments and result as in `Sink.finish`.
+    @property
+    def was_complete(self) -> bool:
+        """Whether logs say that a run that adds to captions had added to all of them."""
+        return any(sink.was_complete for sink in self.sinks)
 
-        done: False if the same command, run again, would have something left to do.
-        """
-        kept = [name for sink in self.sinks for name in sink.finish(images, complete=complete)]
-        if self._adds and done:
-            # All logs say so before the first is gone: a kill between them is no run that has added nothing.
-            for sink in self.sinks:
-                sink.mark_added()
-            for sink in self.sinks:
-                sink.forget_added()
-        return kept
+    def finish(self, images: Sequence[Path], *, complete: bool = True) -> list[str]:
+        """Write what is common to all processes; arguments and result as in `Sink.finish`."""
+        return [name for sink in self.sinks for name in sink.finish(images, complete=complete)]
 
     def close(self) -> None:
         """Allow other runs to write to the sinks."""
@@ -197,6 +192,8 @@ class KeyedOutputs:
         except BaseException:
             self.close()
             raise
+        if any(outputs.was_complete for outputs in self._by_key.values()):
+            return []
         return [(image, key) for image in images for key, names in lacking.items() if image in names]
 
     def begin(self, images: Sequence[Path]) -> None:
@@ -209,8 +206,18 @@ class KeyedOutputs:
         return self._by_key[key].write(caption)
 
     def finish(self, images: Sequence[Path], *, complete: bool = True, done: bool = True) -> list[str]:
-        """Write what is common to all processes; arguments and result as in `Outputs.finish`."""
-        kept = [n for o in self._by_key.values() for n in o.finish(images, complete=complete, done=done)]
+        """Write what is common to all processes; arguments and result as in `Sink.finish`.
+
+        done: False if the same command, run again, would have something left to do.
+        """
+        kept = [n for o in self._by_key.values() for n in o.finish(images, complete=complete)]
+        if done:
+            # All logs say so before the first is gone: a kill between them is no run that has added nothing.
+            sinks = [sink for outputs in self._by_key.values() for sink in outputs.sinks]
+            for sink in sinks:
+                sink.mark_added()
+            for sink in sinks:
+                sink.forget_added()
         return list(dict.fromkeys(kept))
 
     def close(self) -> None:

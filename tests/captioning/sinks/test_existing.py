@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from caption_train.captioning.outputs import Caption
-from caption_train.captioning.plan import open_outputs
+from caption_train.captioning.plan import open_keyed_outputs
 from caption_train.captioning.sinks import caption_file, existing, sidecars
 from caption_train.captioning.sinks.existing import Existing
 from caption_train.config.captioning import CaptionOptions
@@ -39,7 +39,7 @@ def images(tmp_path):
 def open_run(images, **options):
     folder = images[0].parent
     settings = {"images": ["."], "save_captions": True, "output": folder / "captions.jsonl"}
-    return open_outputs(CaptionOptions(**settings | {"existing": "append"} | options), FakeFamily())
+    return open_keyed_outputs(CaptionOptions(**settings | {"existing": "append"} | options), FakeFamily())
 
 
 def caption(images, meanwhile=lambda: None, make=lambda image: f"new {image.name}", done=True, **options):
@@ -48,10 +48,10 @@ def caption(images, meanwhile=lambda: None, make=lambda image: f"new {image.name
     pending = outputs.find_pending(images)
     outputs.begin(images)
     meanwhile()
-    kept = [i.name for i in pending if not outputs.write(Caption(i, make(i)))]
+    kept = [i.name for i, key in pending if not outputs.write(Caption(i, make(i)), key)]
     kept += outputs.finish(images, done=done)
     outputs.close()
-    return [image.name for image in pending], kept
+    return [image.name for image, _ in pending], kept
 
 
 def read_all(images):
@@ -99,13 +99,36 @@ def test_a_run_killed_at_any_moment_adds_to_no_caption_twice(images, outputs):
         killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
         if not killed:
             break
-        _, kept = caption(images, **outputs)
-        assert kept == []
+        assert caption(images, **outputs)[1] == []
         files, rows = read_all(images)
         assert files == (
             APPENDED if outputs.get("save_captions", True) else {n: c for n, c in OLD.items() if c}
         )
         assert rows == (APPENDED if outputs.get("output", True) else {n: c for n, c in OLD.items() if c})
+        assert hidden(images) == []
+    assert moment > 9
+
+
+@pytest.mark.parametrize("outputs", [{"save_captions": False}, {"output": None}, {}])
+def test_a_run_with_several_prompts_killed_at_any_moment_adds_to_no_caption_twice(images, outputs):
+    folder = images[0].parent
+    image, output, files = images[0], folder / "captions.jsonl", [folder / "0.a.txt", folder / "0.b.txt"]
+    for moment in itertools.count(1):
+        output.write_text('{"file_name": "0.png", "a": "old", "b": "old"}\n')
+        for path in files:
+            path.write_text("old\n")
+        child = os.fork()
+        if not child:
+            _die_at(moment)
+            caption([image], prompts=["a=x", "b=y"], **outputs)
+            os._exit(0)
+        if not os.WIFSIGNALED(os.waitpid(child, 0)[1]):
+            break
+        caption([image], prompts=["a=x", "b=y"], **outputs)
+        row, added = json.loads(output.read_text()), "old, new 0.png"
+        assert (row["a"], row["b"]) == ((added,) * 2 if outputs.get("output", True) else ("old",) * 2), moment
+        texts = [path.read_text().strip() for path in files]
+        assert texts == ([added] * 2 if outputs.get("save_captions", True) else ["old"] * 2), moment
         assert hidden(images) == []
     assert moment > 9
 
