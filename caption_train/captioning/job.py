@@ -112,7 +112,8 @@ class CaptionJob:
         """Print what is done, and how to continue."""
         kept = "written; the same command goes on from there" if self.outputs.exist else "printed"
         if self.options.replaces and self.outputs.exist:
-            kept = "written; without --overwrite the same command captions those that have none yet"
+            how = "--overwrite" if self.options.overwrite else "--existing overwrite"
+            kept = f"written; without {how} the same command captions those that have none yet"
         alone = self.processes.count == 1
         count = f"{self.summary.written} of {len(self.plan.tasks)}" if alone else "finished"
         if self.processes.is_main:

@@ -1,7 +1,6 @@
 """Makes a command line from a dataclass: parser, `--config file.yaml`, checks."""
 
 import argparse
-import difflib
 import itertools
 import sys
 import typing
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from caption_train.cli.config_file import read_config_file
+from caption_train.cli.flag_names import guess_flag
 from caption_train.config.fields import PARSERS, kind_of, path
 from caption_train.errors import UsageError
 
@@ -153,23 +153,6 @@ def _first_and_more(more: str) -> type[argparse.Action]:
     return FirstAndMore
 
 
-OTHER_NAMES = {
-    **dict.fromkeys(("lr",), ("learning_rate",)),
-    **dict.fromkeys(("num_epochs", "num_train_epochs", "max_train_epochs"), ("epochs",)),
-    **dict.fromkeys(("lora_r", "lora_rank", "network_dim", "dim", "r"), ("rank",)),
-    **dict.fromkeys(("lora_alpha", "network_alpha"), ("alpha",)),
-    **dict.fromkeys(("train_batch_size", "per_device_train_batch_size"), ("batch_size",)),
-    **dict.fromkeys(("num_beams",), ("beams",)),
-    **dict.fromkeys(("max_new_tokens", "max_tokens"), ("max_token_length",)),
-    **dict.fromkeys(("model", "base", "pretrained_model_name_or_path"), ("model_id", "base_model")),
-    **dict.fromkeys(("lora", "adapter", "lora_path", "lora_weights"), ("peft_model",)),
-    **dict.fromkeys(("image", "input", "input_dir", "image_dir"), ("images",)),
-    **dict.fromkeys(("train_data_dir", "data_dir", "dataset", "data"), ("dataset_dir",)),
-    **dict.fromkeys(("bf16", "fp16"), ("mixed_precision", "dtype")),
-}
-"""What other tools call our flags: name → ours, the first that a script has."""
-
-
 def _refuse_unknown_flags(
     parser: argparse.ArgumentParser, argv: Sequence[str], flags: Mapping[str, Field]
 ) -> None:
@@ -178,14 +161,8 @@ def _refuse_unknown_flags(
     for token in itertools.takewhile(lambda token: token != "--", argv):
         name = token.partition("=")[0]
         if name.startswith("--") and name not in known:
-            meant = _guess_flag(name.removeprefix("--").replace("-", "_"), flags)
+            meant = guess_flag(name.removeprefix("--"), flags)
             parser.error(f"unrecognized arguments: {name}" + (f"; did you mean --{meant}?" if meant else ""))
-
-
-def _guess_flag(name: str, flags: Mapping[str, Field]) -> str | None:
-    close = difflib.get_close_matches(name, flags, 1)
-    candidates = [name, *OTHER_NAMES.get(name, ()), *close]
-    return next((candidate for candidate in candidates if candidate in flags), None)
 
 
 def _default_of(flag: Field) -> Any:

@@ -1,7 +1,6 @@
 """Reads flags from the YAML file that --config names."""
 
 import argparse
-import difflib
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field
@@ -9,6 +8,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from caption_train.cli.flag_names import guess_flag
 from caption_train.config.fields import convert_value
 from caption_train.errors import UsageError
 from caption_train.system.console import escape_unprintable
@@ -41,8 +41,8 @@ def read_config_file(
     problems, config = [], {}
     for name, value in values.items():
         if name not in flags:
-            close = difflib.get_close_matches(_show(name).strip("'"), flags, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            meant = guess_flag(_show(name).strip("'"), flags)
+            hint = f"; did you mean {meant}?" if meant else ""
             problems.append(f"--config {path}: unknown key {_show(name)}{hint}")
             continue
         try:

@@ -9,7 +9,8 @@ from caption_train.config.fields import LARGEST_SEED, find_above, find_below, fi
 
 CLEANERS = ("strip_special", "one_line", "first_sentence", "dedupe_tags")
 """What `--clean` does, in this order."""
-RESERVED_KEYS = ("file_name", "split", "prompt", "answer", "remarks")
+RESERVED_KEYS = ("file_name", "caption", "tags", "split", "prompt", "answer", "remarks", "replaces")
+"""Columns of rows and journals that are no caption of a named prompt; `caption` is another name of `text`."""
 KEY_VARIABLE = "CAPTION_TRAIN_API_KEY"
 """Environment variable of a server's key: no flag, which other users of the machine would see."""
 

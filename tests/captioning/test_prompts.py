@@ -231,6 +231,8 @@ def test_named_captions_are_printed_with_their_names(folder, capsys):
         ({"prompts": ["a/b=x"]}, "write NAME=PROMPT"),
         ({"prompts": ["a=x", "a=y"]}, "is given twice"),
         ({"prompts": ["file_name=x"]}, "choose another name"),
+        ({"prompts": ["replaces=x"]}, "choose another name"),
+        ({"prompts": ["caption=x"]}, "choose another name"),
         ({"prompts": ["a=x"], "prompt": "y"}, "--prompt and --prompts both"),
         ({"prompt_template": "x", "task": "y"}, "--task and --prompt_template both"),
         ({"prompts": ["a=x"], "visualize": "v"}, "--visualize draws one"),

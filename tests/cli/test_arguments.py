@@ -185,12 +185,32 @@ def test_any_value_comes_through(count, rate, folder):
         ("--epoch", "--epochs"),
         ("--batch-size", "--batch_size"),
         ("--lora_r", "--rank"),
+        ("--base_model", "--model_id"),
+        ("--peft_model", "--init_adapter"),
+        ("--resume_from_checkpoint", "--resume"),
     ],
 )
 def test_an_unknown_flag_names_the_one_that_was_meant(flag, meant, capsys):
     assert train_main("blip", [flag, "1"]) == 2
     error = capsys.readouterr().err
     assert f"{flag}; did you mean {meant}?" in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [("--model_id", "--base_model"), ("--append", "--existing"), ("--ext", "--caption_extension")],
+)
+def test_an_unknown_flag_of_captioning_names_the_one_that_was_meant(flag, meant, capsys):
+    assert caption_main("blip", [flag, "1"]) == 2
+    assert f"{flag}; did you mean {meant}?" in capsys.readouterr().err
+
+
+def test_an_unknown_key_of_a_config_file_names_the_flag_that_was_meant(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("lr: 1\nlearning-rate: 1\n")
+    assert train_main("blip", ["--config", str(tmp_path / "c.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert "'lr'; did you mean learning_rate?" in error
+    assert "'learning-rate'; did you mean learning_rate?" in error
 
 
 def test_a_flag_like_no_other_is_only_named(capsys):
