@@ -74,7 +74,7 @@ class CaptionJob:
         self.outputs = open_keyed_outputs(options, family, self.processes.rank)
         self.plan = self.processes.share(lambda: make_plan(options, family, self.outputs))
         self.lines: list[tuple[int, str]] = []
-        self.summary = CaptioningSummary()
+        self.summary = CaptioningSummary(adds=options.existing in ("append", "prepend"))
         if self.processes.is_main:
             self.summary.kept, self.summary.left = self.plan.kept, self.plan.left
             self.summary.unreadable += self.plan.missing

@@ -30,6 +30,7 @@ class CaptioningSummary:
     seconds: float = 0.0
     meanwhile: list[str] = field(default_factory=list)
     left: int = 0
+    adds: bool = False
 
     def count(self, name: str, remarks: Sequence[str]) -> None:
         """Count one caption."""
@@ -53,6 +54,7 @@ class CaptioningSummary:
             max(self.seconds, other.seconds),
             self.meanwhile + other.meanwhile,
             self.left + other.left,
+            self.adds or other.adds,
         )
 
     def lines(self, thing: str = "image") -> list[str]:
@@ -67,7 +69,12 @@ class CaptioningSummary:
         )
         lines = [f"{count_things(self.written, thing)} {'made' if thing == 'caption' else 'captioned'}{rate}"]
         if self.kept:
-            lines[0] += f", {self.kept} kept as they were (--overwrite captions them again)"
+            kept = (
+                "added to before, by a run that was cut short"
+                if self.adds
+                else "kept as they were (--overwrite captions them again)"
+            )
+            lines[0] += f", {self.kept} {kept}"
         if self.left:
             lines[0] += f", {self.left:,} left by --limit"
         lines += describe_meanwhile(self.meanwhile)

@@ -51,6 +51,9 @@ def parse_options(
     given = _merge_positionals(vars(parser.parse_intermixed_args(argv)), positionals)
     config_path = given.pop("config", None)
     config = read_config_file(config_path, options_class, flags, choices) if config_path else {}
+    for name, flag in flags.items():
+        if name in given and flag.metadata["more"] not in given:
+            config.pop(flag.metadata["more"], None)  # They follow a value that is replaced.
     sources = dict.fromkeys(config, str(config_path)) | dict.fromkeys(given, "command line")
     options = options_class(**(defaults | config | given), sources=sources)
     problems = options.check()

@@ -45,8 +45,14 @@ def read_config_file(
             hint = f"; did you mean {meant}?" if meant else ""
             problems.append(f"--config {path}: unknown key {_show(name)}{hint}")
             continue
+        more = flags[name].metadata["more"]
+        first, further = value, []
+        if more and isinstance(value, list) and value and more not in values:
+            first, *further = value
         try:
-            config[name] = convert_value(value, hints[name], flags[name], choices[name])
+            config[name] = convert_value(first, hints[name], flags[name], choices[name])
+            if further:
+                config[more] = convert_value(further, hints[more], flags[more], choices[more])
         except (TypeError, ValueError, OverflowError, argparse.ArgumentTypeError):
             problems.append(f"--config {path}: {name}: {_show(value)} is not a valid value")
     if problems:

@@ -4,6 +4,7 @@ A field is a flag of the same name: its type parses the value, its metadata hold
 everything that is wrong, one line each, naming the flags.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -276,9 +277,10 @@ class TrainOptions:
             problems.append(
                 f"--dataset_weights names {len(weights)} weights, but there are {len(folders)} datasets"
             )
-        twice = {str(folder) for folder in folders if folders.count(folder) > 1}
+        real = [os.path.realpath(folder) for folder in folders if folder is not None]
+        twice = {str(folder) for folder in folders if folder and real.count(os.path.realpath(folder)) > 1}
         return problems + [
-            f"--dataset_dir {folder} is given twice: use --dataset_weights" for folder in twice
+            f"--dataset_dir {folder} is given twice: use --dataset_weights" for folder in sorted(twice)
         ]
 
     def _check_part_rates(self) -> list[str]:

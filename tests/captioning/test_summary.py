@@ -48,3 +48,10 @@ def test_the_summary_names_all_unreadable_images_and_a_few_of_the_rest():
 def test_tallies_of_processes_add_up_and_their_times_overlap():
     total = CaptioningSummary(3, 1, ["x"], seconds=2) + CaptioningSummary(4, 0, ["y"], seconds=3)
     assert (total.written, total.kept, total.unreadable, total.seconds) == (7, 1, ["x", "y"], 3)
+
+
+def test_a_run_that_adds_says_which_captions_an_earlier_one_added_to():
+    total = CaptioningSummary(kept=2, adds=True) + CaptioningSummary(written=1, seconds=1.0)
+    assert total.lines() == [
+        "1 image captioned in 1.0 s (1.00 images/s), 2 added to before, by a run that was cut short"
+    ]

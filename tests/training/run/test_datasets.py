@@ -1,6 +1,7 @@
 """Several dataset folders with weights: what an epoch reads, the split, the fingerprint, exact resume."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
@@ -107,6 +108,33 @@ def test_dataset_dir_given_again_adds_one():
     ):
         with pytest.raises(UsageError, match=message):
             parse(*argv.split())
+
+
+def test_a_config_file_lists_datasets_and_the_command_line_replaces_all_of_them(tmp_path):
+    config = tmp_path / "c.yaml"
+    for text in ("dataset_dir: [a, b]", "dataset_dir: a\nadd_dataset: [b]"):
+        config.write_text(f"{text}\noutput_dir: o\n")
+
+        def parse(*argv, config=config):
+            return parse_options(TrainOptions, ["--config", str(config), *argv], prog="x").datasets
+
+        assert parse() == [(Path("a"), 1), (Path("b"), 1)]
+        assert parse("--dataset_dir", "c") == [(Path("c"), 1)]
+        assert parse("--dataset_dir", "c", "--dataset_dir", "d") == [(Path("c"), 1), (Path("d"), 1)]
+    config.write_text("dataset_dir: []\noutput_dir: o\n")
+    with pytest.raises(UsageError, match="dataset_dir"):
+        parse()
+
+
+@pytest.mark.parametrize("again", ["a/../a", "./a", "link"])
+def test_the_same_dataset_by_another_path_is_given_twice(tmp_path, monkeypatch, again):
+    monkeypatch.chdir(tmp_path)
+    Path("a").mkdir()
+    Path("link").symlink_to("a")
+    with pytest.raises(UsageError, match="is given twice"):
+        parse_options(
+            TrainOptions, ["--dataset_dir", "a", "--dataset_dir", again, "--output_dir", "o"], prog="x"
+        )
 
 
 def test_a_run_over_two_datasets_goes_on_exactly(tiny_base, folders, tmp_path):
