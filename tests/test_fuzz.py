@@ -35,9 +35,10 @@ SEED = int(os.environ.get("FUZZ_SEED", 0))
 SHARES = {
     **{"base blip": 0.15, "base florence": 0.1, "base moondream": 0.1, "base vlm": 0.1},
     **{"adapter blip": 0.1, "adapter florence": 0.05, "checkpoint": 0.1},
-    **{"dataset": 0.1, "kohya": 0.05, "config": 0.1, "list": 0.05},
+    **{"dataset": 0.1, "kohya": 0.05, "config": 0.1, "list": 0.05, "captions": 0.15},
 }
 """How many of the cases go to each kind of file."""
+CAPTION_FILES = ("llava.json", "coco.json", "messages.jsonl", "table.csv", "table.parquet")
 
 
 @pytest.fixture(scope="session")
@@ -152,6 +153,38 @@ def make_kohya(folder: Path, base: Path):
     return pairs, read
 
 
+def make_captions(folder: Path, base: Path):
+    from pyarrow import parquet, table
+
+    pairs = write_pairs(folder / "pairs", 3)
+    names = [f"{i:02d}.png" for i in range(3)]
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a cat"}]
+    llava = [{"image": name, "conversations": turns} for name in names]
+    coco = {
+        "images": [{"id": i, "file_name": name} for i, name in enumerate(names)],
+        "annotations": [{"image_id": i, "caption": "a cat"} for i in range(3)],
+    }
+    question = {"role": "user", "content": [{"type": "image", "image": "00.png"}]}
+    messages = {"messages": [question, {"role": "assistant", "content": "a cat"}]}
+    (pairs / "llava.json").write_text(json.dumps(llava))
+    (pairs / "coco.json").write_text(json.dumps(coco))
+    (pairs / "messages.jsonl").write_text(2 * (json.dumps(messages) + "\n"))
+    (pairs / "table.csv").write_text("file_name,text,prompt\n" + "".join(f"{n},a cat,Q\n" for n in names))
+    parquet.write_table(table({"file_name": names, "text": ["a cat"] * 3}), pairs / "table.parquet")
+
+    def read(copy: Path) -> None:
+        errors = []
+        for name in CAPTION_FILES:
+            try:
+                compile_captions(CompileOptions(dataset_dir=copy, captions=[copy / name], dry_run=True))
+            except CaptionTrainError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    return pairs, read
+
+
 def make_config(folder: Path, base: Path):
     (folder / "made").mkdir()
     lines = ["dataset_dir: images", "output_dir: out", "epochs: 3", "learning_rate: 1e-4", "name: a"]
@@ -177,9 +210,9 @@ def make_list(folder: Path, base: Path):
 
 OTHERS = {
     **{"checkpoint": make_checkpoint, "dataset": make_dataset, "kohya": make_kohya},
-    **{"config": make_config, "list": make_list},
+    **{"config": make_config, "list": make_list, "captions": make_captions},
 }
-MAY_LIST = ("dataset", "kohya", "config")
+MAY_LIST = ("dataset", "kohya", "config", "captions")
 """Kinds whose errors list one problem a line."""
 
 
@@ -198,6 +231,7 @@ def try_case(kind: str, number: int, sound, tmp_path: Path) -> str | None:
         "list": ["images.list"],
         "kohya": ["meta.json"],
         "dataset": ["metadata.jsonl"],
+        "captions": CAPTION_FILES,
     }
     chosen = [path for path in files if path.name in names.get(kind, ())] if rng.random() < 0.7 else []
     done = damage(rng.choice(chosen or files), rng)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from caption_train.data.formats import MAX_CAPTION_BYTES
 from caption_train.data.kohya import find_images, index_images
 from caption_train.data.scan import Folder
 from caption_train.data.text import join_lines, refuse_odd_characters
@@ -33,6 +34,7 @@ CAPTION_COLUMNS = ("text", "caption", "captions")
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
 _ASKING, _ANSWERING = ("human", "user"), ("gpt", "assistant", "model", "chatgpt", "bing")
 _MOST_BYTES = 4 << 30
+_LONGEST_CELL = (1 << 31) - 1
 
 Record = tuple[str, Any]
 """(where it stands, what it says)"""
@@ -62,6 +64,8 @@ def read_captions_file(path: Path, folder: Folder) -> tuple[dict[str, list[Said]
     """
     try:
         records = list(_read_records(path))
+    except UnicodeError as error:
+        raise CaptionTrainError(f"{escape_unprintable(path)}: not UTF-8 text; save it as UTF-8") from error
     except (OSError, ValueError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise CaptionTrainError(f"{escape_unprintable(path)}: {reason}") from error
@@ -87,8 +91,9 @@ def _read_records(path: Path) -> Iterator[Record]:
         return
     content = read_regular_file(path, _MOST_BYTES)
     if path.suffix.lower() in (".csv", ".tsv"):
-        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-        rows = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), delimiter=delimiter)
+        text = content.decode("utf-8-sig")
+        csv.field_size_limit(_LONGEST_CELL)  # Tables hold whole pictures too, beside their captions.
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=_find_delimiter(path, text))
         yield from _number(path, rows, first=2)
     elif path.suffix.lower() == ".jsonl":
         for number, line in enumerate(content.split(b"\n"), 1):
@@ -100,6 +105,14 @@ def _read_records(path: Path) -> Iterator[Record]:
                     raise ValueError(f"line {number}: {error}") from None
     else:
         yield from _list_entries(path, parse_json(content))
+
+
+def _find_delimiter(path: Path, text: str) -> str:
+    """Return what stands between the cells: spreadsheets write semicolons where commas are in numbers."""
+    head = text.partition("\n")[0]
+    if path.suffix.lower() == ".tsv":
+        return "\t"
+    return ";" if ";" in head and "," not in head else ","
 
 
 def _list_entries(path: Path, content: Any) -> Iterator[Record]:
@@ -220,5 +233,7 @@ def _check(text: Any) -> str:
         raise ValueError(
             "no caption" if text is None or text == "" else "a caption or prompt is not a string"
         )
+    if len(text.encode("utf-8", "surrogatepass")) > MAX_CAPTION_BYTES:
+        raise ValueError("a caption or prompt is longer than 1 MB")
     refuse_odd_characters(text)
     return text

@@ -188,6 +188,29 @@ def test_a_file_without_anything_to_use_is_one_line(folder):
         compile_folder(folder, captions=[folder.parent / "pipe.json"])
 
 
+def test_a_table_may_hold_whole_pictures_beside_its_captions(folder):
+    table = f"image,text,data\nb.png,good,{'A' * 200_000}\n"
+    assert compile_source(folder, "x.csv", table) == [("a.png", "beside", None), ("sub/b.png", "good", None)]
+
+
+def test_a_table_may_have_semicolons_between_its_cells(folder):
+    rows = compile_source(folder, "x.csv", 'file_name;text\nb.png;"one, two; three"\n')
+    assert rows[1] == ("sub/b.png", "one, two; three", None)
+
+
+def test_a_table_of_another_encoding_says_so(folder):
+    path = folder.parent / "x.csv"
+    path.write_bytes(b"file_name,text\nb.png,caf\xe9\n")
+    with pytest.raises(CaptionTrainError, match="not UTF-8 text; save it as UTF-8"):
+        compile_folder(folder, captions=[path])
+
+
+def test_a_caption_longer_than_training_reads_is_named(folder, capsys):
+    records = [{"image": "c.png", "text": "x" * 1_100_000}, {"image": "b.png", "text": "good"}]
+    assert len(compile_source(folder, "x.json", records)) == 2
+    assert "longer than 1 MB" in counted(capsys, "entries not used")[1][0]
+
+
 def test_flags_that_cannot_work_are_refused(folder):
     (ending,) = CompileOptions(folder, captions=[folder / "x.txt"]).check()
     assert "must end in .json, .jsonl, .csv, .tsv, .parquet" in ending
