@@ -235,9 +235,11 @@ def check_base(
 
 def _check_family(what: str, trained: str | None, family: str) -> None:
     if trained not in (None, family):
-        raise UsageError(
-            f"{what}: trained on {trained}, not on {family}; caption with {name_script(trained)}"
+        trains = not what.startswith(("--peft_model", "--base_model"))
+        do, script = (
+            ("train", name_script(trained, trains=True)) if trains else ("caption", name_script(trained))
         )
+        raise UsageError(f"{what}: trained on {trained}, not on {family}; {do} with {script}")
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -57,8 +57,9 @@ class Template:
             raise UsageError(f"{flag}: {error}; the fields are {known}, and {{{{ }}}} are braces") from None
         for _, field, spec, conversion in self._parts:
             if field is not None and (field not in FIELDS or spec or conversion):
+                shown = field + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
                 raise UsageError(
-                    f"{flag}: {{{field}}} is no field; there are {known}, and {{{{ }}}} are braces"
+                    f"{flag}: {{{shown}}} is no field; there are {known}, and {{{{ }}}} are braces"
                 )
         self.fields = frozenset(field for _, field, _, _ in self._parts if field)
 

@@ -22,6 +22,13 @@ def get_family(name: str) -> Family:
     return getattr(import_module(module), class_name)()
 
 
-def name_script(family: str) -> str:
-    """Return the file name of a family's inference script, or a description if the family is not known."""
-    return get_family(family).inference_script if family in FAMILIES else f"the {family} script"
+def name_script(family: str, *, trains: bool = False) -> str:
+    """Return the file name of a family's script, or a description if the family is not known.
+
+    Args:
+        family: its name.
+        trains: whether its training script is meant, not its inference script.
+    """
+    if family not in FAMILIES:
+        return f"the {family} script"
+    return get_family(family).training_script if trains else get_family(family).inference_script

@@ -199,6 +199,7 @@ def _open_output_dir(options: TrainOptions, accelerator: Accelerator) -> OutputL
         ("model_id", "the base", [options.model_id]),
         ("dataset_dir", "the images", [folder for folder, _ in options.datasets]),
         ("validation_dir", "validation images", [options.validation_dir]),
+        ("init_adapter", "the LoRA to start from, which would be replaced", [options.init_adapter]),
     ):
         if any(
             value and Path(value).is_dir() and options.output_dir.resolve() == Path(value).resolve()

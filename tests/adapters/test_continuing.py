@@ -94,8 +94,17 @@ def test_the_base_is_the_adapters_unless_one_is_given(first):
 
 
 def test_an_adapter_of_another_family_is_refused_by_its_flag(first):
-    with pytest.raises(UsageError, match=r"--init_adapter .*: trained on florence, not on blip"):
+    with pytest.raises(
+        UsageError, match=r"--init_adapter .*: trained on florence, not on blip; train with train_florence"
+    ):
         resolve_options(TrainOptions(init_adapter=first[0]), get_family("blip"))
+
+
+def test_a_lora_is_never_replaced_by_the_run_that_starts_from_it(first):
+    before = read_weights(first[0])
+    with pytest.raises(UsageError, match=r"--output_dir .*: holds the LoRA to start from, .*--init_adapter"):
+        train("florence", continue_options(first, first[0]))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in read_weights(first[0]).items())
 
 
 @pytest.mark.parametrize(
