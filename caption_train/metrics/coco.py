@@ -38,7 +38,7 @@ def score_captions(
     """
     scores = {}
     if "exact_match" in metrics:
-        hits = [_even(c) in map(_even, refs) for c, refs in zip(generated, references, strict=True)]
+        hits = match_each(generated, references)
         scores["exact_match"] = sum(hits) / len(hits)
     tokens = [tokenize(caption) for caption in generated]
     reference_tokens = [[tokenize(reference) for reference in refs] for refs in references]
@@ -48,8 +48,21 @@ def score_captions(
     return {name: scores[name] for name in metrics}
 
 
+def match_each(generated: Sequence[str], references: Sequence[Sequence[str]]) -> list[bool]:
+    """Return whether each of N captions is one of its references, white space aside."""
+    return [_even(c) in map(_even, refs) for c, refs in zip(generated, references, strict=True)]
+
+
 def cider(generated: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> float:
     """Return the mean CIDEr-D, 0-10, of N token lists against N lists of reference token lists."""
+    scores = cider_each(generated, references)
+    return sum(scores) / len(scores)
+
+
+def cider_each(
+    generated: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
+) -> list[float]:
+    """Return the CIDEr-D of each of N captions, with word weights from all N images' references."""
     counts = [_count_ngrams(tokens) for tokens in generated]
     reference_counts = [[_count_ngrams(tokens) for tokens in refs] for refs in references]
     # In how many images' references each n-gram occurs.
@@ -78,7 +91,7 @@ def cider(generated: Sequence[Sequence[str]], references: Sequence[Sequence[Sequ
     for hypothesis, refs in zip(counts, reference_counts, strict=True):
         weighed = weigh(hypothesis)
         scores.append(10 * sum(compare(weighed, weigh(ref)) for ref in refs) / len(refs))
-    return sum(scores) / len(scores)
+    return scores
 
 
 def bleu(generated: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> float:
@@ -90,21 +103,31 @@ def bleu(generated: Sequence[Sequence[str]], references: Sequence[Sequence[Seque
         generated: N token lists.
         references: N lists of reference token lists.
     """
-    length = reference_length = 0
-    guesses, correct = [0] * ORDER, [0] * ORDER
+    totals = [sum(column) for column in zip(*count_bleu(generated, references), strict=True)]
+    length, reference_length, guesses, correct = totals[0], totals[1], totals[2 : 2 + ORDER], totals[2 + ORDER :]
+    score = math.prod((c + TINY) / (g + SMALL) for c, g in zip(correct, guesses, strict=True)) ** (1 / ORDER)
+    ratio = (length + TINY) / (reference_length + SMALL)
+    return score * math.exp(1 - 1 / ratio) if ratio < 1 else score
+
+
+def count_bleu(
+    generated: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
+) -> list[list[int]]:
+    """Return what BLEU-4 sums up over N captions, a row of ten counts each.
+
+    A row: length, length of the closest reference, n-grams of orders 1-4, those of them in a reference.
+    """
+    rows = []
     for tokens, refs in zip(generated, references, strict=True):
-        length += len(tokens)
-        reference_length += min((abs(len(ref) - len(tokens)), len(ref)) for ref in refs)[1]
-        most = Counter()
+        closest = min((abs(len(ref) - len(tokens)), len(ref)) for ref in refs)[1]
+        most, correct = Counter(), [0] * ORDER
         for ref in refs:
             most |= _count_ngrams(ref)
         for ngram, count in _count_ngrams(tokens).items():
             correct[len(ngram) - 1] += min(most[ngram], count)
-        for order in range(ORDER):
-            guesses[order] += max(0, len(tokens) - order)
-    score = math.prod((c + TINY) / (g + SMALL) for c, g in zip(correct, guesses, strict=True)) ** (1 / ORDER)
-    ratio = (length + TINY) / (reference_length + SMALL)
-    return score * math.exp(1 - 1 / ratio) if ratio < 1 else score
+        guesses = [max(0, len(tokens) - order) for order in range(ORDER)]
+        rows.append([len(tokens), closest, *guesses, *correct])
+    return rows
 
 
 def rouge_l(generated: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> float:
@@ -112,6 +135,14 @@ def rouge_l(generated: Sequence[Sequence[str]], references: Sequence[Sequence[Se
 
     ROUGE-L is the F measure of the longest common subsequence; recall weighs beta² = 1.44 times as much.
     """
+    scores = rouge_l_each(generated, references)
+    return sum(scores) / len(scores)
+
+
+def rouge_l_each(
+    generated: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
+) -> list[float]:
+    """Return the ROUGE-L of each of N captions."""
     scores = []
     for tokens, refs in zip(generated, references, strict=True):
         # In pycocoevalcap, a caption without words counts as one empty word.
@@ -121,7 +152,7 @@ def rouge_l(generated: Sequence[Sequence[str]], references: Sequence[Sequence[Se
         recall = max(count / len(ref) for count, ref in zip(common, refs, strict=True))
         both = precision * recall
         scores.append((1 + BETA**2) * both / (recall + BETA**2 * precision) if both else 0.0)
-    return sum(scores) / len(scores)
+    return scores
 
 
 def _count_ngrams(tokens: Sequence[str]) -> Counter:
