@@ -63,12 +63,22 @@ EXPORT = """Write an adapter or a model in another form, and check that its capt
 
 An image is captioned before and after; nothing is written unless the tokens agree."""
 
+EVALUATE = """See whether training helped: caption a dataset with the base and each adapter, and compare.
+
+  {start} --dataset_dir images/ --peft_model loras/my-style --output_dir evaluation/
+  {start} photos/ out/ --family {family} --base_model merged/
+
+The images are those that the adapter's run held out, if it held some out of dataset_dir. output_dir gets
+report.html, to look at, evaluation.json and evaluation.md; captions are kept there, so the same command goes
+on after a stop, and makes only those again that another model, prompt or setting makes."""
+
 
 MAIN = """Teach image captioners your own style.
 
   caption-train compile images/                                      images with captions become a dataset
   caption-train train {families} --dataset_dir images/ --output_dir loras/my-style
   caption-train caption {families} --images photos/ --peft_model loras/my-style
+  caption-train evaluate images/ evaluation/ --peft_model loras/my-style
   caption-train export loras/my-style merged/ --merge
 
 Each takes the flags of the script of its name and explains them with --help."""
@@ -79,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb, *rest = arguments or ["--help"]
     for_family = {"train": train_main, "caption": caption_main}
-    alone = {"compile": compile_main, "export": export_main}
+    alone = {"compile": compile_main, "evaluate": evaluate_main, "export": export_main}
     if verb in alone:
         return alone[verb](rest, prog=f"{program_name()} {verb}")
     if verb in for_family and rest[:1] in (["-h"], ["--help"]):
@@ -99,7 +109,9 @@ def _refuse_command(verb: str, rest: Sequence[str]) -> int:
     if verb in ("train", "caption"):
         named = f"{verb} {rest[0]}: no such family" if rest else f"{verb}: name a family"
         raise UsageError(f"{named}; the families are {', '.join(FAMILIES)}")
-    raise UsageError(f"{verb}: no such command; there are compile, train, caption, export (see --help)")
+    raise UsageError(
+        f"{verb}: no such command; there are compile, train, caption, evaluate, export (see --help)"
+    )
 
 
 def train_main(family_name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -210,6 +222,30 @@ def export_main(argv: Sequence[str] | None = None, prog: str | None = None) -> i
         return 0
 
     return run(work, lambda: "Close other programs, or use a machine with more memory.")
+
+
+def evaluate_main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run evaluate_captions.py; return the exit code."""
+
+    def work() -> int:
+        from caption_train.config.evaluation import EvaluateOptions
+
+        options = parse_options(
+            EvaluateOptions,
+            argv,
+            prog=prog or program_name(),
+            description=EVALUATE.format(
+                start=_start("python", prog or program_name()), family=next(iter(FAMILIES))
+            ),
+            positionals=("dataset_dir", "output_dir"),
+            choices={"family": tuple(FAMILIES)},
+        )
+        set_quiet(options.quiet)
+        from caption_train.evaluation.evaluate import evaluate
+
+        return evaluate(options)
+
+    return run(work, lambda: "Use less with --batch_size 1 or --dtype bfloat16.")
 
 
 def _describe_training(title: str, prog: str) -> str:

@@ -1,8 +1,8 @@
 """Says how sure a score is, and a difference between two models on the same images. Needs numpy.
 
 A score is a function of sums over images, so that a resample is a product of two matrices. Intervals are
-percentiles of the bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13); of two
-models, both are resampled on the same images (Koehn, EMNLP 2004, W04-3250). p comes from approximate
+percentiles of the bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13); two
+models are resampled on the same images (Koehn, EMNLP 2004, W04-3250). p comes from approximate
 randomization: each image's results are swapped between the two models or not, at random (Noreen,
 Computer-Intensive Methods for Testing Hypotheses, 1989; Riezler and Maxwell, W05-0908).
 """
@@ -48,7 +48,9 @@ class Measure:
 
 def mean_of(values: object) -> Measure:
     """Return the measure that is the mean of one number an image."""
-    return Measure(np.asarray(values, dtype=np.float64).reshape(-1, 1), lambda sums: sums[..., 0] / sums[..., 1])
+    return Measure(
+        np.asarray(values, dtype=np.float64).reshape(-1, 1), lambda sums: sums[..., 0] / sums[..., 1]
+    )
 
 
 def find_interval(measure: Measure, samples: int, seed: int) -> tuple[float, float]:
@@ -60,7 +62,9 @@ def find_interval(measure: Measure, samples: int, seed: int) -> tuple[float, flo
         seed: of the draws.
     """
     full = measure._full()
-    return _cut_tails(np.concatenate([measure.combine(w @ full) for w in _resample(len(full), samples, seed)]))
+    return _cut_tails(
+        np.concatenate([measure.combine(w @ full) for w in _resample(len(full), samples, seed)])
+    )
 
 
 @dataclass(frozen=True)

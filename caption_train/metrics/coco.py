@@ -104,7 +104,12 @@ def bleu(generated: Sequence[Sequence[str]], references: Sequence[Sequence[Seque
         references: N lists of reference token lists.
     """
     totals = [sum(column) for column in zip(*count_bleu(generated, references), strict=True)]
-    length, reference_length, guesses, correct = totals[0], totals[1], totals[2 : 2 + ORDER], totals[2 + ORDER :]
+    length, reference_length, guesses, correct = (
+        totals[0],
+        totals[1],
+        totals[2 : 2 + ORDER],
+        totals[2 + ORDER :],
+    )
     score = math.prod((c + TINY) / (g + SMALL) for c, g in zip(correct, guesses, strict=True)) ** (1 / ORDER)
     ratio = (length + TINY) / (reference_length + SMALL)
     return score * math.exp(1 - 1 / ratio) if ratio < 1 else score

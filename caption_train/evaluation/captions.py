@@ -1,0 +1,209 @@
+"""Captions images with one candidate, and keeps every caption in a journal, so that nothing is made twice."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from caption_train.config.captioning import CaptionOptions
+from caption_train.config.evaluation import EvaluateOptions
+from caption_train.errors import CaptionTrainError
+from caption_train.evaluation.candidates import Candidate
+from caption_train.evaluation.questions import Question
+from caption_train.families.base import Family
+from caption_train.metrics.output_health import REMARKS, find_remarks
+from caption_train.system.console import ProgressBar, escape_unprintable, print_line
+from caption_train.system.files import open_own, parse_json, read_regular_file
+from caption_train.system.workers import explaining_dead_worker
+
+JOURNAL = "captions.jsonl"
+_MOST_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class Made:
+    """A caption that a model made. remarks: keys of REMARKS."""
+
+    text: str
+    remarks: tuple[str, ...] = ()
+
+
+class Journal:
+    """The captions in an output folder: a line each, under a hash of image, model, prompt and settings.
+
+    A line is written as soon as its caption is there, so that a kill costs one batch at most.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / JOURNAL
+        self._made = self._read()
+        self._file: io.FileIO | None = None
+
+    def get(self, key: str) -> Made | None:
+        """Return the caption under a key, if it was made."""
+        return self._made.get(key)
+
+    def add(self, key: str, made: Made, **about: Any) -> None:
+        """Keep a caption; `about` is for people who read the file.
+
+        Raises:
+            CaptionTrainError: it cannot be written.
+        """
+        self._made[key] = made
+        row = {"key": key, "text": made.text, "remarks": list(made.remarks), **about}
+        line = (json.dumps(row) + "\n").encode()
+        try:
+            if self._file is None:
+                descriptor = open_own(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                # Unbuffered: data that could not be written would raise again when the file is closed.
+                self._file = open(descriptor, "ab", buffering=0)  # noqa: PTH123, SIM115
+                line = b"\n" + line  # A killed process may have left half a line.
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise CaptionTrainError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _read(self) -> dict[str, Made]:
+        try:
+            content = read_regular_file(self.path, _MOST_BYTES, is_own=True)
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise CaptionTrainError(f"{self.path}: {reason}, where finished captions would be") from error
+        made = {}
+        for line in content.split(b"\n"):
+            try:
+                row = parse_json(line)
+                key, text, remarks = row["key"], row["text"], row["remarks"]
+            except (ValueError, KeyError, TypeError):
+                continue  # The last line of a killed process.
+            if isinstance(key, str) and isinstance(text, str) and isinstance(remarks, list):
+                made[key] = Made(text, tuple(remark for remark in REMARKS if remark in remarks))
+        return made
+
+
+def caption_questions(
+    candidate: Candidate,
+    questions: Sequence[Question],
+    options: EvaluateOptions,
+    family: Family,
+    journal: Journal,
+) -> tuple[list[Made | None], list[str]]:
+    """Caption images with one candidate. The model is loaded only if captions are missing in the journal.
+
+    Args:
+        candidate: the model.
+        questions: the images.
+        options: how captions are made.
+        family: the models' family.
+        journal: the captions that are there, and where new ones go.
+
+    Returns:
+        A caption for each question, None where the image cannot be read; and a line for each such image.
+    """
+    prompts = [candidate.base.prompt if q.prompt is None else q.prompt for q in questions]
+    settings = _describe_settings(candidate, options)
+    keys = [
+        hashlib.sha256(json.dumps([q.digest, candidate.identity, prompt, settings]).encode()).hexdigest()
+        for q, prompt in zip(questions, prompts, strict=True)
+    ]
+    pending = [index for index, key in enumerate(keys) if journal.get(key) is None]
+    unreadable: list[str] = []
+    if pending:
+        groups: dict[str, list[int]] = {}
+        for index in pending:
+            groups.setdefault(prompts[index], []).append(index)
+        kept = len(questions) - len(pending)
+        name = escape_unprintable(candidate.name)
+        print_line(
+            f"Captioning {len(pending):,} of {len(questions):,} images with {name}"
+            + (f"; {kept:,} captions are there already" if kept else "")
+        )
+        with (
+            explaining_dead_worker(options.num_workers),
+            ProgressBar(len(pending), "captioning", "image") as bar,
+        ):
+            for index, result in _generate(candidate, groups, questions, options, family):
+                bar.update(escape_unprintable(questions[index].name)[:40])
+                if isinstance(result, str):
+                    unreadable.append(result)
+                else:
+                    about = {"image": questions[index].name, "model": candidate.name}
+                    journal.add(keys[index], result, **about)
+    return [journal.get(key) for key in keys], unreadable
+
+
+def _describe_settings(candidate: Candidate, options: EvaluateOptions) -> dict[str, Any]:
+    names = ("dtype", "quantize", "beams", "max_token_length")
+    settings = {name: getattr(options, name) for name in names}
+    return settings | {name: candidate.base.settings[name] for name in sorted(candidate.base.settings)}
+
+
+def _generate(
+    candidate: Candidate,
+    groups: Mapping[str, Sequence[int]],
+    questions: Sequence[Question],
+    options: EvaluateOptions,
+    family: Family,
+) -> Iterator[tuple[int, Made | str]]:
+    """Yield (number of the question, caption or why there is none), a model in memory meanwhile."""
+    import torch
+
+    from caption_train.captioning.generate import caption_images, load_captioner, make_generation
+    from caption_train.captioning.plan import Unreadable
+    from caption_train.system.devices import choose_device
+
+    device = choose_device(options.device)
+    given = make_caption_options(options, candidate)
+    model, processor = load_captioner(family, candidate.base, given, device)
+    family.check_inputs(processor, list(groups))
+    print_line(*candidate.base.changes)
+    for prompt, indices in groups.items():
+        results = caption_images(
+            family,
+            model,
+            processor,
+            [questions[index].image for index in indices],
+            make_generation(given, prompt),
+            batch_size=options.batch_size,
+            num_workers=options.num_workers,
+            worker_timeout=options.worker_timeout,
+        )
+        for index, result in zip(indices, results, strict=True):
+            if isinstance(result, Unreadable):
+                yield index, result.reason
+            else:
+                yield index, Made(result.generated.text, tuple(find_remarks(result.generated)))
+    # The next candidate is loaded when this one is gone.
+    del model, processor
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def make_caption_options(options: EvaluateOptions, candidate: Candidate) -> CaptionOptions:
+    """Return the options with which captioning makes this candidate's captions."""
+    shared = ("device", "dtype", "quantize", "beams", "max_token_length", "batch_size", "num_workers")
+    return CaptionOptions(
+        images=["-"],
+        base_model=candidate.base.model_id,
+        peft_model=candidate.adapter,
+        worker_timeout=options.worker_timeout,
+        sources=options.sources,
+        **{name: getattr(options, name) for name in shared},
+    )
