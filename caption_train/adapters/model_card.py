@@ -39,6 +39,7 @@ def add_results(
     before: Mapping[str, float | None],
     after: Mapping[str, float | None],
     shown: Sequence[Shown] = (),
+    report: str | None = None,
 ) -> None:
     """Write README.md anew, with validation results and sample captions.
 
@@ -47,6 +48,7 @@ def add_results(
         record: where it comes from.
         before, after: results of the untrained and of the finished model, by name.
         shown: images with their captions.
+        report: the file beside the card with curves and captions, if there is one.
     """
     training = read_json_object(folder / TRAINING_FILE)
     reached = {name: training.get(name) for name in ("global_step", "epoch", "loss")}
@@ -63,6 +65,8 @@ def add_results(
             for image in shown
         ]
         sections += ["## Samples", "", *header, *rows, ""]
+    if report:
+        sections += [f"[{report}]({report}) shows the curves and the captions of the validation images.", ""]
     write_atomically(folder / "README.md", _card(record, reached, sections))
 
 

@@ -25,8 +25,8 @@ MOST_ROWS = 50
 NOTES = (
     "Below a score is its 95 % interval, from resampling the images. Below that is the difference from the "
     "base, with its interval on the same images, and p: how often swapping the two models' captions at "
-    'random gives as large a difference. "Better" and "worse" stand where p is below 0.05; of twenty comparisons '
-    "without any difference, one is by chance.",
+    'random gives as large a difference. "Better" and "worse" stand where p is below 0.05; of twenty '
+    "comparisons without any difference, one is by chance.",
 )
 
 

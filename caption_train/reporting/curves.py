@@ -19,11 +19,16 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 34
 
 def read_charts(folder: Path) -> list[Chart]:
     """Return the charts of the run in a folder; none where there is no log that can be read."""
+    return make_charts(read_log(folder))
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's log; none where there is no log that can be read."""
     try:
         lines = read_regular_file(folder / LOG_FILE).decode("utf-8", "replace").splitlines()
     except (OSError, ValueError):
         return []
-    return make_charts(map(_parse, lines))
+    return [_parse(line) for line in lines]
 
 
 def make_charts(lines: Iterable[dict[str, Any]]) -> list[Chart]:

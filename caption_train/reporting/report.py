@@ -59,7 +59,7 @@ class Row:
     Attributes:
         key: the metric's name in files.
         label: what people read.
-        cells: one a column.
+        cells: one a column; none where captions are ordered by it, but it is not in the table.
         better: 1 if more is better, -1 if less is, 0 if neither.
         is_share: whether it is shown in per cent.
     """

@@ -88,7 +88,7 @@ class Trainer:
         with raise_on_all_ranks(run.accelerator):
             if run.accelerator.is_main_process:
                 with explain_failure(run.options.output_dir, "results in its card (the LoRA is)"):
-                    complete_card(run, self.sampler.first, self.sampler.latest)
+                    complete_card(run, self.sampler, self.evaluator.report)
                 if run.options.push_to_hub:
                     push(run.options.output_dir, run.options.push_to_hub)
         return summary

@@ -276,5 +276,5 @@ def _make_trainer(
             with explain_failure(options.output_dir, BEST):
                 forget(options.output_dir, BEST)
     evaluator = Evaluator(run, family, data, log, collate_fn)
-    sampler = PreviewCaptioner(run, family, data, log)
+    sampler = PreviewCaptioner(run, family, data, log, evaluator.report)
     return Trainer(run, evaluator, sampler, CheckpointSaver(run), log, lock)

@@ -2,15 +2,17 @@
 
 import io
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from caption_train.adapters.model_card import Shown, add_results
 from caption_train.adapters.record import TRAINING_FILE
 from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.reporting.report import REPORT_FILE
 from caption_train.system.console import print_line
 from caption_train.system.files import parse_json, read_json_object, write_atomically
 from caption_train.training.monitor.log import LOG_FILE, Sample
+from caption_train.training.monitor.report import RunReport
+from caption_train.training.monitor.samples import COUNT, PreviewCaptioner
 from caption_train.training.run.run import TrainingRun
 
 SAMPLES = "samples"
@@ -18,14 +20,17 @@ LARGEST_SIDE = 512
 FLAG = "--push_to_hub"
 
 
-def complete_card(run: TrainingRun, first: Sequence[Sample], latest: Sequence[Sample]) -> None:
-    """Write results and samples into the model card of the finished model.
+def complete_card(run: TrainingRun, sampler: PreviewCaptioner, report: RunReport) -> None:
+    """Write results, samples and a link to the report into the model card of the finished model.
 
     Args:
         run: the finished run.
-        first: previews before the first step; empty where the run was resumed since.
-        latest: the newest previews.
+        sampler: its previews; those before the first step are missing where the run was resumed since.
+        report: its report, whose images are the samples where there are no previews.
     """
+    first, latest = sampler.first, sampler.latest
+    if not latest:
+        first, latest = report.find_samples(COUNT)
     output_dir = run.options.output_dir
     after = find_validation(output_dir)
     if not (after or latest):
@@ -36,7 +41,8 @@ def complete_card(run: TrainingRun, first: Sequence[Sample], latest: Sequence[Sa
         file = f"{SAMPLES}/{number}.jpg"
         _write_picture(output_dir / file, sample)
         shown.append(Shown(file, sample.reference, before.get(sample.file, ""), sample.generated))
-    add_results(output_dir, run.record, run.progress.base_evaluation, after, shown)
+    link = REPORT_FILE if report.is_written else None
+    add_results(output_dir, run.record, run.progress.base_evaluation, after, shown, link)
 
 
 def find_validation(output_dir: Path) -> dict[str, float]:

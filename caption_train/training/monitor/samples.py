@@ -13,6 +13,7 @@ from caption_train.families.base import Family
 from caption_train.system.console import print_rich
 from caption_train.training.distributed.fsdp import unsharded
 from caption_train.training.monitor.log import RunLog, Sample
+from caption_train.training.monitor.report import RunReport
 from caption_train.training.monitor.validation import caption_images
 from caption_train.training.run.batch_plan import is_due
 from caption_train.training.run.data import TrainingData
@@ -28,11 +29,18 @@ class PreviewCaptioner:
     title says so. They are kept in memory, so that a run does not stop when a file disappears.
     """
 
-    def __init__(self, run: TrainingRun, family: Family, data: TrainingData, log: RunLog) -> None:
+    def __init__(
+        self,
+        run: TrainingRun,
+        family: Family,
+        data: TrainingData,
+        log: RunLog,
+        report: RunReport | None = None,
+    ) -> None:
         pairs, self.note = data.validation, ""
         if not pairs:
             pairs, self.note = data.train, " (images that are trained on: --validation_split holds some out)"
-        self.run, self.family, self.log = run, family, log
+        self.run, self.family, self.log, self.report = run, family, log, report
         self.images: list[tuple[Pair, Image.Image]] = []
         self.first: list[Sample] = []
         self.latest: list[Sample] = []
@@ -74,6 +82,9 @@ class PreviewCaptioner:
         self.first = self.first or (samples if step == 0 else [])
         self.latest = samples
         self.log.write_samples(step, samples, with_images=not self.run.options.log_no_images)
+        if self.report is not None:
+            keys = [(pair.image, pair.prompt or self.run.record.prompt) for pair in pairs]
+            self.report.update(step, dict(zip(keys, captions, strict=True)))
 
 
 def print_samples(title: str, samples: Sequence[Sample]) -> None:

@@ -24,6 +24,7 @@ from caption_train.system.workers import reading
 from caption_train.training.checkpoints.find import describe_latest
 from caption_train.training.distributed.fsdp import unsharded
 from caption_train.training.monitor.log import RunLog
+from caption_train.training.monitor.report import RunReport
 from caption_train.training.run.batch_plan import is_due
 from caption_train.training.run.batches import CaptionDataset, Collate
 from caption_train.training.run.data import TrainingData
@@ -58,6 +59,9 @@ class Evaluator:
         self.run, self.family, self.log, self.collate_fn = run, family, log, collate_fn
         self.pairs = drop_repeats(data.validation, data.digests)
         self.questions = _list_questions(self.pairs, data, run)[: run.options.metric_samples]
+        self.captions: dict[tuple[Path, str], str] = {}
+        shown = [((question.image, question.prompt), question.references) for question in self.questions]
+        self.report = RunReport(run, shown, is_wanted=bool(self.pairs))
 
     def before_first_step(self) -> None:
         """Measure what the run starts from, to compare with. It is no candidate for the best."""
@@ -65,6 +69,7 @@ class Evaluator:
             values = self.run.progress.base_evaluation = self.evaluate()
             self.log.write(0, 0, {f"eval_{k}": v for k, v in values.items()})
             self._say(0, values, is_best=False)
+            self.report.update(0, self.captions, values)
 
     def after_step(self, step: int) -> None:
         """Evaluate if it is due after this 0-based optimizer step; by default, at the end of every epoch."""
@@ -82,6 +87,7 @@ class Evaluator:
             is_best = self._update_best(values)
             self.log.write(done, plan.epoch_of(step), {f"eval_{k}": v for k, v in values.items()})
             self._say(done, values, is_best)
+            self.report.update(done, self.captions, values)
 
     def evaluate(self) -> dict[str, float]:
         """Return the loss per token, and the metrics asked for, over all processes."""
@@ -145,6 +151,8 @@ class Evaluator:
                 bar.update(count=len(part))
         # Sorted, so that the rounding of sums does not depend on the number of processes.
         rows = sorted(gather_object(rows))
+        keys = {str(key := (question.image, question.prompt)): key for question in self.questions}
+        self.captions = {keys[row[0]]: row[1] for row in rows}
         if not rows:
             return {}
         return score_captions([row[1] for row in rows], [row[2] for row in rows], run.options.metrics)
