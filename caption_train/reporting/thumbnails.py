@@ -16,6 +16,7 @@ MOST_BYTES = 16_000_000
 LARGEST = 40_000
 STEPS = ((384, 75), (320, 65), (256, 55), (192, 50), (128, 45), (96, 35), (64, 25))
 """(longest side, WebP quality) pairs, tried one after the other until the bytes fit."""
+SLACK = 1.3
 
 
 def make_thumbnails(images: Sequence[Path], *, show_progress: bool = False) -> list[Thumbnail | None]:
@@ -36,17 +37,19 @@ def _make(path: Path, room: int) -> Thumbnail | None:
 
 def shrink(image: Image.Image, room: int = LARGEST) -> Thumbnail | None:
     """Return a picture of at most `room` bytes as an address; None if none of the sizes fits."""
-    for side, quality in STEPS:
-        small = (
-            image.copy()
-            if max(image.size) <= side
-            else image.resize(_fit(image.size, side), reducing_gap=3.0)
-        )
+    steps = list(STEPS)
+    while steps:
+        side, quality = steps.pop(0)
+        fits = max(image.size) <= side
+        small = image.copy() if fits else image.resize(_fit(image.size, side), reducing_gap=3.0)
         content = io.BytesIO()
-        small.save(content, "WEBP", quality=quality, method=4)
+        small.save(content, "WEBP", quality=quality, method=2)
         address = "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()
         if len(address) <= room:
             return Thumbnail(address, *small.size)
+        # Bytes grow no faster than pixels times quality, so that sizes that cannot fit are not tried.
+        most = side**2 * quality * room / len(address)
+        steps = [step for step in steps if step[0] ** 2 * step[1] <= most * SLACK] or steps[-1:]
     return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from caption_train.reporting.curves import read_charts, read_log
 from caption_train.reporting.page import read_gallery, write_report
 from caption_train.reporting.report import REPORT_FILE, Answer, Cell, Item, Report, Row, Thumbnail
 from caption_train.reporting.thumbnails import make_thumbnails
-from caption_train.system.console import print_line
+from caption_train.system.console import escape_unprintable, print_line
 from caption_train.training.monitor.log import Sample
 from caption_train.training.run.run import TrainingRun
 
@@ -173,7 +172,9 @@ class RunReport:
 
     def _name_of(self, place: int) -> str:
         (image, _), _ = self.shown[place]
-        return os.path.relpath(image, self.run.options.dataset_dir).encode("utf-8", "replace").decode()
+        root = self.run.options.dataset_dir
+        inside = image.is_relative_to(root)
+        return escape_unprintable(image.relative_to(root) if inside else f"{image.parent.name}/{image.name}")
 
     def _restore(self) -> dict[int, Column]:
         """Return what the page of this run showed before it was stopped, up to the step it goes on from."""

@@ -1,0 +1,216 @@
+"""The page in a real browser: it works from disk, by mouse and by key, and nothing in it can run."""
+
+import json
+import shutil
+
+import pytest
+
+from caption_train.reporting.page import write_report
+from tests.fixtures.paths import REPOSITORY
+from tests.fixtures.reports import HOSTILE, make_report
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+AXE = REPOSITORY / "tests/fixtures/axe-core/axe.min.js"
+COUNT = 100
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium: apt-get install chromium")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    write_report(path, make_report(COUNT))
+    return path
+
+
+@pytest.fixture
+def open_page(browser, report):
+    """`open_page(width=…)` opens the report; the test fails on any error or request."""
+    contexts, wrong = [], []
+
+    def open_page(path=report, **settings):
+        settings = {"viewport": {"width": 1280, "height": 900}, **settings}
+        contexts.append(browser.new_context(**settings))
+        page = contexts[-1].new_page()
+        page.on("console", lambda message: wrong.append(message.text))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on(
+            "request",
+            lambda request: None if request.url.startswith(("file:", "data:")) else wrong.append(request.url),
+        )
+        page.on("dialog", lambda dialog: (wrong.append(dialog.message), dialog.dismiss()))
+        page.goto(path.as_uri())
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert wrong == []
+
+
+def count(page):
+    return page.locator("#count").inner_text()
+
+
+def names(page):
+    return page.locator("#gallery h3").all_inner_texts()
+
+
+def test_captions_are_shown_and_never_run(open_page):
+    page = open_page()
+    page.wait_for_timeout(300)
+    assert page.evaluate("window.hacked") is None
+    texts = page.locator("#gallery > li .captions > div:last-child dd")
+    # As JSON, since a lone surrogate would not come through the wire.
+    shown = texts.evaluate_all("all => all.map(element => JSON.stringify(element.textContent))")
+    assert [json.loads(text) for text in shown[: len(HOSTILE)]] == list(HOSTILE)
+    assert page.locator("#gallery script, #gallery svg, #gallery img[src=x]").count() == 0
+
+
+def test_filters_say_how_many_are_left(open_page):
+    page = open_page()
+    assert count(page) == f"{COUNT} images"
+    expected = {"empty": 5, "repeats": 5, "cut": 5, "worst": 10, "best": 10, "changed": 100}
+    for choice, number in expected.items():
+        page.select_option("#show", choice)
+        page.wait_for_timeout(50)
+        assert count(page).split(" ")[0] == str(number), choice
+    page.select_option("#model", "0")
+    page.select_option("#show", "same")
+    page.wait_for_timeout(50)
+    assert count(page) == f"{COUNT} images"
+
+
+def test_search_finds_words_of_any_column(open_page):
+    page = open_page()
+    page.fill("#search", "teal square")
+    page.wait_for_timeout(400)
+    assert 0 < int(count(page).split(" ")[0]) < COUNT
+    assert all("teal" in text for text in page.locator("#gallery > li").all_inner_texts())
+    page.fill("#search", "0042.png")
+    page.wait_for_timeout(400)
+    assert names(page) == ["0042.png"]
+    page.fill("#search", "<script>")
+    page.wait_for_timeout(400)
+    assert count(page).startswith("3 of ")
+
+
+def test_the_order_follows_the_scores(open_page):
+    page = open_page()
+    page.select_option("#sort", "best")
+    page.wait_for_timeout(50)
+    scores = [
+        float(text.split()[-1])
+        for text in page.locator("#gallery > li .captions > div:last-child .score").all_inner_texts()
+    ]
+    assert len(scores) >= 40 and scores == sorted(scores, reverse=True)
+    page.select_option("#sort", "gain")
+    page.wait_for_timeout(50)
+    assert names(page)[0] != "0000.png"
+    page.select_option("#sort", "given")
+    page.wait_for_timeout(50)
+    assert names(page)[:2] == ["0000.png", "0001.png"]
+
+
+def test_words_that_differ_are_marked(open_page):
+    page = open_page()
+    card = page.locator("#gallery > li").first
+    base = card.locator(".captions > div").nth(1)
+    assert base.locator("mark").all_inner_texts() == ["a", "picture", "of", "a"]
+    page.select_option("#against", "")
+    page.wait_for_timeout(50)
+    assert page.locator("#gallery mark").count() == 0
+
+
+def test_columns_can_be_hidden(open_page):
+    page = open_page()
+    first = page.locator("#gallery > li").first.locator(".captions > div")
+    assert first.count() == 4
+    page.get_by_label("base", exact=True).uncheck()
+    assert first.count() == 3
+
+
+def test_keys_move_search_and_explain(open_page):
+    page = open_page()
+    page.keyboard.press("j")
+    page.keyboard.press("j")
+    focused = "document.activeElement.querySelector('h3').textContent"
+    assert page.evaluate(focused) == "0001.png"
+    page.keyboard.press("k")
+    assert page.evaluate(focused) == "0000.png"
+    for _ in range(60):
+        page.keyboard.press("j")
+    assert page.evaluate(focused) == "0060.png"
+    page.keyboard.press("/")
+    page.keyboard.type("jk?")
+    assert page.input_value("#search") == "jk?"
+    page.keyboard.press("Escape")
+    page.keyboard.press("?")
+    assert page.locator("#keys").is_visible()
+    page.keyboard.press("Escape")
+    assert not page.locator("#keys").is_visible()
+    page.keyboard.press("t")
+    assert "light" in page.locator("#theme").inner_text()
+
+
+def test_pictures_come_as_they_are_needed(open_page):
+    page = open_page()
+    page.wait_for_timeout(300)
+    loaded = page.locator("#gallery img[src]").count()
+    assert 0 < loaded < 20
+    page.evaluate("window.scrollTo(0, document.body.scrollHeight)")
+    page.wait_for_timeout(500)
+    assert page.locator("#gallery > li").count() > 40
+    assert page.locator("#gallery img[src]").count() > loaded
+    assert page.evaluate(
+        "[...document.images].filter(i => i.src && i.complete).every(i => i.naturalWidth > 0)"
+    )
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_axe_finds_nothing_serious_and_nothing_is_wider_than_the_screen(open_page, width, scheme):
+    page = open_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
+    page.wait_for_timeout(200)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.evaluate(AXE.read_text())
+    found = page.evaluate("axe.run()")["violations"]
+    assert [(rule["id"], rule["impact"]) for rule in found if rule["impact"] in ("serious", "critical")] == []
+    page.keyboard.press("?")
+    found = page.evaluate("axe.run()")["violations"]
+    assert [rule["id"] for rule in found if rule["impact"] in ("serious", "critical")] == []
+
+
+def test_the_theme_can_be_chosen(open_page):
+    page = open_page(color_scheme="light")
+    colour = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(colour)
+    page.click("#theme")
+    page.click("#theme")
+    assert page.evaluate(colour) != light
+
+
+def test_without_scripts_summary_and_curves_are_there(browser, report):
+    page = browser.new_context(java_script_enabled=False).new_page()
+    page.goto(report.as_uri())
+    assert page.locator("table tbody tr").count() == 2 and page.locator("svg").count() == 3
+    assert "scripts are turned off" in page.locator("noscript").inner_text()
+
+
+def test_a_thousand_images_open_at_once(open_page, tmp_path):
+    write_report(tmp_path / "large.html", make_report(1000))
+    page = open_page(tmp_path / "large.html")
+    assert count(page) == "1000 images"
+    assert page.evaluate("performance.getEntriesByType('navigation')[0].domComplete") < 5000
+    page.select_option("#sort", "worst")
+    page.wait_for_timeout(100)
+    assert len(names(page)) == 40 and names(page)[0] != "0001.png"
