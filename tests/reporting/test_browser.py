@@ -211,6 +211,7 @@ def test_a_thousand_images_open_at_once(open_page, tmp_path):
     page = open_page(tmp_path / "large.html")
     assert count(page) == "1000 images"
     assert page.evaluate("performance.getEntriesByType('navigation')[0].domComplete") < 5000
-    page.select_option("#sort", "worst")
+    page.select_option("#sort", "best")
     page.wait_for_timeout(100)
-    assert len(names(page)) == 40 and names(page)[0] != "0001.png"
+    # The first images have hostile captions, with a score of 0.
+    assert len(names(page)) == 40 and not set(names(page)) & {"0000.png", "0001.png"}
