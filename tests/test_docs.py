@@ -6,13 +6,14 @@ import subprocess
 
 import pytest
 
-from caption_train.cli.commands import caption_main, compile_main, export_main, train_main
+from caption_train.cli.commands import caption_main, compile_main, evaluate_main, export_main, train_main
 from tests.fixtures.paths import REPOSITORY
 from tests.fixtures.sample_set import CAPTIONS
 
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("examples/*.md")])
 MAINS = {
     "compile_captions.py": compile_main,
+    "evaluate_captions.py": evaluate_main,
     "export_adapter.py": export_main,
     "train_blip_network.py": lambda argv: train_main("blip", argv),
     "train_florence_lora.py": lambda argv: train_main("florence", argv),

@@ -13,7 +13,7 @@ from caption_train.system.files import parse_json, read_regular_file
 
 LOG_FILE = "log.jsonl"
 MOST_POINTS = 400
-WIDTH, HEIGHT = 640, 240
+WIDTH, HEIGHT = 440, 220
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 34
 
 

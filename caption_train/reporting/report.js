@@ -196,7 +196,7 @@
     for (const remark of answer ? answer[1] : []) term.append(" ", make("span", LABELS[remark] || remark, "badge"));
     const metric = metrics.find(([key]) => key === value("metric"));
     if (metric && column >= 0 && score(item, column) !== null) {
-      term.append(" ", make("span", `${metric[1]} ${score(item, column).toFixed(3)}`, "score"));
+      term.append(" · ", make("span", `${metric[1]} ${score(item, column).toFixed(3)}`, "score"));
     }
     group.append(term);
     return group;

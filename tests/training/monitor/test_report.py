@@ -152,9 +152,10 @@ def test_a_resumed_run_goes_on_with_the_report(options):
 @pytest.mark.parametrize(
     "data",
     [
-        '{"columns":["before training",3,null],"items":[{"name":[],"references":7,"answers":[[1,2,3],"x"]},5]}',
+        '{"columns":["before training",3,null],"items":[{"name":[],"references":7,"answers":[[1],"x"]},5]}',
         '{"columns":{"a":1},"items":"x"}',
-        '{"columns":["before training"],"items":[{"name":"a.png","references":["r"],"answers":[["t",[9],{"x":"y"}]]}]}',
+        '{"columns":["before training"],"items":[{"name":"a.png","references":["r"],"answers":'
+        '[["t",[9],{"x":"y"}]]}]}',
         "[]",
         "{",
     ],
