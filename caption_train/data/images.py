@@ -38,17 +38,24 @@ class ImageError(CaptionTrainError):
     """An image that cannot be used; the message is one line that begins with its path."""
 
 
-def open_image(path: Path | str) -> Image.Image:
+def open_image(path: Path | str, *, at_least: int | None = None) -> Image.Image:
     """Return an image file's first frame as 8-bit RGB, fully decoded, with the file closed again.
 
     The EXIF orientation is applied, and transparent pixels are put on white. 16-bit grey is scaled from its
     full range to 8 bits, float grey from 0-1.
+
+    Args:
+        path: the file.
+        at_least: for a thumbnail: a JPEG may be decoded at a fraction of its size, both sides of at least so
+            many pixels, which takes a fraction of the time.
 
     Raises:
         ImageError: the file is missing, empty, truncated, not an image or larger than 179 megapixels, or its
             pixels have no agreed 8-bit meaning (32-bit integers, floats outside 0-1, LAB).
     """
     with _opening(path) as (_, image):
+        if at_least:
+            image.draft(None, (at_least, at_least))
         image.load()
         return _upright_rgb(image)
 

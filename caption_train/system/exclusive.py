@@ -85,6 +85,27 @@ def replace_unchanged(path: Path, content: bytes, was: Signature) -> bool:
     return False
 
 
+def remove_unchanged(path: Path, was: Signature) -> bool:
+    """Delete a file that is still what it was; False, and it stays, where somebody has written it.
+
+    Args:
+        path: the file; a link is not followed. One that is gone already counts as deleted.
+        was: what `Signature.of` said when it was decided to delete the file.
+    """
+    with open_temporary(path) as (_, temporary):
+        if Signature.of(path) not in (was, None):
+            return False
+        try:
+            path.replace(temporary)
+        except FileNotFoundError:
+            return True
+        # Moved away first: what somebody wrote at the last moment can be looked at, and put back.
+        if Signature.of(temporary) == was:
+            return True
+        move_to_free_name(temporary, path, temporary.read_bytes())
+    return False
+
+
 def _put_back(temporary: Path, path: Path, content: bytes) -> None:
     try:
         _rename(temporary, path, _EXCHANGE)

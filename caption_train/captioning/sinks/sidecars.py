@@ -92,9 +92,9 @@ class Sidecars(Sink):
             if text is None:
                 done = False
             elif there is None and (found := self._found.get(path)) is not None:
-                done = replace_unchanged(behind_link(path), _encode(path, text), found)
+                done = replace_unchanged(behind_link(path), encode_caption(path, text), found)
             else:
-                done = there is None and create_atomically(path, _encode(path, text))
+                done = there is None and create_atomically(path, encode_caption(path, text))
         except OSError as error:
             raise CaptionTrainError(
                 f"{escape_unprintable(path)}: cannot be written: {error.strerror or error}"
@@ -146,7 +146,7 @@ class Sidecars(Sink):
         old = "" if found is None else _read_text(path)
         if Signature.of(source) != found:
             return None
-        _encode(path, text)  # What no file can hold is refused before the log says that it is there.
+        encode_caption(path, text)  # What no file can hold is refused before the log says that it is there.
         added = Added((old,) if old else (), text)
         self._log(path.parent).note(self._existing.run, path.name, added)
         return self._existing.join(old, text)
@@ -243,7 +243,8 @@ def _read_text(path: Path) -> str:
     return text.strip()
 
 
-def _encode(path: Path, text: str) -> bytes:
+def encode_caption(path: Path, text: str) -> bytes:
+    """Return what a caption file holds; CaptionTrainError for characters that none can hold."""
     try:
         refuse_odd_characters(text)
     except ValueError as error:

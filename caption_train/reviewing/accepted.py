@@ -1,0 +1,78 @@
+"""Writes what was accepted as a dataset, and says the commands that train on it."""
+
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from caption_train.compiling.placement import find_prefix, place_images, plan_placement
+from caption_train.data.formats import METADATA_NAME
+from caption_train.data.rows import write_metadata
+from caption_train.errors import UsageError
+from caption_train.families import FAMILIES, get_family
+from caption_train.reviewing.items import Item
+from caption_train.system.console import escape_unprintable
+from caption_train.system.files import write_atomically
+from caption_train.system.launcher import start_command, training_launcher
+
+MARK = ".caption-train-accepted"
+"""A file in a folder that was written here, and may be written again."""
+
+
+def choose_output_dir(images: Path, output_dir: Path | None) -> Path:
+    """Return the folder for what was accepted: `output_dir`, else one beside the images.
+
+    Raises:
+        UsageError: it holds something else, or lies inside the images.
+    """
+    real = Path(os.path.realpath(images))
+    target = output_dir or real.with_name(f"{real.name or 'images'}-accepted")
+    if find_prefix(images, target) is not None:
+        raise UsageError(f"--output_dir {escape_unprintable(target)}: holds the images themselves; name another")
+    if target.is_dir() and any(target.iterdir()) and not (target / MARK).is_file():
+        raise UsageError(
+            f"--output_dir {escape_unprintable(target)}: holds something else: name an empty or a new folder"
+        )
+    return target
+
+
+def write_accepted(images: Path, target: Path, accepted: Sequence[tuple[Item, str]]) -> int:
+    """Write accepted images, as hard links, and their captions to a folder; return how many were left out.
+
+    Args:
+        images: the folder of images.
+        target: what `choose_output_dir` returned.
+        accepted: the images and their captions.
+
+    Raises:
+        UsageError: nothing was accepted.
+    """
+    named = [(item, text) for item, text in accepted if _is_portable(item.name)]
+    if not named:
+        raise UsageError("nothing was accepted yet, so there is nothing to train on")
+    target.mkdir(parents=True, exist_ok=True)
+    write_atomically(target / MARK, "review_captions.py wrote this folder and may replace what is in it\n")
+    placement, _ = plan_placement(images, [item.name for item, _ in named], target)
+    place_images(placement)
+    write_metadata(target / METADATA_NAME, [{"file_name": i.name, "text": text} for i, text in named])
+    return len(accepted) - len(named)
+
+
+def list_commands(dataset_dir: Path, family: str | None = None) -> list[str]:
+    """Return the commands that train on a folder, one for each family, or for the one of the model."""
+    name = Path(os.path.realpath(dataset_dir)).name or "my-lora"
+    arguments = ["--dataset_dir", escape_unprintable(dataset_dir), "--output_dir", f"loras/{name}"]
+    families = map(get_family, [family] if family else FAMILIES)
+    return [
+        shlex.join([*start_command("train", f.name, [*training_launcher(), f.training_script]), *arguments])
+        for f in families
+    ]
+
+
+def _is_portable(name: str) -> bool:
+    r"""Tell whether a row can hold a name: JSON is UTF-8, and imagefolder reads `\` as `/`."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\\" not in name

@@ -1,0 +1,183 @@
+"""Keeps every edit in a file beside the images, so that it can be undone after a restart.
+
+    images/.caption-train-review.jsonl      one line an event, only ever appended to
+
+An edit is written down before its caption is written: after a kill it can be undone, or has not happened and
+its undoing changes nothing. `void` follows where the caption could not be written.
+"""
+
+import json
+import os
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.system.console import escape_unprintable
+from caption_train.system.files import open_own, parse_json, read_regular_file
+
+HISTORY_NAME = ".caption-train-review.jsonl"
+_MOST_BYTES = 1 << 30
+
+
+@dataclass
+class Edit:
+    """One caption that was changed, from `before` to `after`."""
+
+    name: str
+    before: str
+    after: str
+    is_undone: bool = False
+
+
+@dataclass
+class Batch:
+    """Edits that were made in one step, and are undone in one.
+
+    Attributes:
+        id: names it.
+        action: "edit", "suggestion", "conflict", "replace" or "undo".
+        time: when, in UTC.
+        edits: by the image's name.
+        undoes: the batch that this one undid.
+    """
+
+    id: str
+    action: str
+    time: str
+    edits: dict[str, Edit] = field(default_factory=dict)
+    undoes: str | None = None
+
+    @property
+    def can_be_undone(self) -> bool:
+        """Whether an edit of it stands."""
+        return self.action != "undo" and any(not edit.is_undone for edit in self.edits.values())
+
+
+class History:
+    """The events of a folder, and what they add up to.
+
+    Attributes:
+        batches: by id, oldest first.
+        accepted: image name → the caption that was accepted.
+        flagged: names of flagged images.
+        originals: image name → its caption before the first edit.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / HISTORY_NAME
+        self.batches: dict[str, Batch] = {}
+        self.accepted: dict[str, str] = {}
+        self.flagged: set[str] = set()
+        self.originals: dict[str, str] = {}
+        for event in self._read():
+            self._apply(event)
+
+    def begin(self, action: str, edits: Iterable[tuple[str, str, str]], undoes: str | None = None) -> Batch:
+        """Write down edits that are about to be made.
+
+        Args:
+            action: what they are.
+            edits: (image name, caption before, caption after).
+            undoes: the batch that they undo.
+        """
+        id, time = secrets.token_hex(8), datetime.now(UTC).isoformat(timespec="seconds")
+        shared = {"batch": id, "action": action, "time": time} | ({"undoes": undoes} if undoes else {})
+        self._append([shared | {"name": n, "before": b, "after": a} for n, b, a in edits])
+        return self.batches.get(id) or Batch(id, action, time)
+
+    def void(self, batch: Batch, names: Sequence[str]) -> None:
+        """Write down that edits were not made after all."""
+        self._append([{"batch": batch.id, "action": "void", "name": name} for name in names])
+
+    def mark(self, names: Iterable[str], **marks: Any) -> None:
+        """Write down marks: `accepted`, a caption or None for each name in a dict, and `flagged`."""
+        accepted = marks.get("accepted")
+        self._append(
+            [
+                {"action": "mark", "name": name}
+                | ({"accepted": accepted[name]} if accepted is not None else {})
+                | ({"flagged": marks["flagged"]} if "flagged" in marks else {})
+                for name in names
+            ]
+        )
+
+    def last(self) -> Batch | None:
+        """Return the newest batch that can be undone."""
+        return next((b for b in reversed(self.batches.values()) if b.can_be_undone), None)
+
+    def _apply(self, event: Any) -> None:
+        if not isinstance(event, dict) or not isinstance(name := event.get("name"), str):
+            return
+        if event.get("action") == "mark":
+            self._apply_mark(name, event)
+        elif event.get("action") == "void":
+            self._apply_void(name, event)
+        elif all(isinstance(event.get(k), str) for k in ("batch", "action", "time", "before", "after")):
+            self._apply_edit(name, event)
+
+    def _apply_mark(self, name: str, event: dict) -> None:
+        if isinstance(accepted := event.get("accepted", 0), str):
+            self.accepted[name] = accepted
+        elif accepted is None:
+            self.accepted.pop(name, None)
+        if "flagged" in event:
+            (self.flagged.add if event["flagged"] else self.flagged.discard)(name)
+
+    def _apply_void(self, name: str, event: dict) -> None:
+        batch = self.batches.get(event.get("batch", ""))
+        if batch and batch.edits.pop(name, None) and (undone := self._find_undone(batch, name)):
+            undone.is_undone = False
+
+    def _apply_edit(self, name: str, event: dict) -> None:
+        id, undoes = event["batch"], event.get("undoes")
+        batch = self.batches.setdefault(id, Batch(id, event["action"], event["time"], undoes=undoes))
+        batch.edits[name] = Edit(name, event["before"], event["after"])
+        self.originals.setdefault(name, event["before"])
+        if undone := self._find_undone(batch, name):
+            undone.is_undone = True
+
+    def _find_undone(self, batch: Batch, name: str) -> Edit | None:
+        before = self.batches.get(batch.undoes or "")
+        return before.edits.get(name) if before else None
+
+    def _append(self, events: Sequence[dict[str, Any]]) -> None:
+        if not events:
+            return
+        # json escapes what is not ASCII, so names that are not UTF-8 can be written too.
+        lines = "".join(json.dumps(event) + "\n" for event in events).encode()
+        try:
+            descriptor = open_own(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+            try:
+                end = os.fstat(descriptor).st_size
+                # A kill may have left half a line.
+                if end and os.pread(descriptor, 1, end - 1) != b"\n":
+                    lines = b"\n" + lines
+                with open(descriptor, "ab", buffering=0, closefd=False) as file:  # noqa: PTH123
+                    while lines:
+                        lines = lines[file.write(lines) :]
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            where = escape_unprintable(self.path)
+            raise CaptionTrainError(f"{where}: cannot be written: {error.strerror or error}") from error
+        for event in events:
+            self._apply(event)
+
+    def _read(self) -> Iterable[Any]:
+        try:
+            content = read_regular_file(self.path, _MOST_BYTES, is_own=True)
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(f"{escape_unprintable(self.path)}: {reason}; move it away") from error
+        for line in content.split(b"\n"):
+            try:
+                yield parse_json(line)
+            except ValueError:
+                continue  # the last line of a killed process
