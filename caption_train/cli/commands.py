@@ -72,6 +72,15 @@ The images are those that the adapter's run held out, if it held some out of dat
 report.html, to look at, evaluation.json and evaluation.md; captions are kept there, so the same command goes
 on after a stop, and makes only those again that another model, prompt or setting makes."""
 
+REVIEW = """Go through a folder of images and captions on a local page: read, correct, accept.
+
+  {start} images/                                  a page at http://127.0.0.1:7860
+  {start} images/ --peft_model loras/my-style      with captions that the model suggests
+
+Captions are saved as training reads them: in files beside the images, or in the metadata.jsonl that is there.
+No edit made elsewhere is written over, and every edit can be undone, after a restart too. It ends with a
+folder of what was accepted and the command that trains on it. It needs: pip install '.[review]'"""
+
 
 MAIN = """Teach image captioners your own style.
 
@@ -79,6 +88,7 @@ MAIN = """Teach image captioners your own style.
   caption-train train {families} --dataset_dir images/ --output_dir loras/my-style
   caption-train caption {families} --images photos/ --peft_model loras/my-style
   caption-train evaluate images/ evaluation/ --peft_model loras/my-style
+  caption-train review images/                                       read and correct them on a local page
   caption-train export loras/my-style merged/ --merge
 
 Each takes the flags of the script of its name and explains them with --help."""
@@ -89,7 +99,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb, *rest = arguments or ["--help"]
     for_family = {"train": train_main, "caption": caption_main}
-    alone = {"compile": compile_main, "evaluate": evaluate_main, "export": export_main}
+    alone = {
+        "compile": compile_main,
+        "evaluate": evaluate_main,
+        "review": review_main,
+        "export": export_main,
+    }
     if verb in alone:
         return alone[verb](rest, prog=f"{program_name()} {verb}")
     if verb in for_family and rest[:1] in (["-h"], ["--help"]):
@@ -110,7 +125,7 @@ def _refuse_command(verb: str, rest: Sequence[str]) -> int:
         named = f"{verb} {rest[0]}: no such family" if rest else f"{verb}: name a family"
         raise UsageError(f"{named}; the families are {', '.join(FAMILIES)}")
     raise UsageError(
-        f"{verb}: no such command; there are compile, train, caption, evaluate, export (see --help)"
+        f"{verb}: no such command; there are compile, train, caption, evaluate, review, export (see --help)"
     )
 
 
@@ -246,6 +261,28 @@ def evaluate_main(argv: Sequence[str] | None = None, prog: str | None = None) ->
         return evaluate(options)
 
     return run(work, lambda: "Use less with --batch_size 1 or --dtype bfloat16.")
+
+
+def review_main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run review_captions.py; return the exit code."""
+
+    def work() -> int:
+        from caption_train.config.reviewing import ReviewOptions
+
+        options = parse_options(
+            ReviewOptions,
+            argv,
+            prog=prog or program_name(),
+            description=REVIEW.format(start=_start("python", prog or program_name())),
+            positionals=("images",),
+            choices={"family": tuple(FAMILIES)},
+        )
+        set_quiet(options.quiet)
+        from caption_train.reviewing.server import review_folder
+
+        return review_folder(options)
+
+    return run(work, lambda: "Use less with --dtype bfloat16 or --quantize.")
 
 
 def _describe_training(title: str, prog: str) -> str:

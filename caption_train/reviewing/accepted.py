@@ -28,7 +28,9 @@ def choose_output_dir(images: Path, output_dir: Path | None) -> Path:
     real = Path(os.path.realpath(images))
     target = output_dir or real.with_name(f"{real.name or 'images'}-accepted")
     if find_prefix(images, target) is not None:
-        raise UsageError(f"--output_dir {escape_unprintable(target)}: holds the images themselves; name another")
+        raise UsageError(
+            f"--output_dir {escape_unprintable(target)}: holds the images themselves; name another"
+        )
     if target.is_dir() and any(target.iterdir()) and not (target / MARK).is_file():
         raise UsageError(
             f"--output_dir {escape_unprintable(target)}: holds something else: name an empty or a new folder"

@@ -152,13 +152,11 @@ class History:
         try:
             descriptor = open_own(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
             try:
-                end = os.fstat(descriptor).st_size
                 # A kill may have left half a line.
-                if end and os.pread(descriptor, 1, end - 1) != b"\n":
+                if os.fstat(descriptor).st_size and _read_last(descriptor) != b"\n":
                     lines = b"\n" + lines
-                with open(descriptor, "ab", buffering=0, closefd=False) as file:  # noqa: PTH123
-                    while lines:
-                        lines = lines[file.write(lines) :]
+                while lines:
+                    lines = lines[os.write(descriptor, lines) :]
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
@@ -181,3 +179,8 @@ class History:
                 yield parse_json(line)
             except ValueError:
                 continue  # the last line of a killed process
+
+
+def _read_last(descriptor: int) -> bytes:
+    os.lseek(descriptor, -1, os.SEEK_END)
+    return os.read(descriptor, 1)

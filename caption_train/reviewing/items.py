@@ -67,7 +67,9 @@ class Library(Mapping[str, Item]):
         """
         folder = scan_folder(self.root, ())
         self.notes = describe_unread(folder.unread)
-        self.notes += [f"{escape_unprintable(name)}: a link that leads out; left alone" for name in folder.links]
+        self.notes += [
+            f"{escape_unprintable(name)}: a link that leads out; left alone" for name in folder.links
+        ]
         items = {}
         for name in folder.images:
             path = self.root / name

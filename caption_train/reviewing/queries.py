@@ -41,7 +41,9 @@ class Query:
             raise UsageError("there is no such filter")
         if longer and not re.fullmatch("[0-9]{1,6}", longer):
             raise UsageError("longer than: give a whole number")
-        return cls(values.get("contains", ""), values.get("tag", ""), state, int(longer) if longer else None, unit)
+        return cls(
+            values.get("contains", ""), values.get("tag", ""), state, int(longer) if longer else None, unit
+        )
 
 
 STATES = ("", "empty", "flagged", "changed", "accepted", "open", "copies", "problem")

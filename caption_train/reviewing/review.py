@@ -40,6 +40,15 @@ class Review:
         self._tags: Counter[str] | None = None
         self.captions, self.problems = store.read_all(library)
 
+    def clean(self, text: str) -> str:
+        """Return a caption as it would be written; CaptionTrainError for one that no place can hold."""
+        return self._store.clean(text)
+
+    def find_item(self, id: str) -> Item:
+        """Return an image; UsageError where there is none of this id."""
+        with self._lock:
+            return self._get(id)
+
     def refresh(self) -> None:
         """Look for new images, and for captions that were written elsewhere."""
         with self._lock:
@@ -82,7 +91,9 @@ class Review:
                 self.problems[id] = str(error)
             return self.describe([id])[0]
 
-    def save(self, changes: Sequence[tuple[str, str, str]], action: str, accept: bool = False) -> list[Outcome]:
+    def save(
+        self, changes: Sequence[tuple[str, str, str]], action: str, accept: bool = False
+    ) -> list[Outcome]:
         """Write captions, to be undone in one step.
 
         Args:
@@ -185,7 +196,9 @@ class Review:
         self.history.void(batch, [o.change.item.name for o in outcomes if not o.is_done])
         for outcome in outcomes:
             if outcome.is_done or outcome.theirs is not None:
-                self._note(outcome.change.item, outcome.theirs if outcome.theirs is not None else outcome.change.text)
+                self._note(
+                    outcome.change.item, outcome.theirs if outcome.theirs is not None else outcome.change.text
+                )
         return outcomes
 
     def _note(self, item: Item, text: str) -> None:

@@ -134,7 +134,9 @@ class FileStore(Store):
         """Write or remove one file; False where it is no longer what was read."""
         own = found == path
         if not text and found is not None and not own:
-            raise CaptionTrainError(f"{escape_unprintable(found)}: is another image's caption too; delete it there")
+            raise CaptionTrainError(
+                f"{escape_unprintable(found)}: is another image's caption too; delete it there"
+            )
         if not text:
             return was is None or remove_unchanged(self._library.check(path), was)
         content = encode_caption(path, text)

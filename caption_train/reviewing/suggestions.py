@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from threading import Semaphore
+from queue import Full, Queue
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from caption_train.adapters.record import Base, read_adapter, resolve_base
@@ -69,8 +70,8 @@ class Suggester:
         )
         self._options = options
         self._library = library
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="suggestions")
-        self._places = Semaphore(MOST_WAITING)
+        self._jobs: Queue[tuple[Future, Callable[[], Any]]] = Queue(MOST_WAITING)
+        self._worker: Thread | None = None
         self._loaded: tuple[Any, Any] | None = None
         self._counts: dict[str, int] = {}
 
@@ -85,19 +86,35 @@ class Suggester:
         Raises:
             CaptionTrainError: too many are waiting.
         """
-        if not self._places.acquire(blocking=False):
-            raise CaptionTrainError(f"{MOST_WAITING} suggestions are waiting already: try again later")
-        future = self._worker.submit(self._suggest, item, wish)
-        future.add_done_callback(lambda _: self._places.release())
-        return future
+        return self._submit(lambda: self._suggest(item, wish))
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Return how many tokens of this model captions have."""
-        return self._worker.submit(self._count_tokens, texts).result()
+        return self._submit(lambda: self._count_tokens(texts)).result()
 
-    def close(self) -> None:
-        """Start nothing more."""
-        self._worker.shutdown(wait=False, cancel_futures=True)
+    def _submit(self, job: Callable[[], Any]) -> Future:
+        future: Future = Future()
+        try:
+            self._jobs.put_nowait((future, job))
+        except Full:
+            raise CaptionTrainError(
+                f"{MOST_WAITING} suggestions are waiting already: try again later"
+            ) from None
+        if self._worker is None:
+            # A daemon, so that Ctrl-C need not wait until a model is loaded.
+            self._worker = Thread(target=self._work, name="suggestions", daemon=True)
+            self._worker.start()
+        return future
+
+    def _work(self) -> None:
+        while True:
+            future, job = self._jobs.get()
+            if not future.set_running_or_notify_cancel():
+                continue  # whoever asked has gone away
+            try:
+                future.set_result(job())
+            except Exception as error:
+                future.set_exception(error)
 
     def _make_options(self, wish: Wish) -> CaptionOptions:
         options = self._options
