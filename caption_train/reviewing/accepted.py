@@ -5,8 +5,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from caption_train.compiling.placement import find_prefix, place_images, plan_placement
-from caption_train.data.formats import METADATA_NAME
+from caption_train.compiling.placement import place_images, plan_placement
+from caption_train.data.formats import METADATA_NAME, is_inside
 from caption_train.data.rows import write_metadata
 from caption_train.errors import UsageError
 from caption_train.families import FAMILIES, get_family
@@ -27,10 +27,13 @@ def choose_output_dir(images: Path, output_dir: Path | None) -> Path:
     """
     real = Path(os.path.realpath(images))
     target = output_dir or real.with_name(f"{real.name or 'images'}-accepted")
-    if find_prefix(images, target) is not None:
+    if is_inside(os.path.realpath(target), str(real)) or is_inside(str(real), os.path.realpath(target)):
         raise UsageError(
-            f"--output_dir {escape_unprintable(target)}: holds the images themselves; name another"
+            f"--output_dir {escape_unprintable(target)}: lies in the folder of images, or holds it: name "
+            "one beside it"
         )
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"--output_dir {escape_unprintable(target)}: is a file, not a folder")
     if target.is_dir() and any(target.iterdir()) and not (target / MARK).is_file():
         raise UsageError(
             f"--output_dir {escape_unprintable(target)}: holds something else: name an empty or a new folder"

@@ -40,7 +40,7 @@ def review_folder(options: ReviewOptions) -> int:
             f"the review page needs {' and '.join(missing)}: install with pip install '.[review]', or "
             f"pip install {' '.join(EXTRA)}"
         )
-    with _listening(options.host, options.port) as listener:
+    with listening(options.host, options.port) as listener:
         parts = open_parts(options, listener.getsockname()[1])
         print_line(*parts.review.library.notes)
         print_result(f"Review {_describe(parts)} at {parts.access.address}")
@@ -48,9 +48,12 @@ def review_folder(options: ReviewOptions) -> int:
         if parts.access.entry_token:
             print_line("Whoever has this address can read and change the captions; it is sent unencrypted.")
         stopped = threading.Event()
-        threading.Thread(target=_look_for_copies, args=(parts, stopped.is_set), daemon=True).start()
+        threading.Thread(target=look_for_copies, args=(parts, stopped.is_set), daemon=True).start()
         try:
-            serve(parts, listener)
+            with raising_terminated():
+                serve(parts, listener)
+        except KeyboardInterrupt:
+            pass  # which is how a review ends
         finally:
             stopped.set()
     _print_end(parts)
@@ -90,7 +93,7 @@ def open_parts(options: ReviewOptions, port: int) -> Parts:
 
 
 def serve(parts: Parts, listener: socket.socket, started: Callable[[object], None] | None = None) -> None:
-    """Answer requests until Ctrl-C or SIGTERM, or until `should_exit` of the server is set.
+    """Answer requests until a signal, or until `should_exit` of the server is set.
 
     Args:
         parts: what the page works with.
@@ -117,11 +120,7 @@ def serve(parts: Parts, listener: socket.socket, started: Callable[[object], Non
     server = uvicorn.Server(config)
     if started:
         started(server)
-    try:
-        with raising_terminated():
-            server.run(sockets=[listener])
-    except KeyboardInterrupt:
-        return  # which is how a review ends
+    server.run(sockets=[listener])
 
 
 def _make_suggester(options: ReviewOptions, library: Library) -> Suggester | None:
@@ -133,7 +132,8 @@ def _make_suggester(options: ReviewOptions, library: Library) -> Suggester | Non
 
 
 @contextmanager
-def _listening(host: str, port: int) -> Iterator[socket.socket]:
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    """Open a socket for the server, port 0 taking a free one; CaptionTrainError where that cannot be."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -145,16 +145,18 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
             if hasattr(socket, "SO_REUSEPORT"):  # not on Windows, where it would share the port
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
+            listener.listen(128)  # before the address is printed: who is early waits
         except OSError as error:
             reason = error.strerror or error
             raise CaptionTrainError(
-                f"--port {port}: cannot be used at {escape_unprintable(host)} ({reason}); give another, or 0 for "
-                "a free one"
+                f"--port {port}: cannot be used at {escape_unprintable(host)} ({reason}); give another, or 0 "
+                "for a free one"
             ) from error
         yield listener
 
 
-def _look_for_copies(parts: Parts, is_stopped: Callable[[], bool]) -> None:
+def look_for_copies(parts: Parts, is_stopped: Callable[[], bool] = lambda: False) -> None:
+    """Have the page know which images are in the folder several times; it may take a while."""
     from caption_train.reviewing.duplicates import find_copies
 
     parts.review.note_copies(find_copies(list(parts.review.library.values()), is_stopped))
