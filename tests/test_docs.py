@@ -6,7 +6,14 @@ import subprocess
 
 import pytest
 
-from caption_train.cli.commands import caption_main, compile_main, evaluate_main, export_main, train_main
+from caption_train.cli.commands import (
+    caption_main,
+    compile_main,
+    evaluate_main,
+    export_main,
+    review_main,
+    train_main,
+)
 from tests.fixtures.paths import REPOSITORY
 from tests.fixtures.sample_set import CAPTIONS
 
@@ -15,6 +22,7 @@ MAINS = {
     "compile_captions.py": compile_main,
     "evaluate_captions.py": evaluate_main,
     "export_adapter.py": export_main,
+    "review_captions.py": review_main,
     "train_blip_network.py": lambda argv: train_main("blip", argv),
     "train_florence_lora.py": lambda argv: train_main("florence", argv),
     "train_moondream_lora.py": lambda argv: train_main("moondream", argv),

@@ -69,6 +69,14 @@ class History:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / HISTORY_NAME
+        self.reload()
+
+    def reload(self) -> None:
+        """Read the file again: another review of the same folder may have written to it.
+
+        Raises:
+            UsageError: it cannot be read.
+        """
         self.batches: dict[str, Batch] = {}
         self.accepted: dict[str, str] = {}
         self.flagged: set[str] = set()

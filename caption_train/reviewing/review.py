@@ -53,6 +53,7 @@ class Review:
         """Look for new images, and for captions that were written elsewhere."""
         with self._lock:
             self.library.scan()
+            self.history.reload()
             self.captions, self.problems = self._store.read_all(self.library)
             self._tags = None
 
@@ -65,14 +66,17 @@ class Review:
         """Return the ids of the images that fulfil a query, in natural order, copies together."""
         with self._lock:
             ids = [id for id, item in self.library.items() if self._fulfils(item, query)]
-            if query.longer_than is not None:
-                ids = self._keep_longer(ids, query.longer_than, query.unit)
             if query.state == "copies":
                 first: dict[str, int] = {}
                 for place, id in enumerate(ids):
                     first.setdefault(self._copies[id], place)
                 ids.sort(key=lambda id: first[self._copies[id]])
+            texts = [self.captions.get(id, "") for id in ids]
+        if query.longer_than is None:
             return ids
+        # Without the lock: a model may have to be loaded before tokens are counted.
+        counts = self._count(texts, query.unit)
+        return [id for id, count in zip(ids, counts, strict=True) if count > query.longer_than]
 
     def describe(self, ids: Iterable[str]) -> list[dict[str, Any]]:
         """Return what the page shows of images; ids that there are not are left out."""
@@ -249,15 +253,12 @@ class Review:
         }
         return by_state[query.state]()
 
-    def _keep_longer(self, ids: list[str], limit: int, unit: str) -> list[str]:
-        texts = [self.captions.get(id, "") for id in ids]
+    def _count(self, texts: Sequence[str], unit: str) -> list[int]:
         if unit == "words":
-            counts = list(map(count_words, texts))
-        elif self._count_tokens is None:
+            return list(map(count_words, texts))
+        if self._count_tokens is None:
             raise UsageError("tokens are a model's: start with --peft_model or --base_model")
-        else:
-            counts = self._count_tokens(texts)
-        return [id for id, count in zip(ids, counts, strict=True) if count > limit]
+        return self._count_tokens(texts)
 
 
 def describe_batch(batch: Batch) -> dict[str, Any]:

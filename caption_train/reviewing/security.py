@@ -23,7 +23,7 @@ from caption_train.config.reviewing import is_loopback
 
 COOKIE = "caption-train-review"
 PAGE_TOKEN = "x-review-token"
-MOST_BODY_BYTES = 4 << 20
+MOST_BODY_BYTES = 16 << 20
 HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "

@@ -150,7 +150,7 @@ def test_tags_are_completed_from_the_folder_with_counts(page):
 
 def test_a_model_suggests_and_is_loaded_when_it_is_first_asked(serve, folder):
     family = FakeFamily()
-    page = serve(folder, family=family)
+    page = serve(folder, fake=family)
     assert page.get("state")["model"]["prompt"] == "say" and not family.loaded
     assert page.post("suggest", id=page.id_of("a.png")).json() == {"text": "say dark"}
     assert page.post("suggest", id=page.id_of("b.png"), prompt="tell", beams=3).json() == {
@@ -168,15 +168,41 @@ def test_a_model_suggests_and_is_loaded_when_it_is_first_asked(serve, folder):
     "values", [{"temperature": 1.0, "beams": 3}, {"beams": 0}, {"prompt": "refused"}, {"prompt": 3}]
 )
 def test_a_suggestion_that_cannot_be_made_is_one_line(serve, folder, values):
-    page = serve(folder, family=FakeFamily())
+    page = serve(folder, fake=FakeFamily())
     answer = page.post("suggest", id=page.id_of("a.png"), **values)
     assert answer.status_code == 422 and "\n" not in answer.json()["error"]
     assert page.post("suggest", id=page.id_of("a.png")).json() == {"text": "say dark"}
 
 
+def test_a_real_model_suggests_and_its_tokens_are_counted(serve, folder, tiny_base):
+    from transformers import AutoTokenizer
+
+    base = str(tiny_base("blip"))
+    page = serve(folder, base_model=base, family="blip", device="cpu", max_token_length=5)
+    first = page.post("suggest", id=page.id_of("a.png")).json()["text"]
+    assert page.post("suggest", id=page.id_of("a.png")).json()["text"] == first
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    counts = {
+        name: len(tokenizer(text, add_special_tokens=False)["input_ids"]) for name, text in CAPTIONS.items()
+    }
+    for limit in (0, counts["a.png"], counts["b.png"]):
+        longer = [name for name, count in counts.items() if count > limit]
+        assert names(page, longer_than=str(limit), unit="tokens") == longer
+    assert len(set(counts.values())) > 2
+
+
+def test_another_review_of_the_folder_is_noticed(serve, folder):
+    first, second = serve(folder), serve(folder)
+    second.save("a.png", "cat, sofa", "one", accept=True)
+    assert first.post("refresh").json()["accepted"] == 1
+    assert first.captions()["a.png"] == "one"
+    first.post("undo")
+    assert (folder / "a.txt").read_text() == "cat, sofa\n"
+
+
 def test_a_damaged_image_gets_no_suggestion_and_no_picture(serve, folder):
     (folder / "d.png").write_bytes(b"no image")
-    page = serve(folder, family=FakeFamily())
+    page = serve(folder, fake=FakeFamily())
     assert "d.png" in page.post("suggest", id=page.id_of("d.png")).json()["error"]
     assert page.client.get(f"/thumbnail/{page.id_of('d.png')}").status_code == 422
 

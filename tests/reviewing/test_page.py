@@ -113,7 +113,7 @@ def test_the_caption_that_was_typed_is_saved_when_the_next_image_is_shown(serve,
 
 
 def test_suggestions_are_made_again_rejected_edited_and_accepted(serve, folder, open_page):
-    tab = open_page(serve(folder, family=FakeFamily()))
+    tab = open_page(serve(folder, fake=FakeFamily()))
     open_first(tab)
     tab.keyboard.press("g")
     wait(tab, "document.getElementById('suggestion').textContent === 'say dark'")
@@ -187,6 +187,17 @@ def test_an_edit_is_undone_on_the_page_after_a_restart(serve, folder, open_page)
     assert (folder / "a.txt").read_text() == "cat, sofa\n"
     wait(tab, "document.querySelector('.cell .words').textContent === 'cat, sofa'")
     assert tab.is_disabled("#do-undo")
+
+
+def test_undoing_does_not_throw_away_what_was_typed(serve, folder, open_page):
+    running = serve(folder)
+    running.save("b.png", "cat, window, morning light", "changed")
+    tab = open_page(running)
+    open_first(tab)
+    tab.fill("#caption", "typed")
+    tab.click("#do-undo")
+    says(tab, "Save what you typed first")
+    assert tab.input_value("#caption") == "typed" and (folder / "b.txt").read_text() == "changed\n"
 
 
 def test_filters_and_selection_with_the_keyboard(serve, folder, open_page):
@@ -295,7 +306,7 @@ def test_a_hostile_folder_is_shown_not_run(serve, tmp_path, open_page):
         (folder / name).with_suffix(".txt").write_text(f"{evil}, \"tag' {number}\n")
     (folder / "out").symlink_to(tmp_path)
     (folder / "damaged.png").write_bytes(b"\x89PNG\r\n")
-    tab = open_page(serve(folder, family=FakeFamily()))
+    tab = open_page(serve(folder, fake=FakeFamily()))
     wait(tab, "document.querySelectorAll('.cell img').length >= 9")
     assert tab.locator(".cell").count() == 10
     assert tab.locator(".cell .words").all_text_contents().count("no caption") == 1
@@ -325,7 +336,7 @@ def test_a_hostile_folder_is_shown_not_run(serve, tmp_path, open_page):
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.skipif(not AXE.is_file(), reason="axe-core is not here")
 def test_axe_finds_nothing_serious(serve, folder, open_page, width, scheme):
-    tab = open_page(serve(folder, family=FakeFamily()), width=width, color_scheme=scheme)
+    tab = open_page(serve(folder, fake=FakeFamily()), width=width, color_scheme=scheme)
     tab.wait_for_selector(".cell img")
     found = {"grid": find_violations(tab)}
     tab.keyboard.press(" ")

@@ -71,7 +71,7 @@ def test_other_methods_large_bodies_and_bodies_without_a_length_are_refused(page
     for method in ("PUT", "DELETE", "OPTIONS", "PATCH", "TRACE"):
         assert page.client.request(method, "/api/save").status_code == 405
     headers = {"content-type": "application/json"}
-    assert page.client.post("/api/save", content=b" " * (5 << 20), headers=headers).status_code == 413
+    assert page.client.post("/api/save", content=b" " * (17 << 20), headers=headers).status_code == 413
     assert page.client.post("/api/save", content=iter([b"{}"]), headers=headers).status_code == 411
 
 

@@ -123,6 +123,10 @@ async function close() {
 }
 
 async function undo(batch) {
+  if (isSingle() && single.isDirty) {
+    say("Save what you typed first, then undo", true);
+    return;
+  }
   const answer = await post("undo", batch ? { batch } : {});
   await reload();
   say(describe(`Undone ${answer.undone.action}`, answer), answer.kept_count > 0);
@@ -163,7 +167,9 @@ const inGrid = {
   Escape: () => grid.select([]),
 };
 const anywhere = {
-  r: () => replacing.open(),
+  r: async () => {
+    if (!isSingle() || (await single.leave())) replacing.open();
+  },
   u: () => undo(),
   h: () => showHistory({ guard, onUndo: undo }),
   "?": () => showHelp(KEYS),
