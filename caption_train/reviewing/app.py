@@ -264,6 +264,7 @@ def suggest(parts: Parts, values: _Values) -> Any:
 
 def finish(parts: Parts, values: _Values) -> dict[str, Any]:
     """Write what was accepted, and return the commands that train on it."""
+    parts.review.refresh()  # an accepted caption may have been changed elsewhere
     accepted = parts.review.find_accepted()
     left_out = write_accepted(parts.review.library.root, parts.output_dir, accepted)
     return {

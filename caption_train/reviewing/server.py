@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from caption_train.config.reviewing import ReviewOptions
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.reviewing.items import Library
-from caption_train.system.console import escape_unprintable, print_line, print_problem, print_result
+from caption_train.system.console import escape_unprintable, print_line, print_result
 from caption_train.system.signals import raising_terminated
 
 if TYPE_CHECKING:
@@ -173,7 +173,8 @@ def _describe(parts: Parts) -> str:
 def _print_end(parts: Parts) -> None:
     from caption_train.reviewing.accepted import list_commands, write_accepted
 
-    print_problem("")
+    print_line("")
+    parts.review.refresh()
     accepted = parts.review.find_accepted()
     print_line(f"{_describe(parts)}; the history is in {escape_unprintable(parts.review.history.path)}")
     if not accepted:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 MOST_WAITING = 32
 """Suggestions that may be asked for at once; a page asks for one."""
+MOST_TEMPERATURE, MOST_BEAMS, MOST_PROMPT = 10, 64, 20_000
 
 
 def find_family(options: ReviewOptions) -> Family:
@@ -46,6 +47,15 @@ class Wish:
     temperature: float = 0.0
     beams: int | None = None
     try_number: int = 0
+
+    def check(self) -> None:
+        """Raise UsageError for what no suggestion is made with."""
+        if not 0 <= self.temperature <= MOST_TEMPERATURE:  # which NaN is not either
+            raise UsageError(f"temperature: give a number from 0 to {MOST_TEMPERATURE}")
+        if self.beams is not None and not 1 <= self.beams <= MOST_BEAMS:
+            raise UsageError(f"beams: give a whole number from 1 to {MOST_BEAMS}")
+        if len(self.prompt) > MOST_PROMPT:
+            raise UsageError(f"prompt: give at most {MOST_PROMPT:,} characters")
 
 
 class Suggester:
@@ -84,8 +94,9 @@ class Suggester:
         """Ask for a suggestion.
 
         Raises:
-            CaptionTrainError: too many are waiting.
+            CaptionTrainError: too many are waiting; UsageError: it cannot be made so.
         """
+        wish.check()
         return self._submit(lambda: self._suggest(item, wish))
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:

@@ -150,9 +150,10 @@ def test_a_conflict_shows_both_texts(serve, folder, open_page, answer):
     assert (tab.text_content("#theirs"), tab.text_content("#yours")) == ("from an <i>editor</i>", "mine")
     assert (folder / "a.txt").read_text() == "from an <i>editor</i>\n"
     forgive(open_page, 409)
+    tab.fill("#caption", "mine, edited")
     tab.click(answer)
     tab.wait_for_selector("#conflict", state="hidden")
-    expected = "mine" if answer == "#write-mine" else "from an <i>editor</i>"
+    expected = "mine, edited" if answer == "#write-mine" else "from an <i>editor</i>"
     assert tab.input_value("#caption") == expected
     assert (folder / "a.txt").read_text() == f"{expected}\n"
 

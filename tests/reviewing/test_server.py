@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 
 import httpx
 import pytest
@@ -35,6 +36,14 @@ def test_ctrl_c_ends_a_review_with_the_command_that_trains_on_it(folder, tmp_pat
     assert "3 accepted" in error and "Traceback" not in error
     assert f"--dataset_dir {tmp_path / 'photos-accepted'} --output_dir loras/photos-accepted" in out
     assert len((tmp_path / "photos-accepted/metadata.jsonl").read_text().splitlines()) == 3
+
+
+def test_the_wheel_holds_all_that_the_page_loads():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))
+    (pattern,) = project["tool"]["setuptools"]["package-data"]["caption_train.reviewing"]
+    folder = REPOSITORY / "caption_train/reviewing"
+    static = sorted((folder / "static").rglob("*"))
+    assert len(static) > 5 and sorted(folder.glob(pattern)) == static
 
 
 def refuse(arguments, capsys, code=2):

@@ -149,6 +149,7 @@ export class Single {
     by("theirs").textContent = theirs || "no caption";
     by("yours").textContent = yours || "no caption";
     by("conflict").hidden = false;
+    this.type(yours);
     by("keep-theirs").focus();
     this.say("Nothing was written: the caption was changed elsewhere", true);
   }
@@ -165,9 +166,9 @@ export class Single {
   }
 
   async writeMine() {
-    const { theirs, yours } = this.conflict;
-    this.base = theirs;
-    await this.save({ text: yours, action: "conflict" });
+    this.base = this.conflict.theirs;
+    this.shown = null; // whatever stands in the field is an edit of it
+    await this.save({ action: "conflict" });
   }
 
   async suggest() {
