@@ -8,6 +8,7 @@ import os
 import posixpath
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from caption_train.system.exclusive import Signature, create_atomically, remove_
 from caption_train.system.files import read_regular_file
 
 MOST_TRIES = 50
+WRITERS = 16
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,9 @@ class FileStore(Store):
         return join_lines(super().clean(text))
 
     def write(self, changes: Sequence[Change]) -> list[Outcome]:
-        return [self._write(change) for change in changes]
+        # Almost all of the time goes into flushing files to the disk, which takes several at once.
+        with ThreadPoolExecutor(WRITERS) as pool:
+            return list(pool.map(self._write, changes))
 
     def _write(self, change: Change) -> Outcome:
         path = self._sidecars.caption_path(change.item.path)

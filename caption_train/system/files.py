@@ -12,6 +12,7 @@ import re
 import shutil
 import stat
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -331,7 +332,12 @@ def apply_umask(folder: Path) -> None:
 
 
 def _umask() -> int:
-    # The umask can only be read by setting it.
-    umask = os.umask(0)
-    os.umask(umask)
+    # The umask can only be read by setting it. Two threads at once would leave the one's value for good, and
+    # what a third creates meanwhile must not be open to all.
+    with _UMASK:
+        umask = os.umask(0o077)
+        os.umask(umask)
     return umask
+
+
+_UMASK = threading.Lock()

@@ -2,8 +2,10 @@
 
 import os
 import stat
+import sys
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
@@ -144,3 +146,20 @@ def test_what_a_killed_write_left_is_cleared_and_what_is_being_written_is_not(tm
 def test_the_hash_is_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert hash_file(tmp_path / "a").startswith("ba7816bf8f01cfea414140de5dae2223")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no umask")
+def test_threads_that_write_at_once_leave_the_umask_and_open_no_file_to_all(tmp_path):
+    """Reading the umask sets it for a moment; two threads at once left 0 for good."""
+    before = os.umask(0o027)
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(lambda n: write_atomically(tmp_path / str(n), "text"), range(600)))
+        left = os.umask(0o027)
+    finally:
+        sys.setswitchinterval(switch)
+        os.umask(before)
+    assert left == 0o027
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
