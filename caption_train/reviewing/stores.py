@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from caption_train.captioning.row_text import JsonLines, TextRow
-from caption_train.captioning.sidecars import Sidecars, encode_caption
+from caption_train.captioning.sinks.row_text import JsonLines, TextRow
+from caption_train.captioning.sinks.sidecars import Sidecars, encode_caption
 from caption_train.data.formats import MAX_CAPTION_BYTES, METADATA_NAME, TEXT_COLUMNS
 from caption_train.data.text import join_lines, read_caption, refuse_odd_characters
 from caption_train.errors import CaptionTrainError, UsageError
@@ -106,7 +106,7 @@ class FileStore(Store):
         return captions, problems
 
     def read(self, item: Item) -> str:
-        found = self._sidecars.find_caption(item.path)
+        found = self._sidecars.find(item.path)
         return "" if found is None else self._read_file(found)[1]
 
     def clean(self, text: str) -> str:
@@ -121,7 +121,7 @@ class FileStore(Store):
         path = self._sidecars.caption_path(change.item.path)
         try:
             for _ in range(MOST_TRIES):
-                found = self._sidecars.find_caption(change.item.path)
+                found = self._sidecars.find(change.item.path)
                 was, text = (None, "") if found is None else self._read_file(found)
                 if text != change.base:
                     return Outcome(change, theirs=text)
