@@ -149,17 +149,22 @@ def test_the_hash_is_sha256(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no umask")
-def test_threads_that_write_at_once_leave_the_umask_and_open_no_file_to_all(tmp_path):
-    """Reading the umask sets it for a moment; two threads at once left 0 for good."""
-    before = os.umask(0o027)
-    switch = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
+def test_threads_that_write_at_once_leave_the_umask_and_open_no_file_to_all(tmp_path, monkeypatch):
+    """Reading the umask sets it for a moment; a second thread that came in between left 0 for good."""
+    before, set_umask, masks = os.umask(0o027), os.umask, []
+
+    def set_slowly(mask):
+        masks.append(mask)
+        was = set_umask(mask)
+        time.sleep(0.002)
+        return was
+
+    monkeypatch.setattr(os, "umask", set_slowly)
     try:
-        with ThreadPoolExecutor(16) as pool:
-            list(pool.map(lambda n: write_atomically(tmp_path / str(n), "text"), range(600)))
-        left = os.umask(0o027)
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda n: write_atomically(tmp_path / str(n), "text"), range(16)))
     finally:
-        sys.setswitchinterval(switch)
-        os.umask(before)
-    assert left == 0o027
+        monkeypatch.undo()
+        left = os.umask(before)
+    assert left == 0o027 and 0 not in masks
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
