@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 
 import pytest
@@ -125,7 +126,8 @@ def test_the_readmes_three_steps_work(tiny_base, pairs_folder, tmp_path, monkeyp
         *("compile_captions.py", "train_florence_lora.py", "inference_florence.py"),
     ]
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "images").symlink_to(pairs_folder)
+    # A copy: compiling writes metadata.jsonl into the folder.
+    shutil.copytree(pairs_folder, tmp_path / "images")
     (tmp_path / "photos").mkdir()
     for image in pairs_folder.glob("*.png"):
         (tmp_path / "photos" / image.name).symlink_to(image)
