@@ -5,8 +5,6 @@ everything that is wrong, one line each, naming the flags.
 """
 
 import os
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,13 +16,12 @@ from caption_train.config.fields import (
     find_below,
     find_not_utf8,
     flag,
-    number,
 )
+from caption_train.config.values import PARTS, check_part_rates, parse_bytes
 
 METRICS = ("cider", "bleu", "rouge_l", "exact_match")
 
 OPTIMIZERS = ("AdamW", "AdamW8bit", "PagedAdamW", "PagedAdamW8bit", "Flora")
-PARTS = ("vision", "projector", "language")
 INITS = ("gaussian", "pissa", "pissa_niter_16", "olora", "eva")
 
 _data = partial(flag, group="data")
@@ -255,7 +252,11 @@ class TrainOptions:
             for part in getattr(self, name)
             if part not in PARTS
         ]
-        problems += self._check_datasets() + self._check_part_rates() + self._check_validation()
+        problems += (
+            self._check_datasets()
+            + check_part_rates(self.part_learning_rates, self.train_parts)
+            + self._check_validation()
+        )
         if self.name is not None and (not self.name.strip(". ") or set(self.name) & set("/\\\0")):
             problems.append(f"--name {self.name!r} cannot begin a folder's name: leave out slashes")
         if self.keep_tokens and not self.shuffle_captions:
@@ -282,21 +283,6 @@ class TrainOptions:
         return problems + [
             f"--dataset_dir {folder} is given twice: use --dataset_weights" for folder in sorted(twice)
         ]
-
-    def _check_part_rates(self) -> list[str]:
-        problems, seen = [], set()
-        for entry in self.part_learning_rates or []:
-            part, shown = entry.partition("=")[0], f"--part_learning_rates {entry}"
-            if part not in PARTS:
-                problems.append(f"{shown}: write PART=RATE; the parts are {', '.join(PARTS)}")
-            elif part in seen:
-                problems.append(f"{shown}: {part} has a rate already")
-            elif not _is_rate(entry.partition("=")[2]):
-                problems.append(f"{shown}: the rate must be a number above 0, as in {part}=1e-5")
-            elif self.train_parts and part not in self.train_parts:
-                problems.append(f"{shown}: {part} is frozen; add it to --train_parts, or drop its rate")
-            seen.add(part)
-        return problems
 
     def _check_validation(self) -> list[str]:
         problems = [
@@ -328,33 +314,3 @@ _COUNTS = (
     *("save_every_n_epochs", "save_every_n_steps", "sample_every_n_epochs", "sample_every_n_steps"),
     *("eval_every_n_epochs", "eval_every_n_steps", "metric_samples", "early_stopping_patience"),
 )
-
-
-def read_part_rates(entries: Sequence[str] | None) -> dict[str, float]:
-    """Return part → learning rate, sorted by part, from a checked `--part_learning_rates`.
-
-    >>> read_part_rates(["vision=1e-5", "projector=0.0001"])
-    {'projector': 0.0001, 'vision': 1e-05}
-    """
-    pairs = (entry.split("=") for entry in entries or [])
-    return {part: float(rate) for part, rate in sorted(pairs)}
-
-
-def _is_rate(text: str) -> bool:
-    try:
-        return number(text) > 0
-    except ValueError:
-        return False
-
-
-def parse_bytes(text: str) -> int | None:
-    """Return the number of bytes in a size, or None if the text is not a size.
-
-    >>> parse_bytes("8GB"), parse_bytes("7.5 GiB"), parse_bytes("a lot")
-    (8000000000, 8053063680, None)
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([GM])(i?)B", text.strip(), re.IGNORECASE)
-    if found is None:
-        return None
-    number, unit, is_binary = found.groups()
-    return int(float(number) * (1024 if is_binary else 1000) ** (3 if unit in "Gg" else 2))

@@ -25,7 +25,8 @@ from caption_train.adapters.record import (
     resolve_base,
 )
 from caption_train.adapters.targets import freeze_outside
-from caption_train.config.training import TrainOptions, read_part_rates
+from caption_train.config.training import TrainOptions
+from caption_train.config.values import read_part_rates
 from caption_train.data.pairs import Pair
 from caption_train.errors import UsageError
 from caption_train.families.base import Family, ModelFacts

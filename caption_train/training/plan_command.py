@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator, PartialState
 
 from caption_train.adapters.record import Base
-from caption_train.config.training import TrainOptions, parse_bytes
+from caption_train.config.training import TrainOptions
+from caption_train.config.values import parse_bytes
 from caption_train.data.dataset import read_dataset
 from caption_train.data.images import ImageError, open_image, read_size
 from caption_train.data.pairs import Pair

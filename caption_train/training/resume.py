@@ -10,7 +10,8 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from caption_train.adapters.record import TRAINING_FILE, TrainingRecord
-from caption_train.config.training import TrainOptions, read_part_rates
+from caption_train.config.training import TrainOptions
+from caption_train.config.values import read_part_rates
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.system.console import print_once
 from caption_train.system.files import follow_pointer, read_json_object

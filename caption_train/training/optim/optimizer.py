@@ -8,7 +8,8 @@ from accelerate.state import PartialState
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from caption_train.adapters.targets import find_part
-from caption_train.config.training import TrainOptions, read_part_rates
+from caption_train.config.training import TrainOptions
+from caption_train.config.values import read_part_rates
 from caption_train.errors import UsageError
 from caption_train.training.optim.state_size import find_embeddings
 

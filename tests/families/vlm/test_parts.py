@@ -11,7 +11,8 @@ import torch
 from caption_train.adapters.lora import wrap_with_lora
 from caption_train.adapters.quantization import make_quantization_config
 from caption_train.cli.commands import train_main
-from caption_train.config.training import PARTS, TrainOptions
+from caption_train.config.training import TrainOptions
+from caption_train.config.values import PARTS
 from caption_train.errors import UsageError
 from caption_train.families import get_family
 from caption_train.training.memory.gradient_checkpointing import enable_checkpointing

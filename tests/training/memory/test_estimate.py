@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from benchmarks.memory import count
-from caption_train.config.training import TrainOptions, parse_bytes
+from caption_train.config.training import TrainOptions
+from caption_train.config.values import parse_bytes
 from caption_train.families import get_family
 from caption_train.training.distributed.accelerator import accumulate, make_accelerator
 from caption_train.training.memory.activations import RECOMPUTED_GRADIENTS, measure_activations
