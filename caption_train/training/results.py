@@ -106,9 +106,12 @@ def push(output_dir: Path, repository: str) -> None:
 
 
 def list_files(output_dir: Path) -> list[str]:
-    """Return the files of a finished model: those beside its checkpoints, and its sample pictures."""
+    """Return the files of a finished model: those beside its checkpoints, and its sample pictures.
+
+    The report stays here: it holds small copies of many validation images.
+    """
     names = [path.name for path in output_dir.iterdir() if path.is_file() and not path.is_symlink()]
-    kept = [name for name in names if not name.startswith((".", "log", "last", "best"))]
+    kept = [name for name in names if not name.startswith((".", "log", "last", "best", REPORT_FILE))]
     pictures = [f"{SAMPLES}/{path.name}" for path in (output_dir / SAMPLES).glob("*.jpg")]
     return sorted(kept) + sorted(pictures)
 

@@ -71,6 +71,7 @@ def test_without_previews_and_validation_the_card_stays_as_it_was(tiny_base, tmp
 def test_an_upload_takes_the_model_and_no_checkpoint(finished):
     files = list_files(finished[0])
     assert {"README.md", "adapter_model.safetensors", "samples/1.jpg", CURVE_FILE} <= {*files}
+    assert (finished[0] / "report.html").exists() and "report.html" not in files, "many images are in it"
     assert not [name for name in files if "state" in name or name.startswith(("epoch", "log", "last", "."))]
 
 
