@@ -138,7 +138,27 @@ def _check_kind(model_class: type, model_id: str, revision: str | None) -> None:
     config, _ = model_class.config_class.get_config_dict(find_side_files(model_id, revision))
     wanted, found = model_class.config_class.model_type, config.get("model_type")
     if found not in (None, wanted):
-        raise UsageError(f"--model_id {model_id}: this is a {found} model, not {wanted}")
+        raise UsageError(
+            f"--model_id {model_id}: this is a {found} model, not {wanted}; {name_scripts(found)}"
+        )
+
+
+OWN_SCRIPTS = {
+    "blip": ("train_blip_network.py", "inference.py"),
+    "florence2": ("train_florence_lora.py", "inference_florence.py"),
+    "moondream1": ("train_moondream_lora.py", "inference_moondream.py"),
+}
+"""Model types with a family of their own: its training and its inference script."""
+OTHER_SCRIPTS = ("train_vlm_lora.py", "inference_vlm.py")
+
+
+def name_scripts(model_type: str) -> str:
+    """Return which scripts a model of a type is for.
+
+    >>> name_scripts("blip")
+    'it is for train_blip_network.py and inference.py'
+    """
+    return "it is for {} and {}".format(*OWN_SCRIPTS.get(model_type, OTHER_SCRIPTS))
 
 
 def _looks_like_path(model_id: str) -> bool:

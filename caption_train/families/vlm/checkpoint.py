@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
 SIDE_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]
 """Configs, templates and vocabularies, next to the weights on the hub."""
-OWN_SCRIPTS = {"blip": "blip_network", "florence2": "florence_lora", "moondream1": "moondream_lora"}
-"""Model types with a family of their own, and what their training scripts are called after `train_`."""
 
 
 def find_folder(model_id: str, revision: str | None = None) -> Path:
@@ -39,12 +37,12 @@ def find_model_class(folder: Path, model_id: str) -> tuple[PretrainedConfig, typ
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    from caption_train.families.loading import explained
+    from caption_train.families.loading import OWN_SCRIPTS, explained, name_scripts
 
     kind = read_json(folder / "config.json").get("model_type")
     if kind in OWN_SCRIPTS:
         raise UsageError(
-            f"--model_id {model_id}: a {kind} model has a script of its own: train_{OWN_SCRIPTS[kind]}.py"
+            f"--model_id {model_id}: a {kind} model has scripts of its own: {name_scripts(kind)}"
         )
     with explained(model_id):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

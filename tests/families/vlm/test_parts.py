@@ -120,7 +120,9 @@ def test_experts_are_named_and_left_as_they_are(family, tmp_path):
 )
 def test_models_with_a_script_of_their_own_are_sent_there(family, tmp_path, kind, script):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}), "utf-8")
-    with pytest.raises(UsageError, match=f"has a script of its own: train_{script}.py"):
+    with pytest.raises(
+        UsageError, match=f"has scripts of its own: it is for train_{script}.py and inference"
+    ):
         family.load(str(tmp_path))
 
 
