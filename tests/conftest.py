@@ -8,6 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tiny tensors gain nothing from threads, and two busy test runs on a few cores lose a factor of ten by them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import shutil
 from functools import cache
 
 import hypothesis
@@ -87,3 +88,17 @@ def parsed(monkeypatch):
 
     monkeypatch.setattr(commands, "parse_options", parse_and_stop)
     return options
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium, for the tests of pages."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if program is None:
+        pytest.skip("there is no Chromium: apt-get install chromium")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -1,7 +1,6 @@
 """The page in a real browser: it works from disk, by mouse and by key, and nothing in it can run."""
 
 import json
-import shutil
 
 import pytest
 
@@ -9,20 +8,8 @@ from caption_train.reporting.page import write_report
 from tests.fixtures.paths import REPOSITORY
 from tests.fixtures.reports import HOSTILE, make_report
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 AXE = REPOSITORY / "tests/fixtures/axe-core/axe.min.js"
 COUNT = 100
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium: apt-get install chromium")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
