@@ -10,7 +10,7 @@ from caption_train.compiling.result import Compiled
 from caption_train.config.compiling import CompileOptions
 from caption_train.data import kohya
 from caption_train.data.caption_sources import Said, read_captions_file
-from caption_train.data.formats import METADATA_NAME, TEXT_COLUMNS
+from caption_train.data.formats import METADATA_NAME, TEXT_COLUMNS, is_portable
 from caption_train.data.pairs import Pair, match_captions
 from caption_train.data.rows import read_rows, write_metadata
 from caption_train.data.scan import Folder, scan_folder
@@ -130,7 +130,7 @@ def _read_sources(
 def leave_out_unusable(compiled: Compiled, options: CompileOptions) -> None:
     """Drop pairs whose image name cannot be written or, with --check_images, one that cannot be decoded."""
     pairs = compiled.pairs
-    compiled.unnamable = [name for name in pairs if not _is_portable(name)]
+    compiled.unnamable = [name for name in pairs if not is_portable(name)]
     if options.check_images:
         compiled.bad_images = _check_images(pairs)
     for name in {*compiled.unnamable, *compiled.bad_images}:
@@ -238,15 +238,6 @@ def _refuse_too_many(repeats: dict[str, int]) -> None:
                 f"--kohya_repeats: folder {escape_unprintable(folder)} asks for {count:,} repeats, the "
                 f"limit is {kohya.MAX_REPEATS:,}"
             )
-
-
-def _is_portable(name: str) -> bool:
-    r"""Tell whether imagefolder finds a file by this name: it reads `\` as `/`, and JSON is UTF-8."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return "\\" not in name
 
 
 def _exists(folder: Path, name: object) -> bool:

@@ -131,14 +131,29 @@ def _line(title: str, count: int, note: str = "") -> str:
 
 
 def _next_commands(compiled: "Compiled", options: CompileOptions) -> Iterator[str]:
+    flags = ["--follow_symlinks"] if options.follow_symlinks and compiled.prefix is not None else []
     # The folder's own name, also for `.` and `..`.
-    name = compiled.output_dir.resolve().name or "my-lora"
-    arguments = ["--dataset_dir", str(compiled.output_dir), "--output_dir", f"loras/{name}"]
-    if options.follow_symlinks and compiled.prefix is not None:
-        arguments.append("--follow_symlinks")
-    for family in map(get_family, FAMILIES):
-        script = [*training_launcher(), family.training_script]
-        yield "  " + shlex.join([*start_command("train", family.name, script), *arguments])
+    name = compiled.output_dir.resolve().name
+    for command in list_training_commands(str(compiled.output_dir), name, FAMILIES, flags):
+        yield f"  {command}"
+
+
+def list_training_commands(
+    dataset_dir: str, name: str, families: Iterable[str], flags: Sequence[str] = ()
+) -> list[str]:
+    """Return the commands that train on a dataset, one for each family.
+
+    Args:
+        dataset_dir: the dataset, as it is to be shown.
+        name: what the LoRA's folder is called; "my-lora" if empty.
+        families: their names.
+        flags: further flags.
+    """
+    arguments = ["--dataset_dir", dataset_dir, "--output_dir", f"loras/{name or 'my-lora'}", *flags]
+    return [
+        shlex.join([*start_command("train", f.name, [*training_launcher(), f.training_script]), *arguments])
+        for f in map(get_family, families)
+    ]
 
 
 def _print(lines: Iterable[str]) -> None:

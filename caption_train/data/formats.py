@@ -72,6 +72,15 @@ def _advise(suffix: str, count: int) -> str:
     return f"convert {'it' if count == 1 else 'them'} to PNG or JPEG"
 
 
+def is_portable(name: str) -> bool:
+    r"""Tell whether a row can hold a name and imagefolder finds it: JSON is UTF-8, and `\` is read as `/`."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\\" not in name
+
+
 def is_inside(path: str, folder: str) -> bool:
     """Tell whether `path` is `folder` or lies below it. Both must be real paths, without symbolic links."""
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)

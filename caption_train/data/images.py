@@ -18,6 +18,7 @@ from caption_train.data.formats import HEIF_SUFFIXES, UNREAD_SUFFIXES, advise_un
 from caption_train.data.pairs import Pair
 from caption_train.errors import CaptionTrainError
 from caption_train.system.console import ProgressBar, escape_unprintable
+from caption_train.system.files import open_without_blocking
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
 _HEIF = "HEIF"
@@ -107,7 +108,7 @@ def _opening(path: Path | str) -> Iterator[tuple[IO[bytes], Image.Image]]:
     """Open an image file and close it again; turn every error into an ImageError."""
     try:
         # Non-blocking, because opening a named pipe would otherwise wait for a writer for ever.
-        with open(path, "rb", opener=_open_without_blocking) as file:
+        with open(path, "rb", opener=open_without_blocking) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise ValueError("not a regular file")
@@ -132,10 +133,6 @@ def _find_formats(path: Path | str) -> Sequence[str]:
     if _HEIF not in Image.OPEN:
         pillow_heif.register_heif_opener()
     return (*FORMATS, _HEIF)
-
-
-def _open_without_blocking(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:

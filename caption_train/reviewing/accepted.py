@@ -1,19 +1,18 @@
 """Writes what was accepted as a dataset, and says the commands that train on it."""
 
 import os
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from caption_train.compiling.placement import place_images, plan_placement
-from caption_train.data.formats import METADATA_NAME, is_inside
+from caption_train.compiling.summary import list_training_commands
+from caption_train.data.formats import METADATA_NAME, is_inside, is_portable
 from caption_train.data.rows import write_metadata
 from caption_train.errors import UsageError
-from caption_train.families import FAMILIES, get_family
+from caption_train.families import FAMILIES
 from caption_train.reviewing.items import Item
 from caption_train.system.console import escape_unprintable
 from caption_train.system.files import write_atomically
-from caption_train.system.launcher import start_command, training_launcher
 
 MARK = ".caption-train-accepted"
 """A file in a folder that was written here, and may be written again."""
@@ -52,7 +51,7 @@ def write_accepted(images: Path, target: Path, accepted: Sequence[tuple[Item, st
     Raises:
         UsageError: nothing was accepted.
     """
-    named = [(item, text) for item, text in accepted if _is_portable(item.name)]
+    named = [(item, text) for item, text in accepted if is_portable(item.name)]
     if not named:
         raise UsageError("nothing was accepted yet, so there is nothing to train on")
     target.mkdir(parents=True, exist_ok=True)
@@ -65,19 +64,5 @@ def write_accepted(images: Path, target: Path, accepted: Sequence[tuple[Item, st
 
 def list_commands(dataset_dir: Path, family: str | None = None) -> list[str]:
     """Return the commands that train on a folder, one for each family, or for the one of the model."""
-    name = Path(os.path.realpath(dataset_dir)).name or "my-lora"
-    arguments = ["--dataset_dir", escape_unprintable(dataset_dir), "--output_dir", f"loras/{name}"]
-    families = map(get_family, [family] if family else FAMILIES)
-    return [
-        shlex.join([*start_command("train", f.name, [*training_launcher(), f.training_script]), *arguments])
-        for f in families
-    ]
-
-
-def _is_portable(name: str) -> bool:
-    r"""Tell whether a row can hold a name: JSON is UTF-8, and imagefolder reads `\` as `/`."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return "\\" not in name
+    name = Path(os.path.realpath(dataset_dir)).name
+    return list_training_commands(escape_unprintable(dataset_dir), name, [family] if family else FAMILIES)

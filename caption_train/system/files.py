@@ -280,14 +280,14 @@ _TYPE_NAMES = {
 
 def hash_file(path: Path | str) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal; OSError if it is no regular file."""
-    with open(path, "rb", opener=_open_without_blocking) as file:
+    with open(path, "rb", opener=open_without_blocking) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _open_without_blocking(path: str, flags: int) -> int:
-    # A named pipe would wait for a writer for ever.
+def open_without_blocking(path: str, flags: int) -> int:
+    """Open a file as the `opener` of `open`: a named pipe would wait for a writer for ever."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
