@@ -36,6 +36,8 @@ class Setup:
     distributed: str | None = None
     auto_batch_size: bool = False
     init_adapter: Path | None = None
+    cache_features: bool = False
+    train_parts: Sequence[str] = ()
 
     @property
     def sharded(self) -> str | None:
@@ -153,6 +155,17 @@ REFUSALS = (
         "copy of the weights, which no checkpoint holds; use --dtype float32 with --mixed_precision bf16",
     ),
     Refusal(
+        lambda s: s.cache_features and "vision" in s.train_parts,
+        "--cache_features keeps what a frozen vision tower makes of an image: leave vision out of "
+        "--train_parts, or drop it",
+    ),
+    Refusal(
+        lambda s: s.distributed in SHARDED and s.cache_features,
+        "--cache_features cannot be combined with {sharded}: a process that knows all its images would leave "
+        "the others waiting for its part of the vision tower; drop it, or launch with plain data parallelism "
+        "(--multi_gpu)",
+    ),
+    Refusal(
         lambda s: s.distributed in SHARDED and s.auto_batch_size,
         "--auto_batch_size cannot be combined with {sharded}: a process that runs out of memory would leave "
         "the others waiting for its part; use a smaller --batch_size",
@@ -232,6 +245,7 @@ _CHOICES: dict[str, tuple[dict, dict]] = {
     "init_lora_weights pissa, olora": ({}, {"init_lora_weights": "pissa"}),
     "init_lora_weights gaussian": ({}, {"init_lora_weights": "gaussian"}),
     "init_lora_weights eva": ({}, {"init_lora_weights": "eva"}),
+    "cache_features": ({}, {"cache_features": True}),
     "device cpu": ({}, {"device": "cpu"}),
     "several processes": ({}, {"distributed": "MULTI_GPU"}),
     "FSDP": ({}, {"distributed": "FSDP"}),

@@ -162,6 +162,18 @@ class TrainOptions:
         None, "precision of the forward pass (default: as accelerate is set)", choices=("no", "fp16", "bf16")
     )
     gradient_checkpointing: bool = _memory(False, "recompute activations: less memory, slower")
+    cache_features: bool = _memory(
+        False,
+        "keep what the frozen vision tower makes of each image on disk, so that it runs once an image; all "
+        "other parts are trained",
+        recorded="if given",
+    )
+    cache_limit: str | None = _memory(
+        None,
+        "how much disk the features of all runs may take, say, 50GB (if not given, half of what is free)",
+        metavar="SIZE",
+        recorded=False,
+    )
     auto_batch_size: bool = _memory(
         False, "halve a batch that does not fit and accumulate more; the effective batch stays"
     )
@@ -222,6 +234,11 @@ class TrainOptions:
         folders = [self.dataset_dir, *self.add_dataset]
         return list(zip(folders, self.dataset_weights or [1] * len(folders), strict=True))
 
+    @property
+    def unfrozen_parts(self) -> list[str]:
+        """The parts that are trained if `--train_parts` is not given; empty for all."""
+        return [part for part in PARTS if part != "vision"] if self.cache_features else []
+
     def check(self) -> list[str]:
         """Return everything that is wrong with these options, one line each."""
         problems = [
@@ -254,7 +271,7 @@ class TrainOptions:
         ]
         problems += (
             self._check_datasets()
-            + check_part_rates(self.part_learning_rates, self.train_parts)
+            + check_part_rates(self.part_learning_rates, self.train_parts or self.unfrozen_parts)
             + self._check_validation()
         )
         if self.name is not None and (not self.name.strip(". ") or set(self.name) & set("/\\\0")):
@@ -269,6 +286,10 @@ class TrainOptions:
             problems.append("--memory_budget only has a meaning with --plan")
         if self.memory_budget is not None and parse_bytes(self.memory_budget) is None:
             problems.append(f"--memory_budget {self.memory_budget} is no size like 8GB, 7.5GiB or 900MB")
+        if self.cache_limit is not None and parse_bytes(self.cache_limit) is None:
+            problems.append(f"--cache_limit {self.cache_limit} is no size like 50GB, 7.5GiB or 900MB")
+        if self.cache_limit is not None and not self.cache_features:
+            problems.append("--cache_limit only has a meaning with --cache_features")
         return problems + compatibility.check(self)
 
     def _check_datasets(self) -> list[str]:

@@ -96,6 +96,10 @@ class Family(ABC):
     """Whether some checkpoints are converted when they are loaded, so that `--cache_converted` is allowed."""
     cache_converted = False
     """Whether `load` keeps converted checkpoints on disk and uses them the next time."""
+    keeps_features = False
+    """Whether `find_image_encoder` finds the vision tower, so that `--cache_features` is allowed."""
+    image_inputs: Sequence[str] = ("pixel_values",)
+    """The entries of a batch that the image encoder takes, in its order."""
     plans_without_weights = False
     """Whether `load_empty` makes a model, so that `--plan` needs no weights."""
     has_legacy_layout = False
@@ -114,6 +118,7 @@ class Family(ABC):
             "preset": not self.presets,
             "visualize": not self.draws_answers,
             "cache_converted": not self.converts_checkpoints,
+            **dict.fromkeys(("cache_features", "cache_limit"), not self.keeps_features),
             **{name: name not in self.settings for name in ("system_prompt", "max_pixels")},
             **dict.fromkeys(SERVER_FLAGS, not self.can_be_served),
         }
@@ -190,6 +195,28 @@ class Family(ABC):
         Returns:
             B captions, in the order of the rows.
         """
+
+    def find_image_encoder(
+        self, model: PreTrainedModel
+    ) -> tuple[torch.nn.Module, str, list[torch.nn.Module]]:
+        """Return what turns pixels into the features that `--cache_features` keeps.
+
+        Args:
+            model: the model; inside of it may be an adapter, around it there is none.
+
+        Returns:
+            An object, the name of its method that takes `pixel_values` and returns one row of features an
+            image (a tensor, or as `last_hidden_state`), and the modules that this method runs.
+        """
+        raise NotImplementedError(f"{self.title} keeps no features")
+
+    def split_images(self, *inputs: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+        """Return the arguments of the image encoder's method, in `image_inputs`, for each image alone."""
+        return [tuple(tensor[row : row + 1] for tensor in inputs) for row in range(len(inputs[0]))]
+
+    def keep_images(self, batch: Batch, places: Sequence[int]) -> Batch:
+        """Return a batch of `encode` or a collator with the pixels of some images only, and all its text."""
+        return batch | {"pixel_values": batch["pixel_values"][list(places)]}
 
     def tokenize_caption(self, processor: ProcessorMixin, caption: str) -> list[int]:
         """Return the ids of a caption as training learns them, uncut, without those of start and end.

@@ -41,6 +41,7 @@ class Blip(Family):
         default_prompt="",
     )
     train_defaults = {"learning_rate": 1e-3, "batch_size": 2}
+    keeps_features = True
 
     @guarding_load
     def load(
@@ -92,25 +93,34 @@ class Blip(Family):
     ) -> list[Generated]:
         """Generate captions for a batch; see `Family.generate`.
 
-        Rows are grouped by the length of their prompts, because BLIP's `generate` drops the last column of
-        its ids, which must be the `[SEP]` of every row.
+        Rows are grouped by the length of their prompts, because the decoder starts after the last token of
+        all rows. As in BLIP's own `generate`, the `[SEP]` of the prompt is left out.
         """
+        import torch
+
         from caption_train.families.prompt_length import limit_new_tokens
 
-        lengths = batch["attention_mask"].sum(dim=1)
+        config, lengths = model.config.text_config, batch["attention_mask"].sum(dim=1)
+        images = model.vision_model(pixel_values=batch["pixel_values"]).last_hidden_state
+        attended = torch.ones(images.shape[:2], dtype=torch.long, device=images.device)
         results: list[Generated | None] = [None] * len(lengths)
         for length in lengths.unique().tolist():
             rows = (lengths == length).nonzero()[:, 0]
-            # Cloned: generate() writes into the ids it is given. It drops their last column, the [SEP].
-            sequences = model.generate(
-                pixel_values=batch["pixel_values"][rows],
-                input_ids=batch["input_ids"][rows, :length].clone(),
-                attention_mask=batch["attention_mask"][rows, :length],
-                **limit_new_tokens(settings, model.config.text_config, used=length - 1),
+            sequences = model.text_decoder.generate(
+                input_ids=batch["input_ids"][rows, : length - 1],
+                attention_mask=batch["attention_mask"][rows, : length - 1],
+                encoder_hidden_states=images[rows],
+                encoder_attention_mask=attended[rows],
+                **{"eos_token_id": config.sep_token_id, "pad_token_id": config.pad_token_id}
+                | limit_new_tokens(settings, config, used=length - 1),
             )
             for row, sequence in zip(rows.tolist(), sequences.tolist(), strict=True):
                 results[row] = _to_generated(processor, sequence[length - 1 :])
         return results
+
+    def find_image_encoder(self, model: Any) -> tuple[Any, str, list[Any]]:
+        """Return the vision tower; see `Family.find_image_encoder`."""
+        return model.vision_model, "forward", [model.vision_model]
 
 
 @dataclass

@@ -88,10 +88,14 @@ def open_temporary(path: Path, mode: str = "wb", encoding: str | None = None) ->
         temporary.unlink(missing_ok=True)
 
 
-def finish_temporary(file: IO, temporary: Path, mode: int) -> None:
-    """Flush a temporary file to the disk and give it its permissions, so that it can be renamed."""
+def finish_temporary(file: IO, temporary: Path, mode: int, *, is_synced: bool = True) -> None:
+    """Flush a temporary file to the disk and give it its permissions, so that it can be renamed.
+
+    is_synced: whether to wait for the disk, so that what the name shows survives a crash of the machine.
+    """
     file.flush()
-    os.fsync(file.fileno())
+    if is_synced:
+        os.fsync(file.fileno())
     temporary.chmod(mode)
     if fcntl is None:
         file.close()
@@ -276,6 +280,11 @@ _TYPE_NAMES = {
     **{str: "text", dict: "an object", bool: "true or false"},
     **{int: "a whole number", int | float: "a number"},
 }
+
+
+def cache_folder(name: str) -> Path:
+    """Return where things of one kind are kept between runs: in $XDG_CACHE_HOME, or in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "caption-train" / name
 
 
 def hash_file(path: Path | str) -> str:

@@ -86,7 +86,15 @@ class ByPipe:
     def __reduce__(self) -> tuple:
         import torch
 
-        return torch.from_numpy, (self.tensor.numpy(),)
+        # numpy has no bfloat16, so it is given the bytes.
+        raw = self.tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        return _from_bytes, (raw, self.tensor.dtype, tuple(self.tensor.shape))
+
+
+def _from_bytes(raw: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(raw).view(dtype).reshape(shape)
 
 
 def hand_over(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,6 +106,8 @@ def hand_over(inputs: Mapping[str, Any]) -> dict[str, Any]:
     import torch
 
     def move(value: Any) -> Any:
+        if hasattr(value, "map_tensors"):
+            return value.map_tensors(move)
         if not isinstance(value, torch.Tensor):
             return value
         try:

@@ -143,8 +143,9 @@ class Trainer:
         tokens, losses = self._count(micro_batches), []
         for index, micro_batch in enumerate(micro_batches):
             with accumulate(accelerator, run.model, last=index == len(micro_batches) - 1):
-                inputs = move_batch(micro_batch.inputs, accelerator.device, self.dtype)
-                loss = run.model(**inputs).loss.float()
+                with run.encoding(micro_batch.inputs) as inputs:
+                    inputs = move_batch(inputs, accelerator.device, self.dtype)
+                    loss = run.model(**inputs).loss.float()
                 loss = loss * (micro_batch.label_tokens / max(tokens, 1))
                 losses.append(loss.detach())
                 # DistributedDataParallel averages gradients over processes, but here the sum is needed.

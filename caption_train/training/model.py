@@ -53,6 +53,8 @@ def resolve_options(options: TrainOptions, family: Family) -> tuple[TrainOptions
         adapter_flag="--init_adapter",
     )
     targets = options.target_modules or list(base.facts.lora_target_modules)
+    if options.cache_features and not options.train_parts:
+        options = replace(options, train_parts=options.unfrozen_parts)
     # In one order and spelling: a resumed run compares them as text.
     rates = [f"{part}={rate}" for part, rate in read_part_rates(options.part_learning_rates).items()]
     options = replace(

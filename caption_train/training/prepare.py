@@ -20,6 +20,7 @@ from caption_train.data.pairs import Pair
 from caption_train.errors import UsageError
 from caption_train.families.base import Batch, Family
 from caption_train.families.weight_files import find_commit
+from caption_train.features.source import FeatureCollator, Keeping
 from caption_train.system.console import print_once
 from caption_train.system.launcher import notice_launcher
 from caption_train.system.lock import OutputLock
@@ -30,6 +31,7 @@ from caption_train.training.checkpoints.store import clear_partial, explain_fail
 from caption_train.training.distributed.accelerator import make_accelerator
 from caption_train.training.distributed.fsdp import parallelism, prepare, shard
 from caption_train.training.distributed.ranks import check_same_on_all_ranks, raise_on_all_ranks
+from caption_train.training.keeping import start_keeping
 from caption_train.training.loop import Trainer
 from caption_train.training.model import load_trainable, make_record, resolve_options
 from caption_train.training.monitor.console import print_settings
@@ -177,6 +179,9 @@ def _make_run(
     optimizer = make_optimizer(options, model, start.parts)
     lr_scheduler = make_lr_scheduler(options, optimizer, plan.total_steps)
     model, optimizer = prepare(accelerator, model, optimizer)
+    keeping = None
+    if options.cache_features:
+        keeping = start_keeping(options, accelerator, model, processor, family, data, record.prompt)
     # Until here all processes had the same seed, for equal LoRAs. Dropout must differ between them.
     set_seed(options.seed + accelerator.process_index)
     if line := data.describe_cut(partial(family.tokenize_caption, processor), options.max_length):
@@ -188,8 +193,11 @@ def _make_run(
         options = fit_batch_size(options, accelerator, model, optimizer, collate_fn, data)
         plan = _make_plan(options, len(data.train), accelerator)
         record.options = describe_options(options)
-    loader = _make_loader(options, data.train, plan, collate_fn, accelerator.device)
-    return TrainingRun(options, record, accelerator, model, processor, optimizer, lr_scheduler, plan, loader)
+    collate = FeatureCollator(family, collate_fn) if keeping else collate_fn
+    loader = _make_loader(options, data.train, plan, collate, accelerator.device, keeping)
+    return TrainingRun(
+        *(options, record, accelerator, model, processor, optimizer, lr_scheduler, plan, loader, keeping)
+    )
 
 
 def _open_output_dir(options: TrainOptions, accelerator: Accelerator) -> OutputLock:
@@ -238,6 +246,7 @@ def _make_loader(
     plan: BatchPlan,
     collate_fn: Callable[[Sequence[dict]], Batch],
     device: torch.device,
+    keeping: Keeping | None,
 ) -> DataLoader:
     dataset = CaptionDataset(
         pairs,
@@ -245,6 +254,7 @@ def _make_loader(
         shuffle_captions=options.shuffle_captions,
         keep_tokens=options.keep_tokens,
         caption_dropout=options.caption_dropout,
+        open_item=keeping and keeping.source.open,
     )
     return make_train_dataloader(
         dataset,
@@ -275,6 +285,8 @@ def _make_trainer(
         if accelerator.is_main_process and run.plan.first_step == 0:
             with explain_failure(options.output_dir, BEST):
                 forget(options.output_dir, BEST)
-    evaluator = Evaluator(run, family, data, log, collate_fn)
+    evaluator = Evaluator(
+        run, family, data, log, FeatureCollator(family, collate_fn) if run.keeping else collate_fn
+    )
     sampler = PreviewCaptioner(run, family, data, log, evaluator.report)
     return Trainer(run, evaluator, sampler, CheckpointSaver(run), log, lock)

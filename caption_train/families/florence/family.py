@@ -56,6 +56,7 @@ class Florence(Family):
     draws_answers = True
     converts_checkpoints = True
     has_legacy_layout = True
+    keeps_features = True
     load_elsewhere = (
         "Plain transformers and PEFT load it on a base in transformers' layout, which Microsoft's "
         "repositories are not: `python export_adapter.py {base} florence-native/` writes one, "
@@ -110,6 +111,10 @@ class Florence(Family):
         )
         check_prompt_length(batch["input_ids"].shape[1], processor)
         return {name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask")}
+
+    def find_image_encoder(self, model: Any) -> tuple[Any, str, list[Any]]:
+        """Return the vision tower; see `Family.find_image_encoder`."""
+        return model.model.vision_tower, "forward", [model.model.vision_tower]
 
     def make_collator(
         self, processor: Florence2Processor, *, prompt: str, max_length: int

@@ -45,6 +45,8 @@ class Moondream(Family):
     tasks = ("short", "normal", "long")
     presets = PRESETS | {"descriptive": "long", "short": "short"}
     has_legacy_layout = True
+    keeps_features = True
+    image_inputs = ("pixel_values", "tilings")
 
     @guarding_load
     def load(
@@ -94,6 +96,26 @@ class Moondream(Family):
         batch = dict(processor(list(images), list(prompts)))
         check_prompt_length(batch["input_ids"].shape[1] + 2, processor)  # + 2: room for one word and EOS
         return batch
+
+    def find_image_encoder(self, model: Any) -> tuple[Any, str, list[Any]]:
+        """Return the tower with what joins an image's crops; see `Family.find_image_encoder`."""
+        return model.model, "encode_crops", [model.model.vision_tower]
+
+    def split_images(self, *inputs: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+        """Return the crops and the tiling of each image; see `Family.split_images`."""
+        from caption_train.families.moondream.layers import count_crops
+
+        pixel_values, tilings = inputs
+        crops = pixel_values.split(count_crops(tilings.tolist()))
+        return [(image, tilings[row : row + 1]) for row, image in enumerate(crops)]
+
+    def keep_images(self, batch: Batch, places: Sequence[int]) -> Batch:
+        """Return the batch with the crops and tilings of some images; see `Family.keep_images`."""
+        import torch
+
+        images = self.split_images(batch["pixel_values"], batch["tilings"])
+        crops = [images[place][0] for place in places] or [batch["pixel_values"][:0]]
+        return batch | {"pixel_values": torch.cat(crops), "tilings": batch["tilings"][list(places)]}
 
     def make_collator(
         self, processor: MoondreamProcessor, *, prompt: str, max_length: int

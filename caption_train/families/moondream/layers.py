@@ -6,6 +6,8 @@ tower, D width of the decoder. Source: vikhyat/moondream, `moondream/torch/`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -87,6 +89,11 @@ def stitch_windows(windows: torch.Tensor, tiling: tuple[int, int], margin: int) 
             for row in range(rows)
         ]
     )
+
+
+def count_crops(tilings: Sequence[Sequence[int]]) -> list[int]:
+    """Return how many crops images of these (rows, columns) have: all windows, and the whole image."""
+    return [1 if rows * columns == 1 else 1 + rows * columns for rows, columns in tilings]
 
 
 def find_image_tokens(input_ids: torch.Tensor, image_token_id: int, count: int) -> torch.Tensor:

@@ -30,6 +30,7 @@ from caption_train.families.moondream.generation import (
 from caption_train.families.moondream.layers import (
     MoondreamProjector,
     MoondreamRegion,
+    count_crops,
     find_image_tokens,
     stitch_windows,
 )
@@ -76,16 +77,20 @@ class MoondreamModel(MoondreamPreTrainedModel):
         Returns:
             Image embeddings [I, N, D].
         """
+        return self.multi_modal_projector(self.encode_crops(pixel_values, tilings))
+
+    def encode_crops(self, pixel_values: torch.Tensor, tilings: torch.Tensor) -> torch.Tensor:
+        """Return what the projector reads of each image, the whole and its windows, [I, N, 2 V]."""
         crops = self.vision_tower(pixel_values).last_hidden_state
         tilings = [tuple(tiling) for tiling in tilings.tolist()]
-        counts = [1 if tiling == (1, 1) else 1 + tiling[0] * tiling[1] for tiling in tilings]
+        counts = count_crops(tilings)
         if sum(counts) != len(crops):
             raise ValueError(f"tilings {tilings} mean {sum(counts)} crops, but pixel_values has {len(crops)}")
         features = [
             torch.cat([image[0], self.pool_windows(image[-tiling[0] * tiling[1] :], tiling)], dim=-1)
             for image, tiling in zip(crops.split(counts), tilings, strict=True)
         ]
-        return self.multi_modal_projector(torch.stack(features))
+        return torch.stack(features)
 
     def pool_windows(self, windows: torch.Tensor, tiling: tuple[int, int]) -> torch.Tensor:
         """Average the features of an image's windows [rows × columns, N, V] to one crop's size [N, V]."""

@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 from PIL import Image
 from rich.table import Table
@@ -14,7 +15,7 @@ from caption_train.system.console import print_rich
 from caption_train.training.distributed.fsdp import unsharded
 from caption_train.training.monitor.log import RunLog, Sample
 from caption_train.training.monitor.report import RunReport
-from caption_train.training.monitor.validation import caption_images
+from caption_train.training.monitor.validation import caption_items, open_item
 from caption_train.training.run.batch_plan import is_due
 from caption_train.training.run.data import TrainingData
 from caption_train.training.run.run import TrainingRun
@@ -42,6 +43,7 @@ class PreviewCaptioner:
             pairs, self.note = data.train, " (images that are trained on: --validation_split holds some out)"
         self.run, self.family, self.log, self.report = run, family, log, report
         self.images: list[tuple[Pair, Image.Image]] = []
+        self.items: list[dict[str, Any]] = []
         self.first: list[Sample] = []
         self.latest: list[Sample] = []
         options = run.options
@@ -49,9 +51,11 @@ class PreviewCaptioner:
         chosen = pick_images(pairs, options.seed, data.digests) if self.wanted else []
         for pair in chosen[:COUNT]:
             try:
-                self.images.append((pair, open_image(pair.image)))
+                item, image = open_item(run, pair.image), open_image(pair.image)
             except ImageError:
                 continue
+            self.items.append(item)
+            self.images.append((pair, image))
 
     def before_first_step(self) -> None:
         """Caption with the untrained model if previews were asked for, to compare the later ones with."""
@@ -73,7 +77,7 @@ class PreviewCaptioner:
         with unsharded(self.run.model):
             if not self.run.accelerator.is_main_process:
                 return
-            captions = caption_images(self.run, self.family, images, [pair.prompt for pair in pairs])
+            captions = caption_items(self.run, self.family, self.items, [pair.prompt for pair in pairs])
         samples = [
             Sample(pair.image.name, image, pair.caption, caption)
             for pair, image, caption in zip(pairs, images, captions, strict=True)

@@ -6,16 +6,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from PIL import Image
 from torch.utils.data import DataLoader
 
-from caption_train.data.images import ImageError, open_image
+from caption_train.data.images import ImageError
 from caption_train.data.pairs import Pair
 from caption_train.data.split import drop_repeats, rank_images
 from caption_train.families.base import Batch, Family
+from caption_train.features.source import attach_rows
 from caption_train.metrics.coco import score_captions
 from caption_train.system.console import ProgressBar, print_once
 from caption_train.system.devices import model_dtype, move_batch
@@ -26,7 +27,7 @@ from caption_train.training.distributed.fsdp import unsharded
 from caption_train.training.monitor.log import RunLog
 from caption_train.training.monitor.report import RunReport
 from caption_train.training.run.batch_plan import is_due
-from caption_train.training.run.batches import CaptionDataset, Collate
+from caption_train.training.run.batches import CaptionDataset, Collate, open_alone
 from caption_train.training.run.data import TrainingData
 from caption_train.training.run.run import TrainingRun
 
@@ -104,7 +105,7 @@ class Evaluator:
         share = range(accelerator.process_index, len(self.pairs), accelerator.num_processes)
         workers = run.options.num_workers
         return DataLoader(
-            CaptionDataset(self.pairs),
+            CaptionDataset(self.pairs, open_item=run.keeping and run.keeping.source.open),
             batch_sampler=[[(0, index) for index in keys] for keys in _cut(share, run.plan.batch_size)],
             collate_fn=Collate(self.collate_fn),
             num_workers=workers,
@@ -124,9 +125,10 @@ class Evaluator:
             reading(loader, latest) as batches,
         ):
             for batch in batches:
-                inputs = move_batch(batch.inputs, accelerator.device, model_dtype(model))
-                # The loss is a mean over tokens; sums over batches need it times their number.
-                losses += model(**inputs).loss.item() * batch.label_tokens
+                with run.encoding(batch.inputs) as inputs:
+                    inputs = move_batch(inputs, accelerator.device, model_dtype(model))
+                    # The loss is a mean over tokens; sums over batches need it times their number.
+                    losses += model(**inputs).loss.item() * batch.label_tokens
                 tokens += batch.label_tokens
                 errors += batch.errors
                 bar.update(count=len(batch.files))
@@ -162,12 +164,12 @@ class Evaluator:
         opened = []
         for question in questions:
             try:
-                opened.append((question, open_image(question.image)))
+                opened.append((question, open_item(self.run, question.image)))
             except ImageError:
                 # It was reported when the loss was measured.
                 continue
-        images, prompts = [image for _, image in opened], [question.prompt for question, _ in opened]
-        captions = caption_images(self.run, self.family, images, prompts)
+        items, prompts = [item for _, item in opened], [question.prompt for question, _ in opened]
+        captions = caption_items(self.run, self.family, items, prompts)
         return [
             (str((question.image, question.prompt)), caption, question.references)
             for (question, _), caption in zip(opened, captions, strict=True)
@@ -231,21 +233,29 @@ def evaluating(run: TrainingRun) -> Iterator[torch.nn.Module]:
         model.train()
 
 
-def caption_images(
-    run: TrainingRun, family: Family, images: Sequence[Image.Image], prompts: Sequence[str | None]
+def open_item(run: TrainingRun, path: Path) -> dict[str, Any]:
+    """Return an image, or its kept features, for `caption_items`; raise ImageError if it cannot be read."""
+    return (run.keeping.source.open if run.keeping else open_alone)(path)
+
+
+def caption_items(
+    run: TrainingRun, family: Family, items: Sequence[dict[str, Any]], prompts: Sequence[str | None]
 ) -> list[str]:
     """Caption images as in training.
 
     Args:
         run: the run with the model in training.
         family: the model's family.
-        images: RGB images.
+        items: made by `open_item`.
         prompts: the prompt of each image; None means the prompt of the run.
     """
-    if not images:
+    if not items:
         return []
-    with evaluating(run) as model:
-        batch = family.encode(run.processor, images, [prompt or run.record.prompt for prompt in prompts])
+    prompts = [prompt or run.record.prompt for prompt in prompts]
+    batch = family.encode(run.processor, [item["image"] for item in items], prompts)
+    if run.keeping:
+        batch = attach_rows(family, batch, items)
+    with evaluating(run) as model, run.encoding(batch) as batch:
         batch = move_batch(batch, run.accelerator.device, model_dtype(model))
         generated = family.generate(model, run.processor, batch, max_new_tokens=MAX_NEW_TOKENS)
     return [caption.text for caption in generated]

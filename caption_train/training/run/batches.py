@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class CaptionDataset(Dataset):
         shuffle_captions: whether to shuffle the comma-separated tags of captions.
         keep_tokens: how many tags at the start stay in place.
         caption_dropout: probability of training an image with an empty caption.
+        open_item: returns what an item says of its image, or raises ImageError.
     """
 
     def __init__(
@@ -63,12 +65,14 @@ class CaptionDataset(Dataset):
         shuffle_captions: bool = False,
         keep_tokens: int = 0,
         caption_dropout: float = 0.0,
+        open_item: Callable[[Path], dict[str, Any]] | None = None,
     ) -> None:
         self.pairs = pairs
         self.seed = seed
         self.shuffle_captions = shuffle_captions
         self.keep_tokens = keep_tokens
         self.caption_dropout = caption_dropout
+        self.open_item = open_item or open_alone
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -78,7 +82,7 @@ class CaptionDataset(Dataset):
         pair = self.pairs[index]
         item = pair.texts | {"file": str(pair.image), "caption": self.caption(epoch, index)}
         try:
-            return item | {"image": open_image(pair.image)}
+            return item | self.open_item(pair.image)
         except ImageError as error:
             return item | {"error": str(error)}
 
@@ -94,6 +98,11 @@ class CaptionDataset(Dataset):
         kept, loose = tags[: self.keep_tokens], tags[self.keep_tokens :]
         rng.shuffle(loose)
         return ", ".join(kept + loose)
+
+
+def open_alone(path: Path) -> dict[str, Any]:
+    """Return an item with an image and nothing else of it."""
+    return {"image": open_image(path)}
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from caption_train.errors import CaptionTrainError
 from caption_train.families.florence.files import Checkpoint
 from caption_train.families.florence.legacy.load import load_legacy
+from caption_train.system.files import cache_folder
 
 FORMAT = 2
 """To be raised whenever the conversion changes, so that older copies are not used."""
@@ -23,16 +23,11 @@ def use_native_copy(checkpoint: Checkpoint) -> Checkpoint:
 
     A copy belongs to one folder and the state of its files. When one of them changes, the copy is replaced.
     """
-    folder = cache_folder() / f"{_place(checkpoint)}-{_state(checkpoint)}"
+    folder = cache_folder("florence") / f"{_place(checkpoint)}-{_state(checkpoint)}"
     if not folder.is_dir():
         _write_copy(checkpoint, folder)
         _remove_older(folder, _place(checkpoint))
     return Checkpoint(checkpoint.model_id, folder, tuple(sorted(folder.glob("*.safetensors"))))
-
-
-def cache_folder() -> Path:
-    """Return where copies are kept: in $XDG_CACHE_HOME, or in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "caption-train" / "florence"
 
 
 def _place(checkpoint: Checkpoint) -> str:
