@@ -104,6 +104,18 @@ def _reason(folder: Path | str, error: BaseException) -> str:
     return find_damage(folder) or describe_error(error)
 
 
+def merge_adapter(model: PeftModel, family: Family) -> nn.Module:
+    """Return the base with the adapter's changes in its own weights; the layers of the adapter are gone.
+
+    Raises:
+        CaptionTrainError: the adapter is on weights that other modules use too.
+    """
+    family.prepare_merge(model)
+    if shared := find_shared(model):
+        raise CaptionTrainError(f"an adapter of {', '.join(shared)} cannot be merged: its weights are shared")
+    return model.merge_and_unload()
+
+
 def find_shared(model: PeftModel) -> list[str]:
     """Return the names of adapted modules that share their weight with another: merging would change both."""
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -193,14 +193,9 @@ def _write_model(
     # training.json holds the prompt for inference. An adapter's README.md would be wrong for a merged model.
     _copy_beside(options.source, folder, *(["training.json"] if options.is_adapter else ABOUT))
     if options.is_adapter:
-        from caption_train.adapters.load import find_shared
+        from caption_train.adapters.load import merge_adapter
 
-        family.prepare_merge(model)
-        if shared := find_shared(model):
-            raise CaptionTrainError(
-                f"an adapter of {', '.join(shared)} cannot be merged: its weights are shared"
-            )
-        model = model.merge_and_unload()
+        model = merge_adapter(model, family)
     model = model.to(_find_dtype(options, family, base))
     if options.layout == "legacy":
         family.save_legacy(model, processor, folder)

@@ -1,0 +1,114 @@
+"""Kept features come back as they were or not at all, and the limit removes what was not used for longest."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from caption_train.features.store import FeatureStore, clear_leftovers, make_room, measure_room
+from tests.fixtures.paths import REPOSITORY
+
+DIGEST = "ab" + "0" * 62
+
+
+def make_store(tmp_path: Path, **settings) -> FeatureStore:
+    return FeatureStore(tmp_path / "features" / "tower", **settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_features_come_back_bit_for_bit_in_their_own_precision(tmp_path, dtype):
+    tensor = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    store = make_store(tmp_path)
+    assert store.read(DIGEST) is None and store.find_size() is None
+    assert store.write(DIGEST, tensor.T.contiguous().T)
+    read = make_store(tmp_path).read(DIGEST)
+    assert read.dtype == dtype and torch.equal(read, tensor)
+    assert store.find_size() == store.path(DIGEST).stat().st_size
+
+
+def test_a_damaged_file_is_no_features_and_is_computed_again(tmp_path):
+    store = make_store(tmp_path)
+    store.write(DIGEST, torch.arange(64.0))
+    whole = store.path(DIGEST).read_bytes()
+    flipped = [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in range(0, len(whole), 7)]
+    harmless = 0
+    for content in [*flipped, *(whole[:length] for length in range(0, len(whole), 13)), b"\0" * len(whole)]:
+        store.path(DIGEST).write_bytes(content)
+        read = store.read(DIGEST)
+        # A changed space, or a letter of another key, is no damage to the numbers.
+        assert read is None or torch.equal(read, torch.arange(64.0))
+        assert store.path(DIGEST).exists() == (read is not None)
+        harmless += read is not None
+        store.path(DIGEST).parent.mkdir(exist_ok=True)
+    assert harmless < len(flipped) / 4
+    assert store.write(DIGEST, torch.arange(64.0)) and store.read(DIGEST) is not None
+
+
+def test_nothing_is_written_beyond_the_room(tmp_path):
+    store = make_store(tmp_path, room=3000)
+    written = [store.write(f"{n:064x}", torch.zeros(256)) for n in range(4)]
+    assert written == [True, True, False, False] and store.is_full
+    assert measure_room(tmp_path / "features").used <= 3000
+    assert not make_store(tmp_path, room=0).write("f" * 64, torch.zeros(1))
+
+
+def test_a_disk_that_refuses_is_as_good_as_full(tmp_path):
+    (tmp_path / "features").write_text("a file where the folder should be")
+    store = make_store(tmp_path)
+    assert not store.write(DIGEST, torch.zeros(4)) and store.is_full
+    assert store.read(DIGEST) is None
+
+
+def test_room_is_made_from_what_was_not_used_for_the_longest_time(tmp_path):
+    root = tmp_path / "features"
+    old, own = FeatureStore(root / "old"), FeatureStore(root / "own")
+    for n in range(4):
+        old.write(f"{n:064x}", torch.zeros(256))
+        os.utime(old.path(f"{n:064x}"), (n + 1, n + 1))
+    own.write("f" * 64, torch.zeros(256))
+    os.utime(own.path("f" * 64), (0, 0))
+    old.read(f"{0:064x}")  # used again
+    size = old.find_size()
+    removed = make_room(root, 5 * size, 2 * size, lambda path: path.is_relative_to(own.folder))
+    assert removed == 2 * size
+    assert [old.has(f"{n:064x}") for n in range(4)] == [True, False, False, True]
+    assert own.has("f" * 64)
+    assert make_room(root, 100 * size, size, lambda path: False) == 0
+    assert make_room(tmp_path / "nowhere", 0, 1, lambda path: False) == 0
+
+
+WRITER = """
+import sys, torch
+from pathlib import Path
+from caption_train.features.store import FeatureStore
+store = FeatureStore(Path(sys.argv[1]))
+for _ in range(int(sys.argv[2])):
+    for n in range(8):
+        store.path(f"{n:064x}").unlink(missing_ok=True)
+        store.write(f"{n:064x}", torch.full((20_000,), float(n)))
+print("done")
+"""
+
+
+def test_several_processes_and_one_that_is_killed_leave_whole_files_only(tmp_path):
+    store = make_store(tmp_path)
+    command = [sys.executable, "-c", WRITER, str(store.folder)]
+    settings = {"cwd": REPOSITORY, "stdout": subprocess.PIPE}
+    steady = subprocess.Popen([*command, "10"], **settings)
+    killed = subprocess.Popen([*command, "100000"], **settings)
+    try:
+        while steady.poll() is None:
+            for n in range(8):
+                read = store.read(f"{n:064x}")
+                assert read is None or torch.equal(read, torch.full((20_000,), float(n)))
+    finally:
+        killed.kill()
+        killed.wait()
+        steady.stdout.close(), killed.stdout.close()
+    assert steady.returncode == 0
+    clear_leftovers(store.folder)
+    left = [path.name for path in store.folder.rglob("*") if path.is_file()]
+    assert left and all(name.endswith(".safetensors") and not name.startswith(".") for name in left)

@@ -1,0 +1,178 @@
+"""`--cache_features`: the vision tower runs once an image, and the run stays the run that it was."""
+
+import functools
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+
+from caption_train.data import images
+from caption_train.families import FAMILIES, get_family
+from tests.fixtures.runs import (
+    assert_same_run,
+    make_options,
+    prepare_run,
+    read_log,
+    save_base,
+    train,
+    write_pairs,
+)
+
+KEEPING = [name for name in FAMILIES if get_family(name).keeps_features]
+PLAIN = {"train_parts": ["projector", "language"]}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "caption-train" / "features"
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    return functools.cache(lambda family: save_base(family, tmp_path_factory.mktemp(f"{family}-base")))
+
+
+@pytest.fixture
+def make(bases, tmp_path):
+    """`make(family)`: options for six pictures, two of which are one file twice."""
+    folder = write_pairs(tmp_path / "pairs", 6)
+    (folder / "05.png").write_bytes((folder / "04.png").read_bytes())
+    return lambda family: make_options(family, bases(family), folder, tmp_path / "plain")
+
+
+@pytest.fixture
+def options(make):
+    return make("blip")
+
+
+def kept(tmp_path, options, name="kept", **changes):
+    return replace(options, output_dir=tmp_path / name, cache_features=True, **changes)
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The paths that were decoded after the check at the start, which reads them in its own way."""
+    found = []
+    real = images.open_image
+    for module in ("caption_train.features.source", "caption_train.training.run.batches"):
+        monkeypatch.setattr(f"{module}.open_image", lambda path: found.append(path) or real(path))
+    return found
+
+
+@pytest.mark.parametrize("family", KEEPING)
+def test_each_picture_is_decoded_and_encoded_once_and_by_no_later_run(family, make, tmp_path, opened):
+    options = make(family)
+    for name, encoded in (("kept", 5), ("again", 0)):
+        trainer = prepare_run(kept(tmp_path, options, name, epochs=3), get_family(family))
+        trainer.train()
+        assert trainer.run.keeping.encoder.computed == encoded
+        # A copy may be opened before the features of its twin are kept.
+        assert len(opened) in ((5, 6) if encoded else (0,))
+        opened.clear()
+    assert_same_run(tmp_path / "kept", tmp_path / "again")
+
+
+@pytest.mark.parametrize("family", KEEPING)
+def test_a_run_is_the_plain_one_bit_for_bit(family, make, tmp_path):
+    plain = replace(make(family), batch_size=1, gradient_accumulation_steps=2, epochs=2)
+    train(family, replace(plain, **PLAIN))
+    train(family, kept(tmp_path, plain))
+    assert_same_run(tmp_path / "plain", tmp_path / "kept")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"mixed_precision": "bf16"}, {"num_workers": 2}, {"train_method": "full"}]
+)
+def test_a_run_that_keeps_nothing_is_the_same_run(options, tmp_path, changes):
+    """In bf16 too, because pictures are encoded one by one."""
+    train("blip", kept(tmp_path, options, **changes))
+    train("blip", kept(tmp_path, options, "none", cache_limit="0.0MB", **changes))
+    train("blip", kept(tmp_path, options, "again", **changes))
+    assert_same_run(tmp_path / "kept", tmp_path / "none")
+    assert_same_run(tmp_path / "kept", tmp_path / "again")
+
+
+def test_validation_metrics_and_previews_take_kept_features_too(options, tmp_path, opened):
+    watched = {
+        "validation_split": 0.4,
+        "metrics": ["exact_match"],
+        "sample_every_n_epochs": 1,
+        "eval_every_n_epochs": 1,
+    }
+    train("blip", kept(tmp_path, options, **watched))
+    trainer = prepare_run(kept(tmp_path, options, "again", **watched), get_family("blip"))
+    opened.clear()
+    trainer.train()
+    assert trainer.run.keeping.encoder.computed == 0 and opened == []
+    assert_same_run(tmp_path / "kept", tmp_path / "again")
+    assert any("eval_exact_match" in row for row in read_log(tmp_path / "kept"))
+
+
+def test_a_resumed_run_ends_as_the_one_without_a_stop(options, tmp_path):
+    train("blip", kept(tmp_path, options, "whole", save_every_n_steps=2))
+    trainer = prepare_run(kept(tmp_path, options, "cut", save_every_n_steps=2), get_family("blip"))
+
+    def stop(step):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    trainer.sampler.after_step = stop
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    train("blip", kept(tmp_path, options, "cut", save_every_n_steps=2, resume="auto"))
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_picture_that_changes_during_a_run_is_not_kept_as_the_old_one(options, tmp_path, cache):
+    trainer = prepare_run(kept(tmp_path, options, epochs=1), get_family("blip"))
+    Image.new("RGB", (40, 40), "red").save(options.dataset_dir / "00.png")
+    trainer.train()
+    digests = {path.name: digest for path, digest in trainer.run.keeping.source.digests.items()}
+    store = trainer.run.keeping.encoder.store
+    assert not store.has(digests["00.png"]) and store.has(digests["01.png"])
+
+
+def test_other_weights_and_precisions_have_other_features(options, tmp_path, cache):
+    train("blip", kept(tmp_path, options, epochs=1))
+    train("blip", kept(tmp_path, options, "bf16", epochs=1, mixed_precision="bf16"))
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_features_that_another_process_removes_are_computed_again(options, tmp_path):
+    trainer = prepare_run(kept(tmp_path, options), get_family("blip"))
+    store, rows = trainer.run.keeping.encoder.store, []
+
+    def remove(step):
+        rows.append(step)
+        for path in store.folder.rglob("*.safetensors"):
+            path.write_bytes(path.read_bytes()[: 50 * (step + 1)])
+
+    trainer.sampler.after_step = remove
+    trainer.train()
+    train("blip", kept(tmp_path, options, "other"))
+    assert rows and trainer.run.keeping.encoder.computed > 5
+    assert_same_run(tmp_path / "kept", tmp_path / "other")
+
+
+def test_a_trained_tower_is_refused_in_one_line(options, tmp_path):
+    problems = kept(tmp_path, options, train_parts=["vision"]).check()
+    assert len(problems) == 1 and "--train_parts" in problems[0]
+    assert "vision is frozen" in " ".join(
+        kept(tmp_path, options, part_learning_rates=["vision=1e-5"]).check()
+    )
+    assert "--cache_features" in " ".join(replace(options, cache_limit="5GB").check())
+    assert "no size" in " ".join(kept(tmp_path, options, cache_limit="a lot").check())
+
+
+def test_the_folder_for_features_is_named_where_it_cannot_be_made(options, tmp_path, cache):
+    cache.parent.parent.mkdir()
+    cache.parent.write_text("in the way")
+    with pytest.raises(Exception, match=r"--cache_features: .*features.* cannot be made: .*XDG_CACHE_HOME"):
+        prepare_run(kept(tmp_path, options), get_family("blip"))
+
+
+def test_a_family_that_keeps_none_has_no_flag():
+    assert {"cache_features", "cache_limit"} <= get_family("vlm").absent_flags()
+    with pytest.raises(NotImplementedError):
+        get_family("vlm").find_image_encoder(None)
