@@ -282,15 +282,17 @@ class TrainOptions:
             problems.append("--prompt and --task name the same thing twice: give one")
         if self.preset is not None and (self.prompt is not None or self.task is not None):
             problems.append("--preset is a prompt: drop it, or --prompt and --task")
-        if self.memory_budget is not None and not self.plan:
-            problems.append("--memory_budget only has a meaning with --plan")
-        if self.memory_budget is not None and parse_bytes(self.memory_budget) is None:
-            problems.append(f"--memory_budget {self.memory_budget} is no size like 8GB, 7.5GiB or 900MB")
-        if self.cache_limit is not None and parse_bytes(self.cache_limit) is None:
-            problems.append(f"--cache_limit {self.cache_limit} is no size like 50GB, 7.5GiB or 900MB")
-        if self.cache_limit is not None and not self.cache_features:
-            problems.append("--cache_limit only has a meaning with --cache_features")
-        return problems + compatibility.check(self)
+        return problems + self._check_sizes() + compatibility.check(self)
+
+    def _check_sizes(self) -> list[str]:
+        problems = []
+        for name, owner in (("memory_budget", "plan"), ("cache_limit", "cache_features")):
+            size = getattr(self, name)
+            if size is not None and not getattr(self, owner):
+                problems.append(f"--{name} only has a meaning with --{owner}")
+            if size is not None and parse_bytes(size) is None:
+                problems.append(f"--{name} {size} is no size like 8GB, 7.5GiB or 900MB")
+        return problems
 
     def _check_datasets(self) -> list[str]:
         folders, weights = [self.dataset_dir, *self.add_dataset], self.dataset_weights

@@ -48,7 +48,7 @@ class KeepingEncoder:
     """A model's vision tower that computes each image once.
 
     The tower must be frozen. It is put into eval mode for good, because features with random layers left
-    out (Florence-2's stochastic depth) would not be worth keeping. Images are encoded one at a time:
+    out (stochastic depth) would not be worth keeping. Images are encoded one at a time:
     in half precision, what a matrix product makes of a row depends on how many rows there are, and features
     must not depend on which images shared their first batch.
 

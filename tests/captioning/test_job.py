@@ -244,7 +244,9 @@ def adapter(tmp_path):
 
 def test_an_adapter_brings_its_base_revision_and_prompt(folder, adapter, monkeypatch, capsys):
     # Importing PEFT takes longer than all other tests here.
-    load = SimpleNamespace(load_adapter=lambda model, folder, family: model)
+    load = SimpleNamespace(
+        load_adapter=lambda model, folder, family: model, merge_adapter=lambda model, family: model
+    )
     monkeypatch.setitem(sys.modules, "caption_train.adapters.load", load)
     family = FakeFamily()
     run(family, folder / "0.png", peft_model=adapter)
