@@ -269,12 +269,12 @@ def _make_trainer(
     if options.log_with:
         name = options.name or options.output_dir.name
         with raise_on_all_ranks(accelerator):
-            start_trackers(accelerator, name, run.record.options, run.progress)
+            start_trackers(accelerator, name, run.record.options, run.progress, options.output_dir)
     with raise_on_all_ranks(accelerator):
         log = RunLog(accelerator, options.output_dir, run.plan.first_step)
         if accelerator.is_main_process and run.plan.first_step == 0:
             with explain_failure(options.output_dir, BEST):
                 forget(options.output_dir, BEST)
     evaluator = Evaluator(run, family, data, log, collate_fn)
-    sampler = PreviewCaptioner(run, family, data, log, evaluator.report)
+    sampler = PreviewCaptioner(run, family, data, log, evaluator.tables)
     return Trainer(run, evaluator, sampler, CheckpointSaver(run), log, lock)

@@ -87,6 +87,11 @@ class RunReport:
             reason = (isinstance(error, OSError) and error.strerror) or error or type(error).__name__
             print_line(f"{self.path} is not written: {reason}")
 
+    def find_captions(self, step: int) -> dict[Key, str]:
+        """Return what the model said at a step that the report shows; after a resume, of before it too."""
+        column = self._columns.get(step, Column())
+        return {self.shown[place][0]: answer.text for place, answer in column.answers.items()}
+
     def find_samples(self, count: int) -> tuple[list[Sample], list[Sample]]:
         """Return the first images, with their captions before training and now, for the model card."""
         steps = sorted(self._columns)
