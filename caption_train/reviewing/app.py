@@ -57,6 +57,11 @@ class Parts:
         """The name of the model's family."""
         return self.suggester.family.name if self.suggester else None
 
+    def list_commands(self) -> list[str]:
+        """Return the commands that train on what was accepted."""
+        adapter = self.suggester.adapter if self.suggester else None
+        return list_commands(self.output_dir, self.family, adapter)
+
 
 def make_app(parts: Parts) -> Starlette:
     """Return the application, without the guard in front of it."""
@@ -271,7 +276,7 @@ def finish(parts: Parts, values: _Values) -> dict[str, Any]:
         "count": len(accepted) - left_out,
         "left_out": left_out,
         "folder": _show(parts.output_dir),
-        "commands": list_commands(parts.output_dir, parts.family),
+        "commands": parts.list_commands(),
     }
 
 
