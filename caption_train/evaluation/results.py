@@ -16,7 +16,7 @@ from caption_train.evaluation.scores import LABELS, SHARES, Score, Scores
 from caption_train.reporting.curves import LOG_FILE, read_charts
 from caption_train.reporting.markdown import escape_cell
 from caption_train.reporting.page import describe_change, format_number, judge, write_report
-from caption_train.reporting.report import REPORT_FILE, Answer, Cell, Item, Report, Row
+from caption_train.reporting.report import REPORT_FILE, Answer, Cell, Item, Report, Row, name_model
 from caption_train.reporting.thumbnails import make_thumbnails
 from caption_train.system.files import write_atomically
 
@@ -143,7 +143,7 @@ def make_report(results: Results) -> Report:
         ("Dataset", results.options.dataset_dir.resolve().name),
         ("Images", f"{len(items)}: {results.data.split}"),
     ]
-    facts += [("Base", first.model_id), ("Prompt", first.prompt or "none")]
+    facts += [("Base", name_model(first.model_id)), ("Prompt", first.prompt or "none")]
     others = [c for c in results.candidates[1:] if c.base.prompt != first.prompt]
     facts += [(f"Prompt of {c.name}", c.base.prompt or "none") for c in others]
     charts = [(c.name, found) for c in results.candidates if c.adapter and (found := _find_charts(c.adapter))]
@@ -151,7 +151,7 @@ def make_report(results: Results) -> Report:
     if not results.data.has_references:
         notes += ("The dataset has no captions, so nothing says which captions are right.",)
     return Report(
-        f"{' and '.join(names[1:]) or first.model_id} on {facts[0][1]}",
+        f"{' and '.join(names[1:]) or name_model(first.model_id)} on {facts[0][1]}",
         facts,
         names,
         _make_rows(results),
