@@ -188,7 +188,7 @@ def tags(parts: Parts, values: _Values) -> dict[str, Any]:
 
 def history(parts: Parts, values: _Values) -> dict[str, Any]:
     """Return the newest steps."""
-    batches = [b for b in parts.review.history.batches.values() if b.edits][-MOST_SHOWN:]
+    batches = [b for b in parts.review.history.batches.values() if b.edits or b.marks][-MOST_SHOWN:]
     return {"batches": [describe_batch(batch) for batch in reversed(batches)]}
 
 
@@ -245,7 +245,9 @@ def replace(parts: Parts, values: _Values) -> dict[str, Any]:
 def undo(parts: Parts, values: _Values) -> dict[str, Any]:
     """Undo a step, by default the last one."""
     batch, outcomes = parts.review.undo(values.get("batch", str, None))
-    return _summarize(outcomes) | {"undone": describe_batch(batch)}
+    undone = _summarize(outcomes) | {"undone": describe_batch(batch)}
+    # Marks can always be undone; captions that were edited elsewhere are kept.
+    return undone | ({} if batch.edits else {"done": len(batch.marks)})
 
 
 def refresh(parts: Parts, values: _Values) -> dict[str, Any]:
