@@ -116,7 +116,7 @@ class Report:
 def name_model(model_id: str) -> str:
     """Return a model's name for a page that may be handed on: a folder's own name, not where it lies.
 
-    >>> name_model("microsoft/Florence-2-base"), name_model("/home/me/models/florence")
-    ('microsoft/Florence-2-base', 'florence')
+    >>> name_model("someone/model"), name_model("/home/me/models/mine")
+    ('someone/model', 'mine')
     """
     return Path(model_id).name if Path(model_id).is_absolute() else model_id
