@@ -93,12 +93,16 @@ def parsed(monkeypatch):
 @pytest.fixture(scope="module")
 def browser():
     """A headless Chromium, for the tests of pages."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        pytest.skip("Playwright is not installed")
     names = ("chromium", "chromium-browser", "google-chrome")
     program = next(filter(None, map(shutil.which, names)), None)
     if program is None:
         pytest.skip("there is no Chromium: apt-get install chromium")
-    with playwright.sync_playwright() as started:
+    # Not kept for the session: while Playwright runs, no test of this process could use asyncio.
+    with sync_playwright() as started:
         browser = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
         yield browser
         browser.close()

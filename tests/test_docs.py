@@ -44,6 +44,8 @@ OTHER_PROGRAMS = {
     "pre-commit",
     "git",
     "cd",
+    "mkdir",
+    "cp",
 }
 
 

@@ -25,6 +25,11 @@ from caption_train.config.compiling import CompileOptions
 from caption_train.config.training import TrainOptions
 from caption_train.errors import CaptionTrainError
 from caption_train.families import get_family
+from caption_train.reviewing.history import HISTORY_NAME, History
+from caption_train.reviewing.items import Library
+from caption_train.reviewing.queries import Replacement
+from caption_train.reviewing.review import Review, describe_batch
+from caption_train.reviewing.stores import open_store
 from caption_train.system.files import hash_file
 from caption_train.training.run.data import read_training_data
 from tests.fixtures.fuzz import SECONDS, Hung, damage, ending_after
@@ -36,6 +41,7 @@ SHARES = {
     **{"base blip": 0.15, "base florence": 0.1, "base moondream": 0.1, "base vlm": 0.1},
     **{"adapter blip": 0.1, "adapter florence": 0.05, "checkpoint": 0.1},
     **{"dataset": 0.1, "kohya": 0.05, "config": 0.1, "list": 0.05, "captions": 0.15},
+    "review": 0.15,
 }
 """How many of the cases go to each kind of file."""
 CAPTION_FILES = ("llava.json", "coco.json", "messages.jsonl", "table.csv", "table.parquet")
@@ -208,9 +214,37 @@ def make_list(folder: Path, base: Path):
     return pairs, lambda copy: find_inputs([str(copy / "images.list")])
 
 
+def make_review(folder: Path, base: Path):
+    pairs = write_pairs(folder / "pairs", 3)
+    review = open_review(pairs)
+    ids = list(review.library)
+    review.save([(ids[0], review.captions[ids[0]], "one")], "edit", accept=True)
+    review.mark(ids, flagged=True)
+    review.undo()
+    review.replace(review.preview(ids, Replacement("e", "a"))[0])
+    review.mark(ids, accepted=True)
+
+    def read(copy: Path) -> None:
+        review = open_review(copy)
+        review.progress(), review.describe(review.library)
+        list(map(describe_batch, review.history.batches.values()))
+        for _ in range(10):
+            if review.history.last() is None:
+                return
+            review.undo()
+
+    return pairs, read
+
+
+def open_review(folder: Path) -> Review:
+    library = Library(folder)
+    return Review(library, open_store(library, "auto", ".txt"), History(library.root))
+
+
 OTHERS = {
     **{"checkpoint": make_checkpoint, "dataset": make_dataset, "kohya": make_kohya},
     **{"config": make_config, "list": make_list, "captions": make_captions},
+    "review": make_review,
 }
 MAY_LIST = ("dataset", "kohya", "config", "captions")
 """Kinds whose errors list one problem a line."""
@@ -232,6 +266,7 @@ def try_case(kind: str, number: int, sound, tmp_path: Path) -> str | None:
         "kohya": ["meta.json"],
         "dataset": ["metadata.jsonl"],
         "captions": CAPTION_FILES,
+        "review": [HISTORY_NAME],
     }
     chosen = [path for path in files if path.name in names.get(kind, ())] if rng.random() < 0.7 else []
     done = damage(rng.choice(chosen or files), rng)

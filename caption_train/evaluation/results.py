@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ from caption_train.evaluation.captions import Made
 from caption_train.evaluation.questions import EvaluationSet, Question
 from caption_train.evaluation.scores import LABELS, SHARES, Score, Scores
 from caption_train.reporting.curves import LOG_FILE, read_charts
+from caption_train.reporting.markdown import escape_cell
 from caption_train.reporting.page import describe_change, format_number, judge, write_report
-from caption_train.reporting.report import REPORT_FILE, Answer, Cell, Item, Report, Row
+from caption_train.reporting.report import REPORT_FILE, Answer, Cell, Item, Report, Row, name_model
 from caption_train.reporting.thumbnails import make_thumbnails
 from caption_train.system.files import write_atomically
 
@@ -143,7 +143,7 @@ def make_report(results: Results) -> Report:
         ("Dataset", results.options.dataset_dir.resolve().name),
         ("Images", f"{len(items)}: {results.data.split}"),
     ]
-    facts += [("Base", first.model_id), ("Prompt", first.prompt or "none")]
+    facts += [("Base", name_model(first.model_id)), ("Prompt", first.prompt or "none")]
     others = [c for c in results.candidates[1:] if c.base.prompt != first.prompt]
     facts += [(f"Prompt of {c.name}", c.base.prompt or "none") for c in others]
     charts = [(c.name, found) for c in results.candidates if c.adapter and (found := _find_charts(c.adapter))]
@@ -151,7 +151,7 @@ def make_report(results: Results) -> Report:
     if not results.data.has_references:
         notes += ("The dataset has no captions, so nothing says which captions are right.",)
     return Report(
-        f"{' and '.join(names[1:]) or first.model_id} on {facts[0][1]}",
+        f"{' and '.join(names[1:]) or name_model(first.model_id)} on {facts[0][1]}",
         facts,
         names,
         _make_rows(results),
@@ -192,11 +192,11 @@ def _find_charts(adapter: Path) -> list:
 
 def describe_in_markdown(results: Results, report: Report) -> str:
     """Return the content of evaluation.md: the summary, and the first captions side by side."""
-    lines = [f"# {_escape(report.title)}", ""]
-    lines += [f"- {_escape(what)}: {_escape(value)}" for what, value in report.facts]
+    lines = [f"# {escape_cell(report.title)}", ""]
+    lines += [f"- {escape_cell(what)}: {escape_cell(value)}" for what, value in report.facts]
     lines += [
         "",
-        f"| metric | {' | '.join(map(_escape, report.columns))} |",
+        f"| metric | {' | '.join(map(escape_cell, report.columns))} |",
         "|---" * (len(report.columns) + 1) + "|",
     ]
     for row in report.rows:
@@ -215,17 +215,9 @@ def describe_in_markdown(results: Results, report: Report) -> str:
     lines += [f"## Captions{more}", ""]
     has_references = results.data.has_references
     columns = ["image", *(["reference"] if has_references else []), *report.columns]
-    lines += [f"| {' | '.join(map(_escape, columns))} |", "|---" * len(columns) + "|"]
+    lines += [f"| {' | '.join(map(escape_cell, columns))} |", "|---" * len(columns) + "|"]
     for index, question in enumerate(shown):
         cells = [question.name, *([" / ".join(question.references)] if has_references else [])]
         cells += [made[index].text for made in results.captions]
-        lines.append(f"| {' | '.join(map(_escape, cells))} |")
+        lines.append(f"| {' | '.join(map(escape_cell, cells))} |")
     return "\n".join([*lines, ""]).encode("utf-8", "backslashreplace").decode()
-
-
-def _escape(text: str) -> str:
-    """Return text as it is, safe inside a cell of a Markdown table."""
-    escaped = html.escape(" ".join(text.split()), quote=False)
-    for character in "\\`*_[]|":
-        escaped = escaped.replace(character, f"&#{ord(character)};")
-    return escaped

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 REPORT_FILE = "report.html"
 
@@ -110,3 +111,12 @@ class Report:
     items: Sequence[Item] = ()
     charts: Sequence[tuple[str, Sequence[Chart]]] = ()
     notes: Sequence[str] = ()
+
+
+def name_model(model_id: str) -> str:
+    """Return a model's name for a page that may be handed on: a folder's own name, not where it lies.
+
+    >>> name_model("someone/model"), name_model("/home/me/models/mine")
+    ('someone/model', 'mine')
+    """
+    return Path(model_id).name if Path(model_id).is_absolute() else model_id

@@ -4,11 +4,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from caption_train.adapters.continuing import adopt_adapter
 from caption_train.compiling.placement import place_images, plan_placement
 from caption_train.compiling.summary import list_training_commands
+from caption_train.config.training import TrainOptions
 from caption_train.data.formats import METADATA_NAME, is_inside, is_portable
 from caption_train.data.rows import write_metadata
-from caption_train.errors import UsageError
+from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import FAMILIES
 from caption_train.reviewing.items import Item
 from caption_train.system.console import escape_unprintable
@@ -62,7 +64,28 @@ def write_accepted(images: Path, target: Path, accepted: Sequence[tuple[Item, st
     return len(accepted) - len(named)
 
 
-def list_commands(dataset_dir: Path, family: str | None = None) -> list[str]:
-    """Return the commands that train on a folder, one for each family, or for the one of the model."""
-    name = Path(os.path.realpath(dataset_dir)).name
-    return list_training_commands(escape_unprintable(dataset_dir), name, [family] if family else FAMILIES)
+def list_commands(dataset_dir: Path, family: str | None = None, adapter: Path | None = None) -> list[str]:
+    """Return the commands that train on a folder.
+
+    Args:
+        dataset_dir: the folder.
+        family: the family to train; None lists a command for each.
+        adapter: what suggested the captions; training goes on from it, where it is a plain LoRA.
+    """
+    real = os.path.realpath(dataset_dir)
+    if is_inside(real, here := os.path.realpath(os.curdir)):
+        dataset_dir = Path(os.path.relpath(real, here))
+    flags = []
+    if adapter is not None and _is_trainable(adapter):
+        flags = ["--init_adapter", escape_unprintable(adapter)]
+    return list_training_commands(
+        escape_unprintable(dataset_dir), Path(real).name, [family] if family else FAMILIES, flags
+    )
+
+
+def _is_trainable(adapter: Path) -> bool:
+    try:
+        adopt_adapter(TrainOptions(init_adapter=adapter))
+    except CaptionTrainError:
+        return False
+    return True

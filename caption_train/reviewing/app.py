@@ -57,6 +57,11 @@ class Parts:
         """The name of the model's family."""
         return self.suggester.family.name if self.suggester else None
 
+    def list_commands(self) -> list[str]:
+        """Return the commands that train on what was accepted."""
+        adapter = self.suggester.adapter if self.suggester else None
+        return list_commands(self.output_dir, self.family, adapter)
+
 
 def make_app(parts: Parts) -> Starlette:
     """Return the application, without the guard in front of it."""
@@ -183,7 +188,7 @@ def tags(parts: Parts, values: _Values) -> dict[str, Any]:
 
 def history(parts: Parts, values: _Values) -> dict[str, Any]:
     """Return the newest steps."""
-    batches = [b for b in parts.review.history.batches.values() if b.edits][-MOST_SHOWN:]
+    batches = [b for b in parts.review.history.batches.values() if b.edits or b.marks][-MOST_SHOWN:]
     return {"batches": [describe_batch(batch) for batch in reversed(batches)]}
 
 
@@ -240,7 +245,9 @@ def replace(parts: Parts, values: _Values) -> dict[str, Any]:
 def undo(parts: Parts, values: _Values) -> dict[str, Any]:
     """Undo a step, by default the last one."""
     batch, outcomes = parts.review.undo(values.get("batch", str, None))
-    return _summarize(outcomes) | {"undone": describe_batch(batch)}
+    undone = _summarize(outcomes) | {"undone": describe_batch(batch)}
+    # Marks can always be undone; captions that were edited elsewhere are kept.
+    return undone | ({} if batch.edits else {"done": len(batch.marks)})
 
 
 def refresh(parts: Parts, values: _Values) -> dict[str, Any]:
@@ -271,7 +278,7 @@ def finish(parts: Parts, values: _Values) -> dict[str, Any]:
         "count": len(accepted) - left_out,
         "left_out": left_out,
         "folder": _show(parts.output_dir),
-        "commands": list_commands(parts.output_dir, parts.family),
+        "commands": parts.list_commands(),
     }
 
 

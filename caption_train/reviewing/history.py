@@ -9,7 +9,7 @@ its undoing changes nothing. `void` follows where the caption could not be writt
 import json
 import os
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,14 +34,25 @@ class Edit:
 
 
 @dataclass
+class Mark:
+    """What was marked of one image: "accepted", a caption or None, and "flagged", each before and after."""
+
+    name: str
+    before: dict[str, Any]
+    after: dict[str, Any]
+    is_undone: bool = False
+
+
+@dataclass
 class Batch:
-    """Edits that were made in one step, and are undone in one.
+    """Edits and marks that were made in one step, and are undone in one.
 
     Attributes:
         id: names it.
-        action: "edit", "suggestion", "conflict", "replace" or "undo".
+        action: "edit", "suggestion", "conflict", "replace", "mark" or "undo".
         time: when, in UTC.
         edits: by the image's name.
+        marks: by the image's name.
         undoes: the batch that this one undid.
     """
 
@@ -49,12 +60,14 @@ class Batch:
     action: str
     time: str
     edits: dict[str, Edit] = field(default_factory=dict)
+    marks: dict[str, Mark] = field(default_factory=dict)
     undoes: str | None = None
 
     @property
     def can_be_undone(self) -> bool:
-        """Whether an edit of it stands."""
-        return self.action != "undo" and any(not edit.is_undone for edit in self.edits.values())
+        """Whether an edit or a mark of it stands."""
+        made = [*self.edits.values(), *self.marks.values()]
+        return self.action != "undo" and any(not done.is_undone for done in made)
 
 
 class History:
@@ -92,26 +105,28 @@ class History:
             edits: (image name, caption before, caption after).
             undoes: the batch that they undo.
         """
-        id, time = secrets.token_hex(8), datetime.now(UTC).isoformat(timespec="seconds")
-        shared = {"batch": id, "action": action, "time": time} | ({"undoes": undoes} if undoes else {})
+        batch = Batch(secrets.token_hex(8), action, _now(), undoes=undoes)
+        shared = _describe(batch)
         self._append([shared | {"name": n, "before": b, "after": a} for n, b, a in edits])
-        return self.batches.get(id) or Batch(id, action, time)
+        return self.batches.get(batch.id) or batch
 
     def void(self, batch: Batch, names: Sequence[str]) -> None:
         """Write down that edits were not made after all."""
         self._append([{"batch": batch.id, "action": "void", "name": name} for name in names])
 
-    def mark(self, names: Iterable[str], **marks: Any) -> None:
-        """Write down marks: `accepted`, a caption or None for each name in a dict, and `flagged`."""
-        accepted = marks.get("accepted")
-        self._append(
-            [
-                {"action": "mark", "name": name}
-                | ({"accepted": accepted[name]} if accepted is not None else {})
-                | ({"flagged": marks["flagged"]} if "flagged" in marks else {})
-                for name in names
-            ]
-        )
+    def mark(self, marks: Mapping[str, Mapping[str, Any]], batch: Batch | None = None) -> None:
+        """Write down marks, to be undone in one step.
+
+        Args:
+            marks: image name → "accepted", a caption or None, and "flagged", or one of them.
+            batch: the step that they belong to; by default one of their own.
+        """
+        shared = _describe(batch or Batch(secrets.token_hex(8), "mark", _now())) | {"action": "mark"}
+        self._append([shared | {"name": name} | values for name, values in marks.items()])
+
+    def find_marks(self, name: str) -> dict[str, Any]:
+        """Return the marks that an image has."""
+        return {"accepted": self.accepted.get(name), "flagged": name in self.flagged}
 
     def last(self) -> Batch | None:
         """Return the newest batch that can be undone."""
@@ -128,28 +143,48 @@ class History:
             self._apply_edit(name, event)
 
     def _apply_mark(self, name: str, event: dict) -> None:
-        if isinstance(accepted := event.get("accepted", 0), str):
-            self.accepted[name] = accepted
-        elif accepted is None:
+        after = {"flagged": bool(event["flagged"])} if "flagged" in event else {}
+        if isinstance(accepted := event.get("accepted", 0), str | None):
+            after["accepted"] = accepted
+        before = {key: value for key, value in self.find_marks(name).items() if key in after}
+        if "accepted" in after:
             self.accepted.pop(name, None)
-        if "flagged" in event:
-            (self.flagged.add if event["flagged"] else self.flagged.discard)(name)
+        if after.get("accepted") is not None:
+            self.accepted[name] = after["accepted"]
+        if "flagged" in after:
+            (self.flagged.add if after["flagged"] else self.flagged.discard)(name)
+        # Marks of older versions belong to no step.
+        if all(isinstance(event.get(key), str) for key in ("batch", "time")):
+            batch = self._open(event)
+            batch.marks[name] = Mark(name, before, after)
+            if (undone := self._find_batch(batch.undoes)) and name in undone.marks:
+                undone.marks[name].is_undone = True
 
     def _apply_void(self, name: str, event: dict) -> None:
-        batch = self.batches.get(event.get("batch", ""))
+        batch = self._find_batch(event.get("batch"))
         if batch and batch.edits.pop(name, None) and (undone := self._find_undone(batch, name)):
             undone.is_undone = False
 
     def _apply_edit(self, name: str, event: dict) -> None:
-        id, undoes = event["batch"], event.get("undoes")
-        batch = self.batches.setdefault(id, Batch(id, event["action"], event["time"], undoes=undoes))
+        batch = self._open(event)
         batch.edits[name] = Edit(name, event["before"], event["after"])
         self.originals.setdefault(name, event["before"])
         if undone := self._find_undone(batch, name):
             undone.is_undone = True
 
+    def _open(self, event: dict) -> Batch:
+        """Return the batch of an event, a new one for its first."""
+        undoes = event.get("undoes") if isinstance(event.get("undoes"), str) else None
+        action = "undo" if undoes else event["action"]
+        return self.batches.setdefault(
+            event["batch"], Batch(event["batch"], action, event["time"], undoes=undoes)
+        )
+
+    def _find_batch(self, id: Any) -> Batch | None:
+        return self.batches.get(id) if isinstance(id, str) else None
+
     def _find_undone(self, batch: Batch, name: str) -> Edit | None:
-        before = self.batches.get(batch.undoes or "")
+        before = self._find_batch(batch.undoes)
         return before.edits.get(name) if before else None
 
     def _append(self, events: Sequence[dict[str, Any]]) -> None:
@@ -192,3 +227,13 @@ class History:
 def _read_last(descriptor: int) -> bytes:
     os.lseek(descriptor, -1, os.SEEK_END)
     return os.read(descriptor, 1)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _describe(batch: Batch) -> dict[str, str]:
+    """Return what every event of a batch says."""
+    undoes = {"undoes": batch.undoes} if batch.undoes else {}
+    return {"batch": batch.id, "action": batch.action, "time": batch.time} | undoes

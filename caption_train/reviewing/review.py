@@ -3,11 +3,11 @@
 import secrets
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from caption_train.errors import CaptionTrainError, UsageError
-from caption_train.reviewing.history import Batch, History
+from caption_train.reviewing.history import Batch, Edit, History, Mark
 from caption_train.reviewing.items import Item, Library
 from caption_train.reviewing.queries import Query, Replacement, count_tags, count_words, split_tags
 from caption_train.reviewing.stores import Change, Outcome, Store
@@ -107,22 +107,24 @@ class Review:
         """
         with self._lock:
             made = [Change(self._get(id), base, self._store.clean(text)) for id, base, text in changes]
-            outcomes = self._write(made, action)
-            done = [outcome.change for outcome in outcomes if outcome.is_done]
-            if accept and done:
-                self.history.mark([c.item.name for c in done], accepted={c.item.name: c.text for c in done})
+            batch, outcomes = self._write(made, action)
+            if accept:
+                done = [outcome.change for outcome in outcomes if outcome.is_done]
+                self.history.mark({c.item.name: {"accepted": c.text} for c in done}, batch)
             return outcomes
 
     def mark(self, ids: Sequence[str], *, accepted: bool | None = None, flagged: bool | None = None) -> None:
         """Mark images: accepted with the caption that they have, or flagged; or take marks away."""
         with self._lock:
-            items = [self._get(id) for id in ids]
-            if accepted is not None:
-                having = [item for item in items if self.captions.get(item.id) or not accepted]
-                values = {item.name: self.captions[item.id] if accepted else None for item in having}
-                self.history.mark(values, accepted=values)
-            if flagged is not None:
-                self.history.mark([item.name for item in items], flagged=flagged)
+            marks: dict[str, dict[str, Any]] = {}
+            for item in [self._get(id) for id in ids]:
+                wanted = {} if flagged is None else {"flagged": flagged}
+                if accepted is not None and (self.captions.get(item.id) or not accepted):
+                    wanted["accepted"] = self.captions[item.id] if accepted else None
+                has = self.history.find_marks(item.name)
+                if changed := {key: value for key, value in wanted.items() if value != has[key]}:
+                    marks[item.name] = changed
+            self.history.mark(marks)
 
     def preview(self, ids: Sequence[str], replacement: Replacement) -> tuple[str, list[Change]]:
         """Return what replacing would change, and a token by which `replace` does exactly this."""
@@ -146,20 +148,28 @@ class Review:
         with self._lock:
             if token not in self._previews:
                 raise UsageError("this preview is too old: make another")
-            return self._write(self._previews.pop(token), "replace")
+            return self._write(self._previews.pop(token), "replace")[1]
 
     def undo(self, batch_id: str | None = None) -> tuple[Batch, list[Outcome]]:
-        """Undo a batch, by default the last one; what was written elsewhere since then stays."""
+        """Undo a batch, by default the last one; what was written or marked elsewhere since then stays."""
         with self._lock:
             batch = self.history.batches.get(batch_id) if batch_id else self.history.last()
             if batch is None or not batch.can_be_undone:
                 raise UsageError("there is nothing to undo")
             by_name = {item.name: item for item in self.library.values()}
             edits = [edit for edit in batch.edits.values() if not edit.is_undone and edit.name in by_name]
-            if not edits:
+            marks = [mark for mark in batch.marks.values() if not mark.is_undone and mark.name in by_name]
+            if not edits and not marks:
                 raise UsageError("the images of this edit are not in the folder any more")
             changes = [Change(by_name[edit.name], edit.after, edit.before) for edit in edits]
-            return batch, self._write(changes, "undo", undoes=batch.id)
+            undoing, outcomes = self._write(changes, "undo", undoes=batch.id)
+            self.history.mark({mark.name: self._restore(mark) for mark in marks}, undoing)
+            return batch, outcomes
+
+    def _restore(self, mark: Mark) -> dict[str, Any]:
+        """Return the marks from before a mark, but for those that were changed again since then."""
+        has = self.history.find_marks(mark.name)
+        return {key: value for key, value in mark.before.items() if has[key] == mark.after[key]}
 
     def find_tags(self, prefix: str, limit: int = 20) -> list[tuple[str, int]]:
         """Return the commonest tags that contain a text, those that begin with it first, with counts."""
@@ -193,7 +203,9 @@ class Review:
         with self._lock:
             return [(i, self.captions[i.id]) for i in self.library.values() if self.is_accepted(i)]
 
-    def _write(self, changes: Sequence[Change], action: str, undoes: str | None = None) -> list[Outcome]:
+    def _write(
+        self, changes: Sequence[Change], action: str, undoes: str | None = None
+    ) -> tuple[Batch, list[Outcome]]:
         changes = [change for change in changes if change.text != change.base or undoes]
         batch = self.history.begin(action, [(c.item.name, c.base, c.text) for c in changes], undoes)
         outcomes = self._store.write(changes)
@@ -203,7 +215,7 @@ class Review:
                 self._note(
                     outcome.change.item, outcome.theirs if outcome.theirs is not None else outcome.change.text
                 )
-        return outcomes
+        return batch, outcomes
 
     def _note(self, item: Item, text: str) -> None:
         if self.captions.get(item.id) != text:
@@ -263,14 +275,31 @@ class Review:
 
 def describe_batch(batch: Batch) -> dict[str, Any]:
     """Return what the page shows of one step of the history."""
-    first = next(iter(batch.edits.values()), None)
+    first = next(iter([*batch.edits.values(), *batch.marks.values()]), None)
+    before, after = (
+        (first.before, first.after)
+        if isinstance(first, Edit)
+        else (_name_marks(first.before), _name_marks(first.after))
+        if first
+        else ("", "")
+    )
     return {
         "batch": batch.id,
         "action": batch.action,
         "time": batch.time,
-        "count": len(batch.edits),
+        "count": len(batch.edits.keys() | batch.marks.keys()),
         "can_undo": batch.can_be_undone,
         "name": escape_unprintable(first.name) if first else "",
-        "before": first.before if first else "",
-        "after": first.after if first else "",
+        "before": before,
+        "after": after,
     }
+
+
+def _name_marks(marks: Mapping[str, Any]) -> str:
+    """Return marks in words.
+
+    >>> _name_marks({"accepted": "a cat", "flagged": False})
+    'accepted, not flagged'
+    """
+    has = {key: value is not None and value is not False for key, value in sorted(marks.items())}
+    return ", ".join(key if value else f"not {key}" for key, value in has.items())

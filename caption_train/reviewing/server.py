@@ -171,7 +171,7 @@ def _describe(parts: Parts) -> str:
 
 
 def _print_end(parts: Parts) -> None:
-    from caption_train.reviewing.accepted import list_commands, write_accepted
+    from caption_train.reviewing.accepted import write_accepted
 
     print_line("")
     parts.review.refresh()
@@ -181,4 +181,4 @@ def _print_end(parts: Parts) -> None:
         return
     left_out = write_accepted(parts.review.library.root, parts.output_dir, accepted)
     print_line(f"{len(accepted) - left_out:,} accepted images are in {escape_unprintable(parts.output_dir)}")
-    print_result("Next:\n" + "\n".join(f"  {line}" for line in list_commands(parts.output_dir, parts.family)))
+    print_result("Next:\n" + "\n".join(f"  {line}" for line in parts.list_commands()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from queue import Full, Queue
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,11 @@ class Suggester:
         self._worker: Thread | None = None
         self._loaded: tuple[Any, Any] | None = None
         self._counts: dict[str, int] = {}
+
+    @property
+    def adapter(self) -> Path | None:
+        """The adapter's folder, as it was named."""
+        return self._options.peft_model
 
     @property
     def is_loaded(self) -> bool:

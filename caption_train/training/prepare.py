@@ -279,7 +279,7 @@ def _make_trainer(
     if options.log_with:
         name = options.name or options.output_dir.name
         with raise_on_all_ranks(accelerator):
-            start_trackers(accelerator, name, run.record.options, run.progress)
+            start_trackers(accelerator, name, run.record.options, run.progress, options.output_dir)
     with raise_on_all_ranks(accelerator):
         log = RunLog(accelerator, options.output_dir, run.plan.first_step)
         if accelerator.is_main_process and run.plan.first_step == 0:
@@ -288,5 +288,5 @@ def _make_trainer(
     evaluator = Evaluator(
         run, family, data, log, FeatureCollator(family, collate_fn) if run.keeping else collate_fn
     )
-    sampler = PreviewCaptioner(run, family, data, log, evaluator.report)
+    sampler = PreviewCaptioner(run, family, data, log, evaluator.tables)
     return Trainer(run, evaluator, sampler, CheckpointSaver(run), log, lock)

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from caption_train.data.dataset import read_dataset
+from caption_train.reviewing.history import HISTORY_NAME
 from tests.fixtures.fake_family import FakeFamily
 from tests.fixtures.sample_set import write_image
 
@@ -123,6 +124,64 @@ def test_an_edit_is_undone_after_a_restart(serve, folder):
     third = serve(folder)
     assert third.get("state")["undo"] is None
     assert [batch["action"] for batch in third.get("history")["batches"]] == ["undo", "undo", "edit", "edit"]
+
+
+def test_marks_are_undone_like_edits_after_a_restart_too(serve, folder):
+    first = serve(folder)
+    ids = [first.id_of(name) for name in ("a.png", "b.png")]
+    first.post("mark", ids=ids, accepted=True)
+    first.post("mark", ids=ids[:1], flagged=True)
+    first.post("mark", ids=ids[:1], flagged=True)
+    second = serve(folder)
+    assert marks_of(second) == {"a.png": (True, True), "b.png": (True, False)}
+    undone = second.post("undo").json()
+    assert (undone["done"], undone["undone"]["action"]) == (1, "mark")
+    assert (undone["undone"]["before"], undone["undone"]["after"]) == ("not flagged", "flagged")
+    assert marks_of(second) == {"a.png": (True, False), "b.png": (True, False)}
+    third = serve(folder)
+    assert third.post("undo").json()["done"] == 2
+    assert marks_of(third) == {"a.png": (False, False), "b.png": (False, False)}
+    # Marking what is marked was no step.
+    assert third.post("undo").status_code == 422
+    assert [batch["action"] for batch in third.get("history")["batches"]] == ["undo", "undo", "mark", "mark"]
+
+
+def marks_of(page):
+    found = page.get("items", ids=",".join(page.get("ids")["ids"]))["items"]
+    return {item["name"]: (item["accepted"], item["flagged"]) for item in found if item["name"][0] in "ab"}
+
+
+def test_saving_and_accepting_is_one_step(page, folder):
+    page.post("mark", ids=[page.id_of("a.png")], accepted=True)
+    page.save("a.png", "cat, sofa", "one", accept=True)
+    assert marks_of(page)["a.png"] == (True, False)
+    page.post("undo")
+    assert (folder / "a.txt").read_text() == "cat, sofa\n"
+    # As before: the old caption was accepted.
+    assert marks_of(page)["a.png"] == (True, False)
+    page.post("undo")
+    assert marks_of(page)["a.png"] == (False, False)
+
+
+def test_undoing_an_older_mark_leaves_what_was_marked_since_then(page):
+    id = page.id_of("a.png")
+    page.post("mark", ids=[id], flagged=True)
+    page.post("mark", ids=[id], flagged=False)
+    page.post("mark", ids=[id], flagged=True)
+    page.post("mark", ids=[id], accepted=True)
+    oldest = page.get("history")["batches"][-1]
+    page.post("undo", batch=page.get("history")["batches"][2]["batch"])
+    assert marks_of(page)["a.png"] == (True, True)
+    page.post("undo", batch=oldest["batch"])
+    assert marks_of(page)["a.png"] == (True, False)
+
+
+def test_marks_of_older_versions_count_and_are_no_steps(serve, folder):
+    line = {"action": "mark", "name": "a.png", "accepted": "cat, sofa", "flagged": True}
+    (folder / HISTORY_NAME).write_text(json.dumps(line) + "\n")
+    page = serve(folder)
+    assert marks_of(page)["a.png"] == (True, True)
+    assert page.post("undo").status_code == 422
 
 
 def test_undoing_leaves_what_was_written_since_then(page, folder):

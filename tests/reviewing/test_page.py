@@ -8,12 +8,10 @@ import time
 
 import pytest
 
+from tests.fixtures.browser import AXE, SECONDS, find_violations, until
 from tests.fixtures.fake_family import FakeFamily
 from tests.fixtures.paths import REPOSITORY
 from tests.fixtures.sample_set import write_image
-
-AXE = REPOSITORY / "tests/fixtures/axe-core/axe.min.js"
-SECONDS = 15
 
 
 @pytest.fixture
@@ -46,11 +44,7 @@ def open_first(tab):
 
 
 def wait(tab, expression):
-    """Wait until an expression is true. Playwright's own waiting would need the page to allow eval."""
-    end = time.monotonic() + SECONDS
-    while not tab.evaluate(expression):
-        assert time.monotonic() < end, (expression, tab.text_content("#message"))
-        time.sleep(0.02)
+    until(lambda: tab.evaluate(expression), lambda: (expression, tab.text_content("#message")))
 
 
 def says(tab, text):
@@ -61,17 +55,6 @@ def forgive(open_page, status):
     """Drop the console's lines about an answer that the test asked for."""
     assert any(f"status of {status}" in line for line in open_page.wrong)
     open_page.wrong[:] = [line for line in open_page.wrong if f"status of {status}" not in line]
-
-
-def find_violations(tab):
-    """Return what axe-core finds serious or critical."""
-    tab.evaluate(AXE.read_text("utf-8"))
-    found = tab.evaluate("() => axe.run(document, {resultTypes: ['violations']})")["violations"]
-    return [
-        (v["id"], [node["html"][:120] for node in v["nodes"]])
-        for v in found
-        if v["impact"] in ("serious", "critical")
-    ]
 
 
 def test_a_caption_is_edited_with_the_keyboard_alone(serve, folder, open_page):
@@ -320,8 +303,8 @@ def test_a_hostile_folder_is_shown_not_run(serve, tmp_path, open_page):
     forgive(open_page, 422)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
+# Colours do not depend on the width, nor the layout on the colours.
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
 @pytest.mark.skipif(not AXE.is_file(), reason="axe-core is not here")
 def test_axe_finds_nothing_serious(serve, folder, open_page, width, scheme):
     tab = open_page(serve(folder, fake=FakeFamily()), width=width, color_scheme=scheme)

@@ -129,7 +129,13 @@ def test_a_killed_process_leaves_a_history_that_goes_on(folder):
 
 
 @pytest.mark.parametrize(
-    "line", ["1", "[]", '{"action": "mark"}', '{"name": 1}', '{"name": "a", "action": []}']
+    "line",
+    [
+        *("1", "[]", '{"action": "mark"}', '{"name": 1}', '{"name": "a", "action": []}'),
+        *('{"name": "a", "action": "void", "batch": []}', '{"name": "a", "action": "void"}'),
+        '{"name": "a", "action": "edit", "time": "", "batch": "b", "before": "", "after": 1, "undoes": {}}',
+        '{"name": "a", "action": "mark", "accepted": [], "batch": {}, "time": [], "undoes": []}',
+    ],
 )
 def test_a_line_of_the_history_that_makes_no_sense_is_passed_over(folder, line):
     (folder / HISTORY_NAME).write_text(line + "\n")

@@ -14,7 +14,7 @@ from caption_train.metrics.output_health import REMARKS, find_remarks
 from caption_train.metrics.ptb_tokenizer import tokenize
 from caption_train.reporting.curves import read_charts, read_log
 from caption_train.reporting.page import read_gallery, write_report
-from caption_train.reporting.report import REPORT_FILE, Answer, Cell, Item, Report, Row, Thumbnail
+from caption_train.reporting.report import REPORT_FILE, Answer, Cell, Item, Report, Row, Thumbnail, name_model
 from caption_train.reporting.thumbnails import make_thumbnails
 from caption_train.system.console import escape_unprintable, print_line
 from caption_train.training.monitor.log import Sample
@@ -87,6 +87,11 @@ class RunReport:
             reason = (isinstance(error, OSError) and error.strerror) or error or type(error).__name__
             print_line(f"{self.path} is not written: {reason}")
 
+    def find_captions(self, step: int) -> dict[Key, str]:
+        """Return what the model said at a step that the report shows; after a resume, of before it too."""
+        column = self._columns.get(step, Column())
+        return {self.shown[place][0]: answer.text for place, answer in column.answers.items()}
+
     def find_samples(self, count: int) -> tuple[list[Sample], list[Sample]]:
         """Return the first images, with their captions before training and now, for the model card."""
         steps = sorted(self._columns)
@@ -125,7 +130,10 @@ class RunReport:
         options, steps = self.run.options, sorted(self._columns)
         names = [_name(step) for step in steps]
         folder = options.output_dir.resolve().name
-        facts = [("Base", self.run.record.base_model), ("Prompt", self.run.record.prompt or "none")]
+        facts = [
+            ("Base", name_model(self.run.record.base_model)),
+            ("Prompt", self.run.record.prompt or "none"),
+        ]
         facts += [("Step", f"{steps[-1]:,} of {self.run.plan.total_steps:,}")]
         notes = ()
         if any(name in column.values for column in self._columns.values() for name in options.metrics):

@@ -14,7 +14,7 @@ from caption_train.families.base import Family
 from caption_train.system.console import print_rich
 from caption_train.training.distributed.fsdp import unsharded
 from caption_train.training.monitor.log import RunLog, Sample
-from caption_train.training.monitor.report import RunReport
+from caption_train.training.monitor.tables import PREVIEWS, CaptionTables
 from caption_train.training.monitor.validation import caption_items, open_item
 from caption_train.training.run.batch_plan import is_due
 from caption_train.training.run.data import TrainingData
@@ -36,12 +36,12 @@ class PreviewCaptioner:
         family: Family,
         data: TrainingData,
         log: RunLog,
-        report: RunReport | None = None,
+        tables: CaptionTables,
     ) -> None:
         pairs, self.note = data.validation, ""
         if not pairs:
             pairs, self.note = data.train, " (images that are trained on: --validation_split holds some out)"
-        self.run, self.family, self.log, self.report = run, family, log, report
+        self.run, self.family, self.log, self.tables = run, family, log, tables
         self.images: list[tuple[Pair, Image.Image]] = []
         self.items: list[dict[str, Any]] = []
         self.first: list[Sample] = []
@@ -86,9 +86,12 @@ class PreviewCaptioner:
         self.first = self.first or (samples if step == 0 else [])
         self.latest = samples
         self.log.write_samples(step, samples, with_images=not self.run.options.log_no_images)
-        if self.report is not None:
-            keys = [(pair.image, pair.prompt or self.run.record.prompt) for pair in pairs]
-            self.report.update(step, dict(zip(keys, captions, strict=True)))
+        keys = [(pair.image, pair.prompt or self.run.record.prompt) for pair in pairs]
+        found = dict(zip(keys, captions, strict=True))
+        self.tables.report.update(step, found)
+        self.tables.write(
+            PREVIEWS, step, found, {key: [pair.caption] for key, pair in zip(keys, pairs, strict=True)}
+        )
 
 
 def print_samples(title: str, samples: Sequence[Sample]) -> None:

@@ -14,6 +14,8 @@ from caption_train.training.checkpoints.progress import Progress
 
 PROJECT = "caption-train"
 """The project's name in wandb, and TensorBoard's folder in the output folder."""
+WANDB_DIR = "WANDB_DIR"
+"""An environment variable: another place than the output folder for wandb's records."""
 _LOGIN = "run `wandb login`, or set WANDB_MODE=offline"
 
 
@@ -22,7 +24,7 @@ def check_trackers(log_with: str | None, output_dir: Path) -> None:
 
     Args:
         log_with: the flag.
-        output_dir: TensorBoard's records go into a folder there, which must be no link out of it.
+        output_dir: their records go into folders there, which must be no links out of it.
     """
     packages = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}.get(log_with, ())
     if packages and not any(map(find_spec, packages)):
@@ -30,14 +32,15 @@ def check_trackers(log_with: str | None, output_dir: Path) -> None:
     if log_with in ("wandb", "all") and find_spec("wandb"):
         with _explain_failure():
             _check_login()
-    records = output_dir / PROJECT
-    if log_with in ("tensorboard", "all") and (
-        records.is_symlink() or (records.exists() and not records.is_dir())
-    ):
-        kind = "a link" if records.is_symlink() else "no folder"
-        raise UsageError(
-            f"--log_with {log_with}: {records} is {kind}, where TensorBoard's records go: move it away"
-        )
+    folders = {"TensorBoard": output_dir / PROJECT} if log_with in ("tensorboard", "all") else {}
+    if log_with in ("wandb", "all") and WANDB_DIR not in os.environ:
+        folders["wandb"] = output_dir / "wandb"
+    for name, records in folders.items():
+        if records.is_symlink() or (records.exists() and not records.is_dir()):
+            kind = "a link" if records.is_symlink() else "no folder"
+            raise UsageError(
+                f"--log_with {log_with}: {records} is {kind}, where {name}'s records go: move it away"
+            )
 
 
 def _check_login() -> None:
@@ -65,7 +68,7 @@ def _explain_failure() -> Iterator[None]:
 
 
 def start_trackers(
-    accelerator: Accelerator, name: str, config: Mapping[str, Any], progress: Progress
+    accelerator: Accelerator, name: str, config: Mapping[str, Any], progress: Progress, output_dir: Path
 ) -> None:
     """Start the trackers of `--log_with`; a resumed run continues its records up to its step.
 
@@ -74,6 +77,7 @@ def start_trackers(
         name: the run's name in wandb.
         config: the settings of the run.
         progress: how far the run has come.
+        output_dir: where wandb's records go, unless WANDB_DIR says otherwise.
 
     Raises:
         UsageError, CaptionTrainError: a tracker cannot start.
@@ -84,6 +88,9 @@ def start_trackers(
         "wandb": {"name": name, "id": progress.run_id, "resume": "allow"},
         "tensorboard": {"purge_step": progress.global_step + 1},
     }
+    if WANDB_DIR not in os.environ:
+        # An absolute path, since wandb's own process may stand elsewhere.
+        settings["wandb"]["dir"] = str(output_dir.resolve())
     with _explain_failure():
         # TensorBoard shows settings that are written a second time as another run.
         accelerator.init_trackers(PROJECT, None if progress.global_step else simple, settings)

@@ -26,6 +26,7 @@ from caption_train.training.checkpoints.find import describe_latest
 from caption_train.training.distributed.fsdp import unsharded
 from caption_train.training.monitor.log import RunLog
 from caption_train.training.monitor.report import RunReport
+from caption_train.training.monitor.tables import VALIDATION, CaptionTables
 from caption_train.training.run.batch_plan import is_due
 from caption_train.training.run.batches import CaptionDataset, Collate, open_alone
 from caption_train.training.run.data import TrainingData
@@ -63,6 +64,7 @@ class Evaluator:
         self.captions: dict[tuple[Path, str], str] = {}
         shown = [((question.image, question.prompt), question.references) for question in self.questions]
         self.report = RunReport(run, shown, is_wanted=bool(self.pairs))
+        self.tables = CaptionTables(run, self.report)
 
     def before_first_step(self) -> None:
         """Measure what the run starts from, to compare with. It is no candidate for the best."""
@@ -70,7 +72,7 @@ class Evaluator:
             values = self.run.progress.base_evaluation = self.evaluate()
             self.log.write(0, 0, {f"eval_{k}": v for k, v in values.items()})
             self._say(0, values, is_best=False)
-            self.report.update(0, self.captions, values)
+            self._show(0, values)
 
     def after_step(self, step: int) -> None:
         """Evaluate if it is due after this 0-based optimizer step; by default, at the end of every epoch."""
@@ -88,7 +90,7 @@ class Evaluator:
             is_best = self._update_best(values)
             self.log.write(done, plan.epoch_of(step), {f"eval_{k}": v for k, v in values.items()})
             self._say(done, values, is_best)
-            self.report.update(done, self.captions, values)
+            self._show(done, values)
 
     def evaluate(self) -> dict[str, float]:
         """Return the loss per token, and the metrics asked for, over all processes."""
@@ -194,6 +196,11 @@ class Evaluator:
             progress.evaluations_since_best += 1
             progress.stopped_early = patience is not None and progress.evaluations_since_best >= patience
         return is_best
+
+    def _show(self, step: int, values: dict[str, float]) -> None:
+        self.report.update(step, self.captions, values)
+        references = {(question.image, question.prompt): question.references for question in self.questions}
+        self.tables.write(VALIDATION, step, self.captions, references)
 
     def _say(self, step: int, values: dict[str, float], is_best: bool) -> None:
         scores = ", ".join(f"{name} {value:.4f}" for name, value in values.items())

@@ -3,8 +3,6 @@
 import json
 import math
 import os
-import signal
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,9 +16,6 @@ from caption_train.training.monitor import trackers
 from caption_train.training.monitor.curve import CURVE_FILE, draw_curve
 from caption_train.training.monitor.log import LOG_FILE, RunLog
 from caption_train.training.monitor.trackers import check_trackers, start_trackers
-from tests.fixtures.forked import start
-from tests.fixtures.kills import die_at
-from tests.fixtures.runs import make_options, save_base, train, write_pairs
 
 
 @pytest.fixture(scope="module")
@@ -93,33 +88,34 @@ def test_what_wandb_raises_when_it_starts_is_one_line(tmp_path):
         raise wandb.errors.CommError("no route\nto host")
 
     with pytest.raises(UsageError, match=r"--log_with wandb: no route; run `wandb login`"):
-        start_trackers(SimpleNamespace(init_trackers=fail), "name", {}, Progress())
+        start_trackers(SimpleNamespace(init_trackers=fail), "name", {}, Progress(), tmp_path)
 
 
 @pytest.mark.parametrize("made", ["file", "pipe", "link", "link to nothing"])
-def test_tensorboard_writes_into_a_folder_of_the_run_alone(tmp_path, monkeypatch, made):
+@pytest.mark.parametrize("name", ["caption-train", "wandb"])
+def test_trackers_write_into_folders_of_the_run_alone(tmp_path, monkeypatch, name, made):
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_DIR", raising=False)
     pytest.importorskip("tensorboard")
-    records = tmp_path / "out" / "caption-train"
+    pytest.importorskip("wandb")
+    records = tmp_path / "out" / name
     records.parent.mkdir()
     make = {"file": records.touch, "pipe": lambda: os.mkfifo(records)}
     make.get(made, lambda: records.symlink_to(tmp_path / made))()
     (tmp_path / "link").mkdir()
-    with pytest.raises(
-        UsageError, match=r"--log_with all: .*caption-train is (a link|no folder).*move it away"
-    ):
+    with pytest.raises(UsageError, match=rf"--log_with all: .*{name} is (a link|no folder).*move it away"):
         check_trackers("all", records.parent)
     assert not [*(tmp_path / "link").iterdir()] and not (tmp_path / "link to nothing").exists()
     records.unlink()
     check_trackers("all", records.parent)
 
 
-def test_a_tracker_that_the_disk_refuses_is_one_line():
+def test_a_tracker_that_the_disk_refuses_is_one_line(tmp_path):
     def fail(*arguments):
         raise PermissionError(13, "Permission denied", "out/caption-train")
 
     with pytest.raises(CaptionTrainError, match=r"--log_with: .*out/caption-train: Permission denied"):
-        start_trackers(SimpleNamespace(init_trackers=fail), "name", {}, Progress())
+        start_trackers(SimpleNamespace(init_trackers=fail), "name", {}, Progress(), tmp_path)
 
 
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
@@ -127,29 +123,3 @@ def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
     with pytest.raises(UsageError, match="pip install tensorboard"):
         check_trackers("tensorboard", Path("out"))
     check_trackers(None, Path("out"))
-
-
-def test_trackers_go_on_with_the_run_that_was_killed(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    base, pairs = save_base("blip", tmp_path / "base"), write_pairs(tmp_path / "pairs", 6)
-    options = make_options("blip", base, pairs, tmp_path / "out", log_with="all", save_every_n_steps=2)
-
-    def work() -> None:
-        die_at("after the gradient", 4)
-        train("blip", options)
-
-    assert start(work, tmp_path / "log").wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
-    options = replace(options, resume="auto")
-    assert start(lambda: train("blip", options), tmp_path / "log").wait() == 0, (tmp_path / "log").read_text()
-
-    (folder,) = {path.parent for path in (tmp_path / "out" / "caption-train").glob("events.*")}
-    events = reader.EventAccumulator(str(folder)).Reload()
-    logged = [(line["step"], pytest.approx(line["loss"])) for line in read(tmp_path / "out")]
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == logged
-    assert [step for step, _ in logged] == [1, 2, 3, 4, 5, 6]
-    assert len([*folder.rglob("hparams.yml")]) == 1, "settings are told once"
-
-    run_id = Progress.read(tmp_path / "out" / "last" / "state").run_id
-    assert [f.name for f in (tmp_path / "wandb").glob("offline-run-*/*.wandb")] == [f"run-{run_id}.wandb"] * 2
