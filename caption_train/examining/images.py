@@ -12,7 +12,7 @@ from caption_train.data.images import ImageError, check_images, open_measured
 
 SIDE = 128
 """What a JPEG is decoded to at least, which takes a fraction of the time; hashes need 32 pixels."""
-GRID = 8
+GRID = 16
 """Colours are kept of so many places in each direction."""
 
 

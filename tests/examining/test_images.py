@@ -7,7 +7,7 @@ from PIL import Image, ImageEnhance
 from caption_train.data import images
 from caption_train.data.images import ImageError, open_image
 from caption_train.examining.duplicates import find_near_duplicates
-from caption_train.examining.images import Measured, measure_image, measure_images
+from caption_train.examining.images import GRID, Measured, measure_image, measure_images
 from tests.fixtures.photos import draw_photo
 from tests.fixtures.sample_set import write_image
 
@@ -77,8 +77,19 @@ def test_plain_images_are_alike_only_in_the_same_colour(tmp_path):
     assert find_near_duplicates(measure_images(paths)) == [[1, 4]]
 
 
+def test_drawings_on_the_same_ground_are_not_alike(tmp_path):
+    paths = []
+    for number, (colour, place) in enumerate([("red", 20), ("blue", 20), ("red", 60), ("red", 20)]):
+        image = Image.new("RGB", (128, 128), "pink")
+        image.paste(colour, (place, place, place + 30, place + 30))
+        image.paste("purple", (80, 10, 110, 40))
+        paths.append(tmp_path / f"{number}.png")
+        image.save(paths[-1])
+    assert find_near_duplicates(measure_images(paths)) == [[0, 3]]
+
+
 def make(hash):
-    return Measured(640, 480, 1, hash, bytes(192))
+    return Measured(640, 480, 1, hash, bytes(3 * GRID**2))
 
 
 def test_groups_do_not_chain_from_one_end_of_a_film_to_the_other():
@@ -93,8 +104,8 @@ def test_ten_thousand_images_take_seconds():
     numbers = [make(int(number)) for number in rng.integers(0, 2**63, 10_000)]
     numbers[5_000:5_100] = [numbers[0]] * 100
     started = time.monotonic()
-    (group,) = find_near_duplicates(numbers)
-    assert len(group) == 101 and time.monotonic() - started < 20
+    found = find_near_duplicates(numbers)
+    assert max(map(len, found)) == 101 and time.monotonic() - started < 20
 
 
 def test_none_and_one_have_no_duplicates():
