@@ -13,7 +13,7 @@ MOST_BITS = 10
 """Bits of 64 in which the hashes of near-duplicates may differ; those of other images differ in about 32."""
 MOST_COLOUR = 40
 """How far a colour may be apart, of 255; also how much brighter one may be than the other."""
-MOST_PLACES = 0.02
+MOST_PLACES = 0.01
 """Share of an image's places that may differ by more. Hashes of drawings on a plain ground are near."""
 _PER_STEP = 256
 

@@ -28,7 +28,7 @@ from caption_train.reporting.dataset import (
     write_dataset_report,
 )
 from caption_train.reporting.histogram import make_histogram
-from caption_train.system.console import escape_unprintable
+from caption_train.system.console import count_things, escape_unprintable
 
 EXTRA = "imagehash"
 MOST_CARDS, MOST_GROUPS, MOST_IN_GROUP, MOST_TAGS = 40, 20, 8, 90
@@ -160,9 +160,10 @@ class Examination:
             histogram = make_histogram(
                 data.tokens, title, "tokens", limit=data.limit + 1, limit_label=f"cut after {data.limit:,}"
             )
+            cut_words = f"{count_things(cut, 'caption')} {'is' if cut == 1 else 'are'} cut"
             note = (
                 f"By the tokenizer of {tokens.model_id}, start and end included. Training keeps "
-                f"{data.limit:,}: {cut:,} captions are cut ({100 * cut / len(data.tokens):.1f} %)."
+                f"{data.limit:,}: {cut_words} ({100 * cut / len(data.tokens):.1f} %)."
             )
             yield Distribution(title, histogram, _describe(data.tokens), note)
         if data.sound:

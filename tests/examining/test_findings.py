@@ -123,7 +123,7 @@ def test_captions_that_are_cut_are_named_with_how_much(family, add, examine, tin
     page = examine(family=family, model_id=base, max_length=limit)
     assert page.names("cut") == ["c.png"]
     assert page.notes("cut") == [f"{counts['c.png']} tokens, {counts['c.png'] - limit} cut"]
-    assert f"Training keeps {limit}: 1 captions are cut (33.3 %)" in page.text
+    assert f"Training keeps {limit}: 1 caption is cut (33.3 %)" in page.text
     assert f"Tokens of {chosen.title} in a caption" in page.text
 
 

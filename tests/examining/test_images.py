@@ -52,7 +52,7 @@ VARIANTS = {
     "saved again": lambda photo, path: photo.save(path.with_suffix(".jpg"), quality=30),
     "halved": lambda photo, path: photo.resize((160, 128)).save(path.with_suffix(".webp")),
     "enlarged": lambda photo, path: photo.resize((900, 720)).save(path.with_suffix(".png")),
-    "cropped": lambda photo, path: photo.crop((6, 5, 314, 251)).save(path.with_suffix(".png")),
+    "cropped": lambda photo, path: photo.crop((5, 4, 315, 252)).save(path.with_suffix(".png")),
     "brighter": lambda photo, path: (
         ImageEnhance.Brightness(photo).enhance(1.1).save(path.with_suffix(".png"))
     ),
