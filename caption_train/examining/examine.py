@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -162,8 +163,8 @@ class Examination:
             )
             cut_words = f"{count_things(cut, 'caption')} {'is' if cut == 1 else 'are'} cut"
             note = (
-                f"By the tokenizer of {tokens.model_id}, start and end included. Training keeps "
-                f"{data.limit:,}: {cut_words} ({100 * cut / len(data.tokens):.1f} %)."
+                f"By the tokenizer of {escape_unprintable(tokens.model_id)}, start and end included. "
+                f"Training keeps {data.limit:,}: {cut_words} ({100 * cut / len(data.tokens):.1f} %)."
             )
             yield Distribution(title, histogram, _describe(data.tokens), note)
         if data.sound:
@@ -253,9 +254,15 @@ def _describe(
 def _check_path(path: Path) -> None:
     """Raise UsageError where a page cannot be written, in the time that nobody has waited for it yet."""
     shown, folder = escape_unprintable(path), path.parent
-    if path.is_dir():
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        mode = None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--report {shown}: {getattr(error, 'strerror', None) or error}") from error
+    if mode and stat.S_ISDIR(mode):
         raise UsageError(f"--report {shown}: is a folder; name a file such as dataset.html")
-    if path.exists() and not path.is_file():
+    if mode and not stat.S_ISREG(mode):
         raise UsageError(f"--report {shown}: is no regular file")
     if not folder.is_dir():
         raise UsageError(f"--report {shown}: there is no folder {escape_unprintable(folder)}")

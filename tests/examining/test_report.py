@@ -85,6 +85,15 @@ def test_what_was_left_out_is_counted_by_its_reason(add, examine):
     }
 
 
+@pytest.mark.parametrize("names", [(), ("a.png",)])
+def test_a_folder_without_pairs_has_a_page_too(add, tmp_path, names, capsys):
+    for name in names:
+        add(name)
+    assert compile_main([str(add.folder), "--report", str(tmp_path / "x.html")]) == 1
+    assert "no pair of image and caption" in capsys.readouterr().err
+    assert f"<dt>Images</dt><dd>{len(names)}</dd>" in (tmp_path / "x.html").read_text("utf-8")
+
+
 def test_a_dry_run_writes_the_page_and_no_dataset(add, tmp_path):
     add("a.png", "a cat")
     assert compile_main([str(add.folder), "--dry_run", "--report", str(tmp_path / "x.html")]) == 0
@@ -135,6 +144,8 @@ def test_the_command_says_where_captions_are(add, examine):
         (["--report", "{tmp}/folder.html"], 2, "is a folder"),
         (["--report", "{tmp}/pipe.html"], 2, "is no regular file"),
         (["--report", "{tmp}/images/a.png"], 2, "must end in .html"),
+        (["--report", "{tmp}/" + "x" * 300 + ".html"], 2, "File name too long"),
+        (["--report", "{tmp}/images/a.png/x.html"], 2, "--report"),
         (["--family", "blip"], 2, "--family only has a meaning with --report"),
         (
             ["--report", "{tmp}/x.html", "--max_length", "9"],
