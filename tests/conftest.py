@@ -15,6 +15,7 @@ import hypothesis
 import pytest
 
 from caption_train.errors import UsageError
+from tests.fixtures.browser import SECONDS
 from tests.fixtures.sample_set import CAPTIONS
 
 # How long an example takes says how busy the machine is.
@@ -106,3 +107,29 @@ def browser():
         browser = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def open_file(browser):
+    """`open_file(path, color_scheme=…)` opens a page from disk; any error or request fails the test."""
+    contexts, wrong = [], []
+
+    def open_file(path, **settings):
+        settings = {"viewport": {"width": 1280, "height": 900}, **settings}
+        contexts.append(browser.new_context(**settings))
+        contexts[-1].set_default_timeout(SECONDS * 1000)
+        page = contexts[-1].new_page()
+        page.on("console", lambda message: wrong.append(message.text))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on(
+            "request",
+            lambda request: None if request.url.startswith(("file:", "data:")) else wrong.append(request.url),
+        )
+        page.on("dialog", lambda dialog: (wrong.append(dialog.message), dialog.dismiss()))
+        page.goto(path.as_uri())
+        return page
+
+    yield open_file
+    for context in contexts:
+        context.close()
+    assert wrong == []

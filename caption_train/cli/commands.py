@@ -208,6 +208,7 @@ def compile_main(argv: Sequence[str] | None = None, prog: str | None = None) -> 
             prog=prog or program_name(),
             description=COMPILE.format(start=_start("python", prog or program_name())),
             positionals=("dataset_dir", "output_dir"),
+            choices={"family": tuple(FAMILIES)},
         )
         set_quiet(options.quiet)
         from caption_train.compiling.compile import compile_captions

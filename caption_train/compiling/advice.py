@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
+from caption_train.data.copies import find_copies
 from caption_train.data.pairs import Pair
 from caption_train.data.text import TOKEN_NAMES
-from caption_train.system.files import hash_file
 
 
 def find_token_like(pairs: Mapping[str, Sequence[Pair]]) -> list[str]:
@@ -25,23 +25,10 @@ def find_token_like(pairs: Mapping[str, Sequence[Pair]]) -> list[str]:
 
 
 def find_disagreeing(pairs: Mapping[str, Pair]) -> list[str]:
-    """Return a line for each group of byte-identical images whose captions differ.
-
-    Only files of equal size are read.
-    """
-    sizes: dict[int, list[str]] = {}
-    for name, pair in pairs.items():
-        try:
-            sizes.setdefault(pair.image.stat().st_size, []).append(name)
-        except OSError:
-            continue  # Whoever reads the image says what is wrong with it.
-    groups: dict[tuple[int, str], list[str]] = {}
-    for size, names in sizes.items():
-        for name in names if len(names) > 1 else ():
-            try:
-                groups.setdefault((size, hash_file(pairs[name].image)), []).append(name)
-            except OSError:
-                continue
+    """Return a line for each group of byte-identical images whose captions differ."""
+    groups: dict[str, list[str]] = {}
+    for name, digest in find_copies({name: pair.image for name, pair in pairs.items()}).items():
+        groups.setdefault(digest, []).append(name)
     return [
         ", ".join(_show(pairs[name], name) for name in names)
         for names in groups.values()

@@ -1,6 +1,7 @@
 """Runs the compile command: finds pairs in a folder and writes metadata.jsonl. No torch, no datasets."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,20 +40,27 @@ def compile_captions(options: CompileOptions) -> int:
 
 
 def compile_folder(options: CompileOptions) -> tuple[Compiled, list[str]]:
-    """Write metadata.jsonl, printing nothing.
+    """Write metadata.jsonl and, with --report, a page about the dataset, printing nothing.
 
     Returns:
         What was found and done, and a line for each row of an older metadata.jsonl that would have been lost:
         where there are any, nothing was written.
     """
+    examination = None
+    if options.report:
+        from caption_train.compiling.report import measure, write_report
+        from caption_train.examining.examine import Examination
+
+        examination = Examination(options)
     compiled = find_pairs(options)
+    broken = measure(examination, compiled) if examination else None
     # Collected before unusable pairs are dropped: the caption of a damaged image is still in its own file.
     known = {
         (compiled.file_name(name), pair.caption, pair.prompt)
         for name in compiled.pairs
         for pair in compiled.pairs_of(name)
     }
-    leave_out_unusable(compiled, options)
+    leave_out_unusable(compiled, options, broken)
     compiled.disagreeing = find_disagreeing(compiled.pairs)
     compiled.token_like = find_token_like({n: compiled.pairs_of(n) for n in compiled.pairs})
     make_rows(compiled, options)
@@ -65,6 +73,8 @@ def compile_folder(options: CompileOptions) -> tuple[Compiled, list[str]]:
         raise CaptionTrainError(
             f"{escape_unprintable(error.filename or target)}: {error.strerror or error}"
         ) from error
+    if examination:
+        write_report(examination, compiled, options)
     return compiled, losses
 
 
@@ -127,12 +137,21 @@ def _read_sources(
     return said, counts, problems
 
 
-def leave_out_unusable(compiled: Compiled, options: CompileOptions) -> None:
-    """Drop pairs whose image name cannot be written or, with --check_images, one that cannot be decoded."""
+def leave_out_unusable(
+    compiled: Compiled, options: CompileOptions, broken: Mapping[str, str] | None = None
+) -> None:
+    """Drop pairs whose image name cannot be written or, with --check_images, one that cannot be decoded.
+
+    Args:
+        compiled: what was found.
+        options: the options.
+        broken: image → why it cannot be decoded, where all were decoded already.
+    """
     pairs = compiled.pairs
     compiled.unnamable = [name for name in pairs if not is_portable(name)]
     if options.check_images:
-        compiled.bad_images = _check_images(pairs)
+        found = _check_images(pairs) if broken is None else broken
+        compiled.bad_images = {name: reason for name, reason in found.items() if name in pairs}
     for name in {*compiled.unnamable, *compiled.bad_images}:
         del pairs[name]
 

@@ -33,6 +33,7 @@ class Compiled:
         placed: how many images were put into output_dir.
         copied: how many of these are copies, not hard links.
         written: whether metadata.jsonl was written.
+        report: the page about the dataset, if it was written.
     """
 
     folder: Folder
@@ -56,6 +57,7 @@ class Compiled:
     placed: int = 0
     copied: int = 0
     written: bool = False
+    report: Path | None = None
 
     def file_name(self, name: str) -> str:
         """Return an image's `file_name` in the metadata.jsonl of output_dir."""

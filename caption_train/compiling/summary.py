@@ -31,6 +31,8 @@ def print_summary(compiled: "Compiled", options: CompileOptions) -> None:
         lines += _next_commands(compiled, options)
     elif options.dry_run and compiled.rows:
         lines += [f"Nothing written (--dry_run); this would go to {escape_unprintable(target)}"]
+    if compiled.report:
+        lines += [f"Wrote {escape_unprintable(compiled.report)}: open it in a browser"]
     if not options.quiet:
         _print(lines)
 
@@ -75,13 +77,20 @@ def _count_lines(compiled: "Compiled", options: CompileOptions) -> Iterator[str]
 
 
 def _left_over_lines(compiled: "Compiled", options: CompileOptions) -> Iterator[str]:
+    for title, names, note in list_left_over(compiled, options):
+        yield _line(title, len(names), note)
+        yield from _list_names(names, None if options.list_all else LISTED)
+
+
+def list_left_over(compiled: "Compiled", options: CompileOptions) -> list[tuple[str, Sequence[str], str]]:
+    """Return (what it is, the files, what becomes of them) for all that made no pair, or is odd."""
     matches, folder = compiled.matches, compiled.folder
     bad = [f"{name}: {reason}" for name, reason in compiled.bad_images.items()]
     repeats = [f"{name}: {count}" for name, count in compiled.repeats.items()]
     once = "" if options.kohya_repeats else "written once; --kohya_repeats writes each image N times"
     inside = compiled.prefix is not None
     other = [n for n in folder.metadata if inside and compiled.file_name(n) != METADATA_NAME]
-    kinds: list[tuple[str, Sequence[str], str]] = [
+    kinds = [
         ("captions that cannot be read", matches.unreadable, ""),
         ("images that cannot be decoded", bad, "left out"),
         ("images of other formats", folder.unread, "; ".join(describe_unread(folder.unread))),
@@ -114,10 +123,7 @@ def _left_over_lines(compiled: "Compiled", options: CompileOptions) -> Iterator[
         ("hidden, skipped", folder.hidden, ""),
         ("other metadata files inside", other, "datasets' imagefolder reads these too"),
     ]
-    for title, names, note in kinds:
-        if names:
-            yield _line(title, len(names), note)
-            yield from _list_names(names, None if options.list_all else LISTED)
+    return [(title, names, note) for title, names, note in kinds if names]
 
 
 def _list_names(names: Sequence[str], limit: int | None) -> Iterable[str]:

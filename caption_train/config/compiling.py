@@ -12,6 +12,7 @@ CAPTIONS_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 _pairs = partial(flag, group="finding pairs")
 _kohya = partial(flag, group="Kohya-ss datasets")
 _written = partial(flag, group="what is written")
+_report = partial(flag, group="a page about the dataset")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,20 @@ class CompileOptions:
     list_all: bool = _written(False, "name every file in the summary, not the first 20 of a kind")
     quiet: bool = _written(False, "print errors and results only", recorded=False)
 
+    report: Path | None = _report(
+        None,
+        "write a page about the dataset to this .html file: lengths, tags, and what is odd",
+        metavar="FILE",
+    )
+    family: str | None = _report(None, "count the tokens of captions as this family does")
+    model_id: str | None = _report(
+        None, "model whose tokenizer counts: a hub id or a folder (default: the family's)"
+    )
+    revision: str | None = _report(None, "branch, tag or commit of the model on the hub")
+    max_length: int = _report(
+        256, "--max_length of the training script; captions that are cut there are named"
+    )
+
     sources: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     """Where each value that is not a default came from: field name → "command line" or the config file."""
 
@@ -80,8 +95,21 @@ class CompileOptions:
                 problems.append(f"--captions {path} must end in {', '.join(CAPTIONS_SUFFIXES)}")
         if self.ignore_prompts and not self.captions:
             problems.append("--ignore_prompts only has a meaning with --captions")
+        problems += self._check_report()
         try:
             "".encode(self.encoding)
         except (LookupError, ValueError):
             problems.append(f"--encoding {self.encoding!r} is no text encoding Python knows, like cp1252")
         return problems
+
+    def _check_report(self) -> list[str]:
+        problems = find_below(self, 3, "max_length")
+        if self.report and self.report.suffix.lower() not in (".html", ".htm"):
+            problems.append(f"--report {self.report} must end in .html")
+        if self.family and not self.report:
+            problems.append("--family only has a meaning with --report")
+        return problems + [
+            f"--{name} only has a meaning with --family"
+            for name in ("model_id", "revision", "max_length")
+            if name in self.sources and not self.family
+        ]

@@ -61,6 +61,27 @@ def open_image(path: Path | str, *, at_least: int | None = None) -> Image.Image:
         return _upright_rgb(image)
 
 
+def open_measured(path: Path | str, *, at_least: int) -> tuple[Image.Image, tuple[int, int], int]:
+    """Return an image as `open_image` does, its full width and height as it is shown, and its bytes.
+
+    Args:
+        path: the file.
+        at_least: as in `open_image`; the width and height are those before.
+
+    Raises:
+        ImageError: as `open_image`.
+    """
+    with _opening(path) as (file, image):
+        width, height = image.size
+        size = os.fstat(file.fileno()).st_size
+        image.draft(None, (at_least, at_least))
+        image.load()
+        drawn = image.size
+        upright = _upright_rgb(image)
+    is_turned = drawn[0] != drawn[1] and upright.size == drawn[::-1]
+    return upright, (height, width) if is_turned else (width, height), size
+
+
 def normalize_image(image: Image.Image) -> Image.Image:
     """Return an image in memory as `open_image` returns a file's: upright, 8-bit RGB, transparency on white.
 
@@ -212,6 +233,7 @@ def check_images(
     *,
     show_progress: bool = True,
     inspect: Callable[[Path], Any] = inspect_image,
+    label: str = "checking images",
 ) -> list[Any]:
     """Read images in one thread a core, with a progress bar.
 
@@ -219,6 +241,7 @@ def check_images(
         images: the files.
         show_progress: draw the bar, where a terminal shows it.
         inspect: what is done with each; `inspect_image` decodes it and returns its SHA-256 and pixels.
+        label: what the bar says.
 
     Returns:
         For each image what `inspect` returned or, where it raised ImageError, that error.
@@ -233,9 +256,7 @@ def check_images(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
             found = []
-            with ProgressBar(
-                len(images), "checking images", "image", shown=show_progress, leave=False
-            ) as bar:
+            with ProgressBar(len(images), label, "image", shown=show_progress, leave=False) as bar:
                 for result in pool.map(try_one, images):
                     found.append(result)
                     bar.update()

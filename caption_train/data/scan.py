@@ -1,5 +1,6 @@
 """Finds the images and caption files of a dataset folder. Standard library only."""
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -92,6 +93,18 @@ def scan_folder(
     for names in (folder.unread, folder.hidden, folder.links, folder.unusable):
         names.sort(key=natural_key)
     return folder
+
+
+def image_id(name: str) -> str:
+    """Return what the review page and links into it name an image by: a digest of its name.
+
+    >>> image_id("parks/bench.png")
+    '7916904d9ce0ad10e71f8d1f'
+
+    Args:
+        name: the path relative to the folder of images, `/` between its parts.
+    """
+    return hashlib.blake2b(os.fsencode(name), digest_size=12).hexdigest()
 
 
 def _suffix(name: str) -> str:

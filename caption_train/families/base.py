@@ -225,7 +225,28 @@ class Family(ABC):
         """
         from caption_train.families.caption_ids import caption_ids
 
-        return caption_ids(processor.tokenizer, caption)
+        return caption_ids(processor.tokenizer, caption, self.control_ids(processor))
+
+    def load_text_processor(self, model_id: str, *, revision: str | None = None) -> ProcessorMixin:
+        """Return what `tokenize_caption` takes for a processor, without reading weights.
+
+        Its tokenizer's `model_max_length` is what the model has positions for. It need not read images.
+
+        Args:
+            model_id: a folder, or a model on the hub.
+            revision: branch, tag or commit on the hub.
+        """
+        raise NotImplementedError(f"{self.title} are loaded with their weights")
+
+    def count_frame_tokens(self, processor: ProcessorMixin) -> int:
+        """Return how many tokens of start and end `max_length` counts beside those of the caption."""
+        return 1
+
+    def control_ids(self, processor: ProcessorMixin) -> frozenset[int]:
+        """Return the ids of the tokens whose names stay text where a caption spells them out."""
+        from caption_train.families.caption_ids import control_ids
+
+        return control_ids(processor.tokenizer)
 
     def check_prompt(self, prompt: str) -> None:  # noqa: B027  (most families read any prompt)
         """Raise UsageError for a prompt that no model of this family can read, before a model is loaded."""

@@ -16,7 +16,7 @@ from caption_train.families.loading import guarding_load
 if TYPE_CHECKING:
     import torch
     from PIL import Image
-    from transformers import BlipForConditionalGeneration, BlipProcessor
+    from transformers import BlipConfig, BlipForConditionalGeneration, BlipProcessor
 
 
 class Blip(Family):
@@ -67,9 +67,23 @@ class Blip(Family):
             quantization_config=quantization_config,
         )
         processor = load_processor(BlipProcessor.from_pretrained, model_id, revision=revision)
-        _name_start_token(model, processor)
-        note_positions(model, processor)
+        _name_start_token(model.config, processor)
+        note_positions(model.config, processor)
         return model, processor
+
+    @guarding_load
+    def load_text_processor(self, model_id: str, *, revision: str | None = None) -> BlipProcessor:
+        """Return the processor; see `Family.load_text_processor`."""
+        from transformers import BlipForConditionalGeneration, BlipProcessor
+
+        from caption_train.families.loading import load_config, load_processor
+        from caption_train.families.prompt_length import note_positions
+
+        config = load_config(BlipForConditionalGeneration, model_id, revision)
+        processor = load_processor(BlipProcessor.from_pretrained, model_id, revision=revision)
+        _name_start_token(config, processor)
+        note_positions(config, processor)
+        return processor
 
     def encode(
         self, processor: BlipProcessor, images: Sequence[Image.Image], prompts: Sequence[str]
@@ -192,13 +206,13 @@ def _text_ids(
     return [tokenizer.bos_token_id, *before, *after, tokenizer.sep_token_id]
 
 
-def _name_start_token(model: BlipForConditionalGeneration, processor: BlipProcessor) -> None:
+def _name_start_token(config: BlipConfig, processor: BlipProcessor) -> None:
     """Make `[DEC]`, from which the decoder starts, the tokenizer's `bos_token`.
 
     The tokenizers on the hub are BERT's and do not know it. Its id, the first after their vocabulary, is only
     in the config.
     """
-    tokenizer, start = processor.tokenizer, model.config.text_config.bos_token_id
+    tokenizer, start = processor.tokenizer, config.text_config.bos_token_id
     name = "[DEC]" if start == len(tokenizer) else tokenizer.convert_ids_to_tokens(start)
     tokenizer.add_special_tokens({"bos_token": name})
     if tokenizer.bos_token_id != start:

@@ -13,7 +13,7 @@ from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.system.damage import describe_error, explaining_damage, find_damage, refuse_odd_files
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, ProcessorMixin
+    from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
 T = TypeVar("T")
 
@@ -71,6 +71,14 @@ def load_processor(load: Callable[..., ProcessorMixin], model_id: str, **keyword
     """Load a processor that resizes images with PIL, because torchvision's resampling gives other pixels."""
     with explained(model_id):
         return load(model_id, backend="pil", **keywords)
+
+
+def load_config(model_class: type, model_id: str, revision: str | None = None) -> PretrainedConfig:
+    """Return a model's config alone; an error as `load_model` has it where it is another kind's."""
+    check_transformers()
+    with explained(model_id):
+        _check_kind(model_class, model_id, revision)
+        return model_class.config_class.from_pretrained(model_id, revision=revision)
 
 
 def find_side_files(model_id: str, revision: str | None = None) -> Path:

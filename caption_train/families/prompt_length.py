@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from caption_train.errors import UsageError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
+    from transformers import PretrainedConfig, ProcessorMixin
 
 
-def note_positions(model: PreTrainedModel, processor: ProcessorMixin) -> None:
+def note_positions(config: PretrainedConfig, processor: ProcessorMixin) -> None:
     """Set the tokenizer's `model_max_length`, which many on the hub lack, to the model's positions."""
-    processor.tokenizer.model_max_length = model.config.text_config.max_position_embeddings
+    processor.tokenizer.model_max_length = config.text_config.max_position_embeddings
 
 
 def check_prompt_length(length: int, processor: ProcessorMixin) -> None:

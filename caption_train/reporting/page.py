@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 import re
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,38 @@ def write_report(path: Path, report: Report) -> None:
 
 def render_report(report: Report) -> str:
     """Return a report as an HTML page."""
-    from jinja2 import Environment
+    filters = {"number": format_number, "change": describe_change, "verdict": judge, "draw": draw_chart}
+    return render_page(
+        "report.html", report, _gallery(report), scripts=("page.js", "report.js"), filters=filters
+    )
 
-    script, style = _read("report.js"), _read("report.css")
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["number"] = format_number
-    environment.filters["change"] = describe_change
-    environment.filters["verdict"] = judge
-    environment.filters["draw"] = draw_chart
-    return environment.from_string(_read("report.html")).render(
+
+def render_page(
+    template: str,
+    report: Any,
+    data: Any,
+    *,
+    scripts: Sequence[str],
+    styles: Sequence[str] = ("report.css",),
+    filters: Mapping[str, Callable],
+) -> str:
+    """Return a page: a template that extends base.html, with its scripts, styles and data inside it.
+
+    Args:
+        template: its file in this folder.
+        report: what the template shows, as `report`.
+        data: what the scripts read, from a block of JSON.
+        scripts, styles: files in this folder; each kind becomes one block, which the policy allows.
+        filters: what the template calls, by name.
+    """
+    from jinja2 import Environment, FunctionLoader
+
+    script, style = ("\n".join(map(_read, names)) for names in (scripts, styles))
+    environment = Environment(
+        loader=FunctionLoader(_read), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= filters
+    return environment.get_template(template).render(
         report=report,
         policy=(
             f"default-src 'none'; img-src data:; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
@@ -46,7 +70,7 @@ def render_report(report: Report) -> str:
         ),
         script=script,
         style=style,
-        data=dump_json(_gallery(report)),
+        data=dump_json(data),
     )
 
 

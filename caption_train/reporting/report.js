@@ -1,47 +1,12 @@
-"use strict";
-// Shows the gallery from the JSON in #data. Text from it only ever becomes text nodes and attributes of images.
+// The gallery of captions beside their images, with filters, from the JSON in #data.
 (() => {
-  const byId = (id) => document.getElementById(id);
-  const data = JSON.parse(byId("data").textContent);
+  const { byId, data, make, showNearby, forgetPictures, listen } = page;
   const BATCH = 40, MOST_WORDS = 400;
   const LABELS = { cut: "cut off", empty: "empty", repeats: "looping" };
 
-  const make = (tag, text, kind) => {
-    const element = document.createElement(tag);
-    if (text !== undefined) element.textContent = text;
-    if (kind) element.className = kind;
-    return element;
-  };
-
-  // Themes ---------------------------------------------------------------------------------------------
-  const THEMES = ["system", "light", "dark"];
-  const remember = (theme) => { try { localStorage.setItem("report-theme", theme); } catch { /* not kept */ } };
-  const recall = () => { try { return localStorage.getItem("report-theme"); } catch { return null; } };
-  let theme = THEMES.includes(recall()) ? recall() : "system";
-  const applyTheme = () => {
-    if (theme === "system") delete document.documentElement.dataset.theme;
-    else document.documentElement.dataset.theme = theme;
-    byId("theme").textContent = `Theme: ${theme}`;
-  };
-  const nextTheme = () => {
-    theme = THEMES[(THEMES.indexOf(theme) + 1) % THEMES.length];
-    remember(theme);
-    applyTheme();
-  };
-  byId("theme").hidden = byId("help").hidden = false;
-  byId("theme").addEventListener("click", nextTheme);
-  applyTheme();
-
-  const keys = byId("keys");
-  byId("help").addEventListener("click", () => keys.showModal());
-
   const gallery = byId("gallery");
   if (!gallery) {
-    document.addEventListener("keydown", (event) => {
-      if (event.ctrlKey || event.metaKey || event.altKey) return;
-      if (event.key === "?" && !keys.open) keys.showModal();
-      else if (event.key === "t") nextTheme();
-    });
+    listen({});
     return;
   }
 
@@ -181,14 +146,6 @@
 
   // Cards, a batch at a time; a picture is decoded when it comes near the screen ---------------------------
   let found = [], done = 0;
-  const nearby = new IntersectionObserver((entries) => {
-    for (const { isIntersecting, target } of entries) {
-      if (!isIntersecting) continue;
-      nearby.unobserve(target);
-      target.src = items[Number(target.dataset.item)].picture[0];
-    }
-  }, { rootMargin: "600px" });
-
   const describe = (item, column) => {
     const name = column < 0 ? "reference" : columns[column];
     const term = make("dt", name), group = make("div");
@@ -242,8 +199,7 @@
       const image = make("img");
       image.alt = item.references.length ? `image with the reference: ${item.references[0]}` : "image";
       [, image.width, image.height] = item.picture;
-      image.dataset.item = items.indexOf(item);
-      nearby.observe(image);
+      showNearby(image, item.picture[0]);
       picture.append(image);
     }
     picture.append(make("h3", item.name));
@@ -261,7 +217,7 @@
     byId("more").hidden = done >= found.length;
   };
   const refresh = () => {
-    nearby.disconnect();
+    forgetPictures();
     gallery.replaceChildren();
     [found, done] = [choose(), 0];
     byId("count").textContent = found.length === items.length
@@ -290,18 +246,6 @@
     next.focus({ preventScroll: true });
     next.scrollIntoView({ block: "start" });
   };
-  document.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey || keys.open) return;
-    const typing = event.target.matches("input:not([type=checkbox]), select, textarea");
-    if (event.key === "Escape" && typing) event.target.blur();
-    if (typing) return;
-    if (event.key === "j") move(1);
-    else if (event.key === "k") move(-1);
-    else if (event.key === "/") byId("search").focus();
-    else if (event.key === "?") keys.showModal();
-    else if (event.key === "t") nextTheme();
-    else return;
-    event.preventDefault();
-  });
+  listen({ j: () => move(1), k: () => move(-1), "/": () => byId("search").focus() });
   refresh();
 })();

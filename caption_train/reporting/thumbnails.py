@@ -19,20 +19,31 @@ STEPS = ((384, 75), (320, 65), (256, 55), (192, 50), (128, 45), (96, 35), (64, 2
 SLACK = 1.3
 
 
-def make_thumbnails(images: Sequence[Path], *, show_progress: bool = False) -> list[Thumbnail | None]:
+def make_thumbnails(
+    images: Sequence[Path],
+    *,
+    show_progress: bool = False,
+    label: str = "checking images",
+    largest: int = LARGEST,
+    at_least: int | None = None,
+) -> list[Thumbnail | None]:
     """Return a small picture of each image, None where it cannot be read or has no room.
 
     Args:
         images: the files.
         show_progress: draw a bar.
+        label: what the bar says.
+        largest: the most bytes of a picture.
+        at_least: decode a JPEG at a fraction of its size, of so many pixels at least, which is faster.
     """
-    room = min(LARGEST, MOST_BYTES // max(len(images), 1))
-    made = check_images(images, show_progress=show_progress, inspect=partial(_make, room=room))
+    room = min(largest, MOST_BYTES // max(len(images), 1))
+    make = partial(_make, room=room, at_least=at_least)
+    made = check_images(images, show_progress=show_progress, inspect=make, label=label)
     return [None if isinstance(result, ImageError) else result for result in made]
 
 
-def _make(path: Path, room: int) -> Thumbnail | None:
-    return shrink(open_image(path), room)
+def _make(path: Path, room: int, at_least: int | None) -> Thumbnail | None:
+    return shrink(open_image(path, at_least=at_least), room)
 
 
 def shrink(image: Image.Image, room: int = LARGEST) -> Thumbnail | None:

@@ -1,13 +1,12 @@
 """Finds the images of the folder, and gives each an opaque id by which alone the page can name it."""
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from caption_train.data.formats import describe_unread, is_inside
-from caption_train.data.scan import scan_folder
+from caption_train.data.scan import image_id, scan_folder
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.system.console import escape_unprintable
 
@@ -77,7 +76,7 @@ class Library(Mapping[str, Item]):
                 status = path.stat()
             except OSError:
                 continue  # gone since the scan
-            id = hashlib.blake2b(os.fsencode(name), digest_size=12).hexdigest()
+            id = image_id(name)
             items[id] = Item(id, name, path, status.st_size, status.st_mtime_ns)
         if not items:
             raise UsageError(f"--images {escape_unprintable(self.root)}: no images there")

@@ -157,9 +157,10 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
 
 def look_for_copies(parts: Parts, is_stopped: Callable[[], bool] = lambda: False) -> None:
     """Have the page know which images are in the folder several times; it may take a while."""
-    from caption_train.reviewing.duplicates import find_copies
+    from caption_train.data.copies import find_copies
 
-    parts.review.note_copies(find_copies(list(parts.review.library.values()), is_stopped))
+    files = {item.id: item.path for item in list(parts.review.library.values())}
+    parts.review.note_copies(find_copies(files, is_stopped))
 
 
 def _describe(parts: Parts) -> str:

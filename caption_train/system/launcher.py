@@ -151,10 +151,12 @@ def program_name() -> str:
     return INSTALLED if is_package else program.name
 
 
-def start_command(verb: str, family: str, script: Sequence[str]) -> list[str]:
-    """Return how to start a verb for a family: as the installed command where it runs, else as the script.
+def start_command(verb: str, family: str | None, script: Sequence[str]) -> list[str]:
+    """Return how to start a verb, for a family if it takes one: as the installed command, else the script.
 
     >>> start_command("train", "some", ["python", "train_some.py"])
     ['python', 'train_some.py']
     """
-    return [INSTALLED, verb, family] if program_name() == INSTALLED else list(script)
+    if program_name() != INSTALLED:
+        return list(script)
+    return [INSTALLED, verb, *([family] if family else [])]

@@ -32,7 +32,7 @@ def test_what_the_page_shows_works(tmp_path, monkeypatch):
     write_pair(Path("kohya/10_dog/a.png"), "a dog")
     Path("kohya/meta_clean.json").write_text('{"a": {"caption": "a dog", "tags": "grass"}}')
     commands = "".join(blocks_of("docs/dataset.md", "bash")).splitlines()
-    assert len(commands) == 10
+    assert len(commands) == 11
     write_other_tools_files()
     for command in commands:
         program, script, *arguments = shlex.split(command)

@@ -96,6 +96,24 @@ def test_a_caption_that_is_too_long_is_cut_before_its_end(family, loaded, items,
     assert len(kept) <= 4 and kept[-1] == end_of(processor)
 
 
+def test_captions_are_counted_without_the_weights_as_training_learns_them(
+    name, family, facts, items, tiny_base, tmp_path
+):
+    folder = tmp_path / "no weights"
+    shutil.copytree(tiny_base(name), folder, ignore=shutil.ignore_patterns("*.safetensors", "*.bin"))
+    processor = family.load_text_processor(str(folder))
+    _, loaded = family.load(str(tiny_base(name)))
+    assert processor.tokenizer.model_max_length == loaded.tokenizer.model_max_length
+    for item in items[1:]:
+        ids = family.tokenize_caption(processor, item["caption"])
+        assert ids == family.tokenize_caption(loaded, item["caption"])
+        length = len(ids) + family.count_frame_tokens(processor)
+        for most, kept in ((length + 5, length), (length, length), (length - 1, length - 1)):
+            collate = family.make_collator(loaded, prompt=facts.default_prompt, max_length=most)
+            labels = collate([item])["labels"][0]
+            assert (labels != IGNORE_INDEX).sum() == kept
+
+
 def test_a_caption_beyond_the_models_positions_is_cut_to_them(family, loaded, items, facts):
     model, processor = loaded
     collate = family.make_collator(processor, prompt=facts.default_prompt, max_length=1000)

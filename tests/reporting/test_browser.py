@@ -5,7 +5,7 @@ import json
 import pytest
 
 from caption_train.reporting.page import write_report
-from tests.fixtures.browser import AXE, SECONDS, find_violations, until
+from tests.fixtures.browser import AXE, find_violations, until
 from tests.fixtures.reports import HOSTILE, make_report
 
 COUNT = 100
@@ -27,29 +27,9 @@ def few(tmp_path_factory):
 
 
 @pytest.fixture
-def open_page(browser, report):
-    """`open_page(width=…)` opens the report; the test fails on any error or request."""
-    contexts, wrong = [], []
-
-    def open_page(path=report, **settings):
-        settings = {"viewport": {"width": 1280, "height": 900}, **settings}
-        contexts.append(browser.new_context(**settings))
-        contexts[-1].set_default_timeout(SECONDS * 1000)
-        page = contexts[-1].new_page()
-        page.on("console", lambda message: wrong.append(message.text))
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on(
-            "request",
-            lambda request: None if request.url.startswith(("file:", "data:")) else wrong.append(request.url),
-        )
-        page.on("dialog", lambda dialog: (wrong.append(dialog.message), dialog.dismiss()))
-        page.goto(path.as_uri())
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert wrong == []
+def open_page(open_file, report):
+    """`open_page(color_scheme=…)` opens the report; the test fails on any error or request."""
+    return lambda path=report, **settings: open_file(path, **settings)
 
 
 def count(page):

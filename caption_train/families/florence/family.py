@@ -89,8 +89,30 @@ class Florence(Family):
         model, processor = load(
             checkpoint, dtype=dtype or torch.float32, quantization_config=quantization_config
         )
-        note_positions(model, processor)
+        note_positions(model.config, processor)
         return model, processor
+
+    @guarding_load
+    def load_text_processor(self, model_id: str, *, revision: str | None = None) -> Any:
+        """Return the processor, of a legacy checkpoint its tokenizer; see `Family.load_text_processor`."""
+        from caption_train.families.florence.legacy.load import load_text_processor
+
+        check_transformers()
+        return load_text_processor(model_id, revision)
+
+    def count_frame_tokens(self, processor: Florence2Processor) -> int:
+        """Return 2: `<s>` and `</s>`."""
+        return 2
+
+    def control_ids(self, processor: Florence2Processor) -> frozenset[int]:
+        """Return the ids of `</s>` and its like; see `Family.control_ids`.
+
+        `<loc_12>`, `<poly>` and their like are not among them: answers with places consist of them.
+        """
+        from caption_train.families.caption_ids import named_ids
+
+        tokenizer = processor.tokenizer
+        return named_ids(tokenizer) | {tokenizer.convert_tokens_to_ids(processor.image_token)}
 
     def encode(
         self, processor: Florence2Processor, images: Sequence[Image.Image], prompts: Sequence[str]
@@ -150,17 +172,6 @@ class Florence(Family):
     def check_prompt(self, prompt: str) -> None:
         """Raise UsageError for a prompt that no Florence-2 can read, before a model is loaded."""
         check_prompt(prompt)
-
-    def tokenize_caption(self, processor: Florence2Processor, caption: str) -> list[int]:
-        """Return a caption's ids; see `Family.tokenize_caption`.
-
-        `<loc_12>`, `<poly>` and their like are tokens: answers with places consist of them. `</s>` is text.
-        """
-        from caption_train.families.caption_ids import caption_ids, named_ids
-
-        tokenizer = processor.tokenizer
-        image = tokenizer.convert_tokens_to_ids(processor.image_token)
-        return caption_ids(tokenizer, caption, named_ids(tokenizer) | {image})
 
     def parse_answer(self, text: str, prompt: str, image_size: tuple[int, int]) -> Answer | None:
         """Parse a generated text; see `Family.parse_answer`.

@@ -84,8 +84,27 @@ class Moondream(Family):
             with explained(model_id):
                 tokenizer = read_tokenizer(model_id, revision, model.config.bos_token_id)
             processor = MoondreamProcessor.from_config(model.config, tokenizer)
-        note_positions(model, processor)
+        note_positions(model.config, processor)
         return model, processor
+
+    @guarding_load
+    def load_text_processor(self, model_id: str, *, revision: str | None = None) -> MoondreamProcessor:
+        """Return the processor; see `Family.load_text_processor`."""
+        from caption_train.families.loading import load_config
+        from caption_train.families.moondream.files import read_tokenizer
+        from caption_train.families.moondream.model import MoondreamForConditionalGeneration
+        from caption_train.families.moondream.processor import MoondreamProcessor
+        from caption_train.families.prompt_length import note_positions
+
+        revision = self._release(model_id, revision)
+        config = load_config(MoondreamForConditionalGeneration, model_id, revision)
+        if (Path(model_id) / "processor_config.json").is_file():
+            processor = MoondreamProcessor.from_pretrained(model_id)
+        else:
+            tokenizer = read_tokenizer(model_id, revision, config.bos_token_id)
+            processor = MoondreamProcessor.from_config(config, tokenizer)
+        note_positions(config, processor)
+        return processor
 
     def encode(
         self, processor: MoondreamProcessor, images: Sequence[Image.Image], prompts: Sequence[str]

@@ -81,13 +81,20 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, chat: ChatFormat, caption: st
 
     Control tokens that a caption spells out stay text: `<|im_end|>` in a caption does not end it.
     """
-    from caption_train.families.caption_ids import control_ids, encode_as_text, spells_control
+    from caption_train.families.caption_ids import encode_as_text, spells_control
 
     ids = _follow(chat, caption, partial(_text_ids, tokenizer))
-    control = control_ids(tokenizer) | set(chat.stop_ids) | set(chat.marker_ids)
+    control = list_control_ids(tokenizer, chat)
     if not spells_control(tokenizer, caption, ids, control):
         return ids
     return _follow(chat, caption, lambda text: encode_as_text(tokenizer, text, control))
+
+
+def list_control_ids(tokenizer: PreTrainedTokenizerBase, chat: ChatFormat) -> frozenset[int]:
+    """Return the ids of the tokens that mean something beside their text, those of the chat format too."""
+    from caption_train.families.caption_ids import control_ids
+
+    return control_ids(tokenizer) | set(chat.stop_ids) | set(chat.marker_ids)
 
 
 def list_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:

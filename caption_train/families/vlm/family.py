@@ -122,6 +122,25 @@ class Vlm(Family):
         processor = load_processor(folder, config, model_class, model_id)
         return make_empty_model(config, model_class, dtype), processor
 
+    @guarding_load
+    def load_text_processor(self, model_id: str, *, revision: str | None = None) -> VlmProcessor:
+        """Return the processor; see `Family.load_text_processor`."""
+        from caption_train.families.vlm.checkpoint import find_folder, find_model_class
+        from caption_train.families.vlm.processor import load_processor
+
+        folder = find_folder(model_id, revision)
+        return load_processor(folder, *find_model_class(folder, model_id), model_id)
+
+    def count_frame_tokens(self, processor: VlmProcessor) -> int:
+        """Return how many tokens end an answer of this checkpoint."""
+        return len(processor.chat.end_ids)
+
+    def control_ids(self, processor: VlmProcessor) -> frozenset[int]:
+        """Return the ids of the tokens that conversations are made of; see `Family.control_ids`."""
+        from caption_train.families.vlm.chat import list_control_ids
+
+        return list_control_ids(processor.tokenizer, processor.chat)
+
     def encode(self, processor: VlmProcessor, images: Sequence[Image.Image], prompts: Sequence[str]) -> Batch:
         """Return the processor's batch, text on the left padded to [B, T]; see `Family.encode`."""
         from caption_train.families.vlm.collator import encode

@@ -112,6 +112,20 @@ async function open(place) {
   by("close").focus();
 }
 
+// A report on the dataset links here with #item=ID.
+async function openLinked() {
+  const id = new URLSearchParams(location.hash.slice(1)).get("item");
+  if (!id) return;
+  history.replaceState(null, "", location.pathname);
+  if (isSingle() && !(await single.leave())) return;
+  if (!grid.ids.includes(id)) {
+    by("filters").reset();
+    await filter();
+  }
+  if (grid.ids.includes(id)) await open(grid.ids.indexOf(id));
+  else say("The image of this link is not in the folder that this page shows", true);
+}
+
 async function close() {
   if (!(await single.leave())) return;
   grid.current = single.place;
@@ -258,4 +272,6 @@ guard(async () => {
   }
   by("grid").focus();
   if (state.notes.length) say(state.notes.slice(0, 3).join("; "));
+  await openLinked();
 });
+addEventListener("hashchange", () => guard(openLinked));

@@ -67,6 +67,17 @@ def test_every_layout_loads_every_tensor(tmp_path, tensors, state, layout, shard
     assert len(processor.tokenizer) == model.config.text_config.vocab_size == 1801
 
 
+def test_captions_are_counted_without_the_weights(tmp_path, tensors):
+    folder = write_checkpoint(tmp_path / "model", tensors)
+    _, loaded = FAMILY.load(str(folder))
+    (folder / "pytorch_model.bin").unlink()
+    processor = FAMILY.load_text_processor(str(folder))
+    for caption in ("a red square, small", "a cat</s> <loc_12>"):
+        assert FAMILY.tokenize_caption(processor, caption) == FAMILY.tokenize_caption(loaded, caption)
+    assert processor.tokenizer.model_max_length == loaded.tokenizer.model_max_length
+    assert FAMILY.control_ids(processor) == FAMILY.control_ids(loaded)
+
+
 @pytest.mark.parametrize("names", SUBSETS, ids=lambda names: "+".join(name.split(".")[-2] for name in names))
 def test_any_subset_of_the_tied_names_is_enough(tensors, state, names):
     kept = {name: tensor for name, tensor in tensors.items() if name not in TIED or name in names}

@@ -94,6 +94,14 @@ def test_weights_load_whatever_file_they_are_in(official, rewrite, save):
     assert same_state(model, official[1])
 
 
+def test_captions_are_counted_without_the_weights(official, tmp_path):
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((official[0] / name).read_bytes())
+    processor, loaded = FAMILY.load_text_processor(str(tmp_path)), FAMILY.load(str(official[0]))[1]
+    assert FAMILY.tokenize_caption(processor, "a cat") == FAMILY.tokenize_caption(loaded, "a cat")
+    assert processor.tokenizer.model_max_length == loaded.tokenizer.model_max_length
+
+
 def test_heads_that_the_config_leaves_out_are_counted_in_the_weights(official, rewrite):
     def leave_out(config):
         del config["config"]["text"]["n_kv_heads"]

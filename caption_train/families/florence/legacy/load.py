@@ -6,7 +6,9 @@ every tensor is checked by name and shape before one is loaded.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from caption_train.errors import CaptionTrainError
@@ -17,8 +19,15 @@ from caption_train.families.florence.legacy.config import (
     make_generation_config,
 )
 from caption_train.families.florence.legacy.names import LOGITS_BIAS, TIED, legacy_name, native_name
-from caption_train.families.florence.legacy.processor import convert_processor
-from caption_train.families.loading import load_model, load_processor, shorten
+from caption_train.families.florence.legacy.processor import convert_processor, load_tokenizer
+from caption_train.families.loading import (
+    find_side_files,
+    load_config,
+    load_model,
+    load_processor,
+    shorten,
+)
+from caption_train.families.prompt_length import note_positions
 
 if TYPE_CHECKING:
     import torch
@@ -144,6 +153,22 @@ def load_native(
         text_config = checkpoint.config.get("text_config") or {}
         model.generation_config = make_generation_config(text_config, saved)
     return _name(model, checkpoint), processor
+
+
+def load_text_processor(model_id: str, revision: str | None = None) -> Any:
+    """Return a checkpoint's processor, or of a legacy one what it has for texts, without its weights."""
+    from transformers import AutoProcessor, Florence2ForConditionalGeneration
+
+    checkpoint = Checkpoint(model_id, find_side_files(model_id, revision), ())
+    if checkpoint.is_legacy:
+        text = checkpoint.config.get("text_config") or {}
+        tokenizer = load_tokenizer(checkpoint.folder, text.get("vocab_size", sys.maxsize))
+        tokenizer.model_max_length = text.get("max_position_embeddings", 1024)
+        return SimpleNamespace(tokenizer=tokenizer, image_token=tokenizer.image_token)
+    config = load_config(Florence2ForConditionalGeneration, str(checkpoint.folder))
+    processor = load_processor(AutoProcessor.from_pretrained, str(checkpoint.folder))
+    note_positions(config, processor)
+    return processor
 
 
 def convert_tensors(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:

@@ -60,7 +60,7 @@ def convert_processor(folder: Path, vision: Mapping[str, Any], rows: int) -> Flo
     """
     from transformers import CLIPImageProcessorPil, Florence2Processor
 
-    tokenizer = _load_tokenizer(folder, rows)
+    tokenizer = load_tokenizer(folder, rows)
     settings = _read_image_settings(folder / "preprocessor_config.json")
     image_processor = CLIPImageProcessorPil(**settings, do_center_crop=False, do_convert_rgb=True)
     height, width = find_grid(settings["size"], vision)
@@ -105,7 +105,8 @@ def _read_image_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _load_tokenizer(folder: Path, rows: int) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, rows: int) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a legacy folder; rows: how many entries the embedding has."""
     from tokenizers import AddedToken
     from transformers import BartTokenizer
 
