@@ -55,13 +55,13 @@ def test_it_grows_while_the_run_is_at_work(options, monkeypatch):
 
 
 def test_it_makes_no_captions_of_its_own(options, monkeypatch):
-    counted, caption = [], validation.caption_images
+    counted, caption = [], validation.caption_items
 
-    def count(run, family, images, prompts):
-        counted.append(len(images))
-        return caption(run, family, images, prompts)
+    def count(run, family, items, prompts):
+        counted.append(len(items))
+        return caption(run, family, items, prompts)
 
-    monkeypatch.setattr(validation, "caption_images", count)
+    monkeypatch.setattr(validation, "caption_items", count)
     train("blip", options())
     assert sum(counted) == 4 * 4
     counted.clear()
