@@ -16,6 +16,7 @@ from caption_train.reporting.report import REPORT_FILE
 from caption_train.system.console import count_things, is_quiet, print_line, print_problem, print_result
 from caption_train.system.files import clear_temporary
 from caption_train.system.lock import OutputLock
+from caption_train.system.processes import refuse_several_processes
 from caption_train.system.signals import Terminated, raising_terminated
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def evaluate(options: EvaluateOptions) -> int:
         UsageError: the options cannot work; raised before a model is loaded.
         CaptionTrainError: a model cannot be loaded, or `--fail_on_regression` finds an adapter worse.
     """
+    refuse_several_processes("evaluate")
     family = find_family(options)
     candidates = find_candidates(options, family)
     data = read_questions(options)

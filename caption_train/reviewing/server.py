@@ -13,6 +13,7 @@ from caption_train.config.reviewing import ReviewOptions
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.reviewing.items import Library
 from caption_train.system.console import escape_unprintable, print_line, print_result
+from caption_train.system.processes import refuse_several_processes
 from caption_train.system.signals import raising_terminated
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def review_folder(options: ReviewOptions) -> int:
         UsageError: the options cannot work.
         CaptionTrainError: the port cannot be used.
     """
+    refuse_several_processes("review")
     missing = [name for name in EXTRA if find_spec(name) is None]
     if missing:
         raise UsageError(
