@@ -38,6 +38,8 @@ class Review:
         self._copies: dict[str, str] = {}
         self._previews: OrderedDict[str, list[Change]] = OrderedDict()
         self._tags: Counter[str] | None = None
+        # Batches that were undone as far as could be: what is left was changed elsewhere, or is gone.
+        self._passed: set[str] = set()
         self.captions, self.problems = store.read_all(library)
 
     def clean(self, text: str) -> str:
@@ -151,15 +153,19 @@ class Review:
     def undo(self, batch_id: str | None = None) -> tuple[Batch, list[Outcome]]:
         """Undo a batch, by default the last one; what was written elsewhere since then stays."""
         with self._lock:
-            batch = self.history.batches.get(batch_id) if batch_id else self.history.last()
+            batch = self.history.batches.get(batch_id) if batch_id else self.history.last(self._passed)
             if batch is None or not batch.can_be_undone:
                 raise UsageError("there is nothing to undo")
             by_name = {item.name: item for item in self.library.values()}
             edits = [edit for edit in batch.edits.values() if not edit.is_undone and edit.name in by_name]
             if not edits:
+                self._passed.add(batch.id)
                 raise UsageError("the images of this edit are not in the folder any more")
             changes = [Change(by_name[edit.name], edit.after, edit.before) for edit in edits]
-            return batch, self._write(changes, "undo", undoes=batch.id)
+            outcomes = self._write(changes, "undo", undoes=batch.id)
+            # The next undo goes further back, instead of trying the same again.
+            self._passed.add(batch.id)
+            return batch, outcomes
 
     def find_tags(self, prefix: str, limit: int = 20) -> list[tuple[str, int]]:
         """Return the commonest tags that contain a text, those that begin with it first, with counts."""
@@ -174,7 +180,7 @@ class Review:
     def progress(self) -> dict[str, Any]:
         """Return the counts, and what would be undone next."""
         with self._lock:
-            last = self.history.last()
+            last = self.history.last(self._passed)
             return {
                 "total": len(self.library),
                 "captioned": sum(bool(text) for text in self.captions.values()),

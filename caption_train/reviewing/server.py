@@ -13,6 +13,7 @@ from caption_train.config.reviewing import ReviewOptions
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.reviewing.items import Library
 from caption_train.system.console import escape_unprintable, print_line, print_result
+from caption_train.system.files import clear_temporary
 from caption_train.system.processes import refuse_several_processes
 from caption_train.system.signals import raising_terminated
 
@@ -82,6 +83,8 @@ def open_parts(options: ReviewOptions, port: int) -> Parts:
 
     library = Library(options.images)
     suggester = _make_suggester(options, library)
+    for folder in {item.path.parent for item in library.values()} | {library.root}:
+        clear_temporary(folder)
     store = open_store(library, options.save_to, options.caption_extension)
     history = History(library.root)
     review = Review(library, store, history, suggester.count_tokens if suggester else None)

@@ -133,6 +133,35 @@ def test_undoing_leaves_what_was_written_since_then(page, folder):
     assert (folder / "a.txt").read_text() == "theirs\n"
 
 
+def test_undo_goes_further_back_past_what_cannot_be_undone(page, folder):
+    page.save("a.png", "cat, sofa", "dog, sofa")
+    page.save("b.png", "cat, window, morning light", "dog, window")
+    page.save("c.png", "", "a car")
+    (folder / "b.txt").write_text("from an editor")
+    (folder / "c.png").unlink()
+    page.post("refresh")
+    assert page.post("undo").json()["error"] == "the images of this edit are not in the folder any more"
+    assert page.post("undo").json()["kept"][0]["theirs"] == "from an editor"
+    assert page.post("undo").json()["done"] == 1
+    assert (folder / "a.txt").read_text() == "cat, sofa\n"
+    assert page.get("state")["undo"] is None
+    # The history still offers it: somebody may have taken their edit back.
+    batch = next(b for b in page.get("history")["batches"] if b["name"] == "b.png")
+    (folder / "b.txt").write_text("dog, window")
+    assert page.post("undo", batch=batch["batch"]).json()["done"] == 1
+    assert (folder / "b.txt").read_text() == "cat, window, morning light\n"
+
+
+def test_what_a_killed_review_left_is_removed(serve, folder):
+    for left in (
+        folder / ".a.txt.8lb7nw8t.caption-train.tmp",
+        folder / "sub/.a.txt.f46op9lx.caption-train.tmp",
+    ):
+        left.write_text("half a cap")
+    serve(folder)
+    assert not list(folder.rglob("*.tmp"))
+
+
 def test_any_step_can_be_undone_not_the_last_alone(page, folder):
     page.save("a.png", "cat, sofa", "one")
     page.save("b.png", "cat, window, morning light", "two")
