@@ -25,12 +25,14 @@ from caption_train.reviewing.security import Access
 from caption_train.reviewing.stores import Outcome
 from caption_train.reviewing.suggestions import Suggester, Wish
 from caption_train.reviewing.thumbnails import Thumbnails
+from caption_train.system.console import escape_unprintable
 
 TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 MOST_ITEMS = 200
 MOST_SHOWN = 200
 """Changes of a preview, or steps of the history, that the page shows."""
 _YEAR = "private, max-age=31536000, immutable"
+MARKS = ("accepted", "flagged")
 ACTIONS = ("edit", "suggestion", "conflict")
 
 
@@ -70,7 +72,12 @@ def make_app(parts: Parts) -> Starlette:
         *(Route(f"/api/{call.__name__}", _answer(call, parts), methods=["POST"]) for call in WRITERS),
     ]
     return Starlette(
-        routes=routes, exception_handlers={CaptionTrainError: _explain, HTTPException: _explain_http}
+        routes=routes,
+        exception_handlers={
+            CaptionTrainError: _explain,
+            OSError: _explain_system,
+            HTTPException: _explain_http,
+        },
     )
 
 
@@ -86,6 +93,11 @@ class Json(Response):
 
 async def _explain(request: Request, error: Exception) -> Response:
     return Json({"error": str(error)}, 422)
+
+
+async def _explain_system(request: Request, error: Exception) -> Response:
+    where, reason = getattr(error, "filename", None), getattr(error, "strerror", None) or str(error)
+    return Json({"error": f"{escape_unprintable(where)}: {reason}" if where else reason}, 422)
 
 
 async def _explain_http(request: Request, error: Exception) -> Response:
@@ -211,8 +223,12 @@ def save(parts: Parts, values: _Values) -> dict[str, Any]:
 
 
 def mark(parts: Parts, values: _Values) -> dict[str, Any]:
-    """Accept or flag images, or take it back."""
+    """Accept or flag images, or take it back; `toggle` names a mark to take back if all have it."""
     chosen = values.need_ids()
+    if (toggled := values.get("toggle", str, None)) is not None:
+        if toggled not in MARKS:
+            raise UsageError("toggle: is not what it should be")
+        parts.review.mark(chosen, **{toggled: not parts.review.are_marked(chosen, toggled)})
     parts.review.mark(
         chosen, accepted=values.get("accepted", bool, None), flagged=values.get("flagged", bool, None)
     )

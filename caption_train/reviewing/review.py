@@ -126,6 +126,15 @@ class Review:
             if flagged is not None:
                 self.history.mark([item.name for item in items], flagged=flagged)
 
+    def are_marked(self, ids: Sequence[str], name: str) -> bool:
+        """Tell whether all of these images that can be are "accepted", or all are "flagged"."""
+        with self._lock:
+            items = [self._get(id) for id in ids]
+            if name == "flagged":
+                return all(item.name in self.history.flagged for item in items)
+            having = [item for item in items if self.captions.get(item.id)]
+            return bool(having) and all(map(self.is_accepted, having))
+
     def preview(self, ids: Sequence[str], replacement: Replacement) -> tuple[str, list[Change]]:
         """Return what replacing would change, and a token by which `replace` does exactly this."""
         if not replacement.find:

@@ -1,5 +1,6 @@
 """The page's interface as the page uses it: filters, saving, conflicts, find and replace, undo, the end."""
 
+import errno
 import json
 import time
 
@@ -131,6 +132,31 @@ def test_undoing_leaves_what_was_written_since_then(page, folder):
     answer = page.post("undo").json()
     assert (answer["done"], answer["kept_count"]) == (0, 1)
     assert (folder / "a.txt").read_text() == "theirs\n"
+
+
+def test_a_mark_is_toggled_for_all_that_are_chosen_shown_or_not(page):
+    ids = page.get("ids")["ids"]
+    page.post("mark", ids=ids[:1], accepted=True)
+    assert page.post("mark", ids=ids, toggle="accepted").status_code == 200
+    assert page.get("state")["accepted"] == 3  # the fourth has no caption
+    page.post("mark", ids=ids, toggle="accepted")
+    assert page.get("state")["accepted"] == 0
+    for expected in (4, 0):
+        page.post("mark", ids=ids, toggle="flagged")
+        assert page.get("state")["flagged"] == expected
+    assert page.post("mark", ids=ids, toggle="deleted").status_code == 422
+
+
+def test_a_full_disk_at_the_end_is_one_line(page, monkeypatch):
+    page.post("mark", ids=[page.id_of("a.png")], accepted=True)
+
+    def write(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device", "/photos-out/metadata.jsonl")
+
+    monkeypatch.setattr("caption_train.reviewing.app.write_accepted", write)
+    answer = page.post("finish")
+    assert answer.status_code == 422
+    assert answer.json() == {"error": "/photos-out/metadata.jsonl: No space left on device"}
 
 
 def test_undo_goes_further_back_past_what_cannot_be_undone(page, folder):
