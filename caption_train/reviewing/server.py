@@ -20,7 +20,7 @@ from caption_train.system.signals import raising_terminated
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from caption_train.reviewing.app import Parts
+    from caption_train.reviewing.calls import Parts
     from caption_train.reviewing.suggestions import Suggester
 
 EXTRA = ("starlette", "uvicorn")
@@ -74,7 +74,7 @@ def open_parts(options: ReviewOptions, port: int) -> Parts:
         UsageError: the folder or the model cannot be used.
     """
     from caption_train.reviewing.accepted import choose_output_dir
-    from caption_train.reviewing.app import Parts
+    from caption_train.reviewing.calls import Parts
     from caption_train.reviewing.history import History
     from caption_train.reviewing.review import Review
     from caption_train.reviewing.security import Access
@@ -162,9 +162,10 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
 
 def look_for_copies(parts: Parts, is_stopped: Callable[[], bool] = lambda: False) -> None:
     """Have the page know which images are in the folder several times; it may take a while."""
-    from caption_train.reviewing.duplicates import find_copies
+    from caption_train.data.copies import find_copies
 
-    parts.review.note_copies(find_copies(list(parts.review.library.values()), is_stopped))
+    files = {item.id: item.path for item in list(parts.review.library.values())}
+    parts.review.note_copies(find_copies(files, is_stopped))
 
 
 def _describe(parts: Parts) -> str:

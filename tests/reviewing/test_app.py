@@ -153,7 +153,7 @@ def test_a_full_disk_at_the_end_is_one_line(page, monkeypatch):
     def write(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device", "/photos-out/metadata.jsonl")
 
-    monkeypatch.setattr("caption_train.reviewing.app.write_accepted", write)
+    monkeypatch.setattr("caption_train.reviewing.calls.write_accepted", write)
     answer = page.post("finish")
     assert answer.status_code == 422
     assert answer.json() == {"error": "/photos-out/metadata.jsonl: No space left on device"}
