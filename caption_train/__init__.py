@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from caption_train.version import __version__
 
 if TYPE_CHECKING:
-    from caption_train.api import caption, compile_dataset, export, load_family, train
+    from caption_train.api import caption, compile_dataset, evaluate, export, load_family, train
     from caption_train.errors import CaptionTrainError, UsageError
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "__version__",
     "caption",
     "compile_dataset",
+    "evaluate",
     "export",
     "load_family",
     "train",

@@ -154,6 +154,48 @@ WRITING_FLAGS = {
 """Flags of the inference scripts that `caption` has no use for."""
 
 
+def evaluate(
+    dataset_dir: Path | str,
+    output_dir: Path | str,
+    *,
+    peft_model: Path | str | Iterable[Path | str] = (),
+    family: str | None = None,
+    base_model: str | None = None,
+    **flags: Any,
+) -> dict[str, Any]:
+    """Caption a dataset with a base and with LoRAs on it, and compare, as evaluate_captions.py does.
+
+    Args:
+        dataset_dir: images, with reference captions or without.
+        output_dir: gets evaluation.json, evaluation.md, report.html and the captions made so far.
+        peft_model: the folder of a LoRA, or several.
+        family: the name of the model's family; not needed where a LoRA says it.
+        base_model: a hub id or a folder; the LoRAs' base if not given.
+        flags: those of evaluate_captions.py, such as `limit` or `clip_model`. `num_workers` is 0 if not
+            given.
+
+    Returns:
+        What evaluation.json in output_dir holds: for each model, the base first, every score with its
+        interval; every caption; a line for each image that cannot be read.
+
+    Raises:
+        CaptionTrainError: no image can be read, a model cannot be loaded, or `fail_on_regression` finds a
+            LoRA worse than the base.
+    """
+    from caption_train.config.evaluation import EvaluateOptions
+    from caption_train.evaluation.evaluate import evaluate_models, raise_regressions
+
+    adapters = [peft_model] if isinstance(peft_model, Path | str) else list(peft_model)
+    given = flags | {"dataset_dir": dataset_dir, "output_dir": output_dir, "peft_model": adapters}
+    given |= {"family": family, "base_model": base_model}
+    results = evaluate_models(_make_options(EvaluateOptions, given, defaults={"num_workers": 0}))
+    raise_regressions(results)
+
+    from caption_train.evaluation.results import describe_results
+
+    return describe_results(results)
+
+
 def export(source: Path | str, output_dir: Path | str, **flags: Any) -> Path:
     """Write an adapter or a model in another form, as export_adapter.py does, and return its folder.
 

@@ -1,6 +1,7 @@
 """What `import caption_train` offers, and the command that is installed with it."""
 
 import doctest
+import json
 import subprocess
 import sys
 
@@ -50,8 +51,49 @@ def test_no_images_give_no_captions():
     assert caption_train.caption([], family="blip") == []
 
 
+def test_evaluating_returns_what_it_writes(tiny_base, pairs_folder, tmp_path, capsys):
+    base = tiny_base("blip")
+    (tmp_path / "images").mkdir()
+    for path in pairs_folder.iterdir():
+        (tmp_path / "images" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "images/broken.png").write_bytes(b"no image")
+    (tmp_path / "images/broken.txt").write_text("broken")
+    flags = {"family": "blip", "base_model": base, "device": "cpu", "max_token_length": 8, "resamples": 100}
+    found = caption_train.evaluate(tmp_path / "images", tmp_path / "out", split="all", quiet=True, **flags)
+    assert found == json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert found["images"] == 4 and "broken.png" in found["unreadable"][0]
+    assert capsys.readouterr().out == ""
+    with pytest.raises(caption_train.UsageError, match="nothing to evaluate: give --peft_model"):
+        caption_train.evaluate(pairs_folder, tmp_path / "out")
+    with pytest.raises(caption_train.UsageError, match="there is no such folder"):
+        caption_train.evaluate(pairs_folder, tmp_path / "out", peft_model="no/such/folder")
+
+
+def test_a_worse_adapter_is_an_error_after_all_is_written(overfitted, pairs_folder, tmp_path):
+    adapters = [overfitted("blip")]
+    flags = {"peft_model": adapters, "device": "cpu", "resamples": 100}
+    caption_train.evaluate(pairs_folder, tmp_path / "out", fail_on_regression=["exact_match"], **flags)
+    for row in json.loads((tmp_path / "out/evaluation.json").read_text())["captions"]:
+        path = tmp_path / "images" / row["file"]
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes((pairs_folder / row["file"]).read_bytes())
+        path.with_suffix(".txt").write_text(row["models"]["base"]["text"])
+    with pytest.raises(caption_train.CaptionTrainError, match=r"exact_match 0\.0000, base 1\.0000"):
+        caption_train.evaluate(
+            tmp_path / "images", tmp_path / "out", fail_on_regression=["exact_match"], **flags
+        )
+    assert (
+        json.loads((tmp_path / "out/evaluation.json").read_text())["models"][0]["metrics"]["exact_match"][
+            "value"
+        ]
+        == 1
+    )
+
+
 COMMANDS = {
     ("compile",): "compile_captions.py",
+    ("evaluate",): "evaluate_captions.py",
+    ("review",): "review_captions.py",
     ("export",): "export_adapter.py",
     ("train", "blip"): "train_blip_network.py",
     ("caption", "florence"): "inference_florence.py",

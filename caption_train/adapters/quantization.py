@@ -18,6 +18,8 @@ HEADS = ("lm_head", "predictions.decoder")
 
 # bitsandbytes warns of a kernel for other processors as soon as peft or bitsandbytes is imported.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# And, in 8 bits, of each product whose factors it rounds.
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def make_quantization_config(

@@ -13,7 +13,7 @@ from caption_train.config.evaluation import EvaluateOptions
 from caption_train.errors import UsageError
 from caption_train.families import FAMILIES, get_family
 from caption_train.families.base import Family
-from caption_train.families.weight_files import find_commit, fingerprint_model
+from caption_train.families.weight_files import fetch_commit, hash_model
 from caption_train.system.files import hash_file
 
 BASE = "base"
@@ -80,8 +80,8 @@ def find_candidates(options: EvaluateOptions, family: Family) -> list[Candidate]
         resolve_base(family, base_model, options.revision, prompt, adapter, settings=settings)
         for adapter in adapters or [None]
     ]
-    commit = fingerprint_model(bases[0].model_id) or find_commit(bases[0].model_id, bases[0].revision)
-    known = commit or f"{bases[0].model_id}@{bases[0].revision}"
+    model_id, revision = bases[0].model_id, bases[0].revision
+    known = hash_model(model_id) or fetch_commit(model_id, revision) or f"{model_id}@{revision}"
     found = [Candidate(BASE, None, bases[0], known)]
     for name, adapter, base in zip(_name([a.folder for a in adapters]), adapters, bases, strict=False):
         found.append(Candidate(name, adapter.folder, base, f"{known}+{_hash_adapter(adapter.folder)}"))

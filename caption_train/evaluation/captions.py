@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from caption_train.adapters.record import read_adapter
 from caption_train.config.captioning import CaptionOptions
 from caption_train.config.evaluation import EvaluateOptions
-from caption_train.errors import CaptionTrainError
+from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.evaluation.candidates import Candidate
 from caption_train.evaluation.questions import Question
 from caption_train.families.base import Family
@@ -39,7 +40,8 @@ class Made:
 class Journal:
     """The captions in an output folder: a line each, under a hash of image, model, prompt and settings.
 
-    A line is written as soon as its caption is there, so that a kill costs one batch at most.
+    A line is written as soon as its caption is there, so that a kill costs one batch at most. A file of this
+    name that somebody else wrote is refused, so that nothing is added to it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -89,11 +91,16 @@ class Journal:
         for line in content.split(b"\n"):
             try:
                 row = parse_json(line)
-                key, text, remarks = row["key"], row["text"], row["remarks"]
-            except (ValueError, KeyError, TypeError):
+            except ValueError:
                 continue  # The last line of a killed process.
-            if isinstance(key, str) and isinstance(text, str) and isinstance(remarks, list):
-                made[key] = Made(text, tuple(remark for remark in REMARKS if remark in remarks))
+            match row:
+                case {"key": str(key), "text": str(text), "remarks": list(remarks)}:
+                    made[key] = Made(text, tuple(remark for remark in REMARKS if remark in remarks))
+                case _:
+                    raise UsageError(
+                        f"--output_dir {self.path.parent}: its {JOURNAL} is not one that evaluating wrote; "
+                        "choose another folder"
+                    )
         return made
 
 
@@ -149,9 +156,20 @@ def caption_questions(
 
 
 def _describe_settings(candidate: Candidate, options: EvaluateOptions) -> dict[str, Any]:
-    names = ("dtype", "quantize", "beams", "max_token_length")
-    settings = {name: getattr(options, name) for name in names}
+    dtype, trained = _find_precision(options)
+    settings = {"dtype": f"auto {trained}" if dtype == "auto" else dtype}
+    settings |= {name: getattr(options, name) for name in ("quantize", "beams", "max_token_length")}
     return settings | {name: candidate.base.settings[name] for name in sorted(candidate.base.settings)}
+
+
+def _find_precision(options: EvaluateOptions) -> tuple[str, str | None]:
+    """Return `--dtype`, and the mixed precision of the first adapter's training, which "auto" depends on.
+
+    All models run in the same precision, so that the adapter alone makes the difference.
+    """
+    if options.dtype != "auto" and (not options.quantize or "dtype" in options.sources):
+        return options.dtype, None
+    return "auto", read_adapter(options.peft_model[0]).mixed_precision if options.peft_model else None
 
 
 def _generate(
@@ -166,10 +184,11 @@ def _generate(
 
     from caption_train.captioning.generate import caption_images, load_captioner, make_generation
     from caption_train.captioning.plan import Unreadable
-    from caption_train.system.devices import choose_device
+    from caption_train.system.devices import choose_device, choose_dtype
 
     device = choose_device(options.device)
-    given = make_caption_options(options, candidate)
+    dtype = str(choose_dtype(*_find_precision(options), device)).removeprefix("torch.")
+    given = _make_caption_options(options, candidate, dtype)
     model, processor = load_captioner(family, candidate.base, given, device)
     family.check_inputs(processor, list(groups))
     print_line(*candidate.base.changes)
@@ -196,14 +215,15 @@ def _generate(
         torch.cuda.empty_cache()
 
 
-def make_caption_options(options: EvaluateOptions, candidate: Candidate) -> CaptionOptions:
+def _make_caption_options(options: EvaluateOptions, candidate: Candidate, dtype: str) -> CaptionOptions:
     """Return the options with which captioning makes this candidate's captions."""
-    shared = ("device", "dtype", "quantize", "beams", "max_token_length", "batch_size", "num_workers")
+    shared = ("device", "quantize", "beams", "max_token_length", "batch_size", "num_workers")
     return CaptionOptions(
         images=["-"],
         base_model=candidate.base.model_id,
         peft_model=candidate.adapter,
         worker_timeout=options.worker_timeout,
-        sources=options.sources,
+        dtype=dtype,
+        sources={**options.sources, "dtype": "evaluation"},
         **{name: getattr(options, name) for name in shared},
     )

@@ -16,6 +16,7 @@ from caption_train.reporting.report import REPORT_FILE
 from caption_train.system.console import count_things, is_quiet, print_line, print_problem, print_result
 from caption_train.system.files import clear_temporary
 from caption_train.system.lock import OutputLock
+from caption_train.system.processes import refuse_several_processes
 from caption_train.system.signals import Terminated, raising_terminated
 
 if TYPE_CHECKING:
@@ -35,21 +36,38 @@ def evaluate(options: EvaluateOptions) -> int:
         UsageError: the options cannot work; raised before a model is loaded.
         CaptionTrainError: a model cannot be loaded, or `--fail_on_regression` finds an adapter worse.
     """
+    refuse_several_processes("evaluate")
+    try:
+        with raising_terminated():
+            results = evaluate_models(options)
+    except KeyboardInterrupt as interrupt:
+        print_line("Interrupted: finished captions are kept; the same command goes on from there")
+        return 143 if isinstance(interrupt, Terminated) else 130
+    print_results(results)
+    raise_regressions(results)
+    return 1 if results.unreadable else 0
+
+
+def evaluate_models(options: EvaluateOptions) -> Results:
+    """Caption a dataset with each model, score the captions, and write the results.
+
+    Raises:
+        UsageError: the options cannot work; raised before a model is loaded.
+        CaptionTrainError: a model cannot be loaded, or no image can be read.
+    """
     family = find_family(options)
     candidates = find_candidates(options, family)
     data = read_questions(options)
     tags = _use_tags(options, data)
     _check_regression_metrics(options, data, tags)
     lock = _lock(options)
-    journal = Journal(options.output_dir)
     try:
-        with raising_terminated():
+        journal = Journal(options.output_dir)
+        try:
             return _evaluate(options, family, candidates, data, journal, tags=tags)
-    except KeyboardInterrupt as interrupt:
-        print_line("Interrupted: finished captions are kept; the same command goes on from there")
-        return 143 if isinstance(interrupt, Terminated) else 130
+        finally:
+            journal.close()
     finally:
-        journal.close()
         lock.release()
 
 
@@ -61,7 +79,7 @@ def _evaluate(
     journal: Journal,
     *,
     tags: bool,
-) -> int:
+) -> Results:
     print_line(f"Evaluating on {count_things(len(data.questions), 'image')}: {data.split}")
     made: list[list[Made | None]] = []
     unreadable = list(data.unreadable)
@@ -74,8 +92,7 @@ def _evaluate(
         raise CaptionTrainError(f"--dataset_dir {options.dataset_dir}: no image can be read: {unreadable[0]}")
     questions = [data.questions[index] for index in good]
     captions = [[captions[index] for index in good] for captions in made]
-    _finish(options, candidates, data, questions, captions, unreadable, tags=tags)
-    return 1 if unreadable else 0
+    return _finish(options, candidates, data, questions, captions, unreadable, tags=tags)
 
 
 def _finish(
@@ -87,10 +104,10 @@ def _finish(
     unreadable: Sequence[str],
     *,
     tags: bool,
-) -> None:
-    """Score the captions, write the files, print the summary; raise if an adapter is worse than allowed."""
+) -> Results:
+    """Score the captions and write the files."""
     from caption_train.evaluation.results import Results, write_results
-    from caption_train.evaluation.scores import find_regressions, score_models
+    from caption_train.evaluation.scores import score_models
 
     clip_scores = None
     if options.clip_model:
@@ -114,11 +131,18 @@ def _finish(
     )
     results = Results(options, data, questions, candidates, captions, scores, unreadable)
     write_results(results)
-    print_results(results)
+    return results
+
+
+def raise_regressions(results: Results) -> None:
+    """Raise CaptionTrainError if an adapter is worse than `--fail_on_regression` allows."""
+    from caption_train.evaluation.scores import find_regressions
+
+    names = [candidate.name for candidate in results.candidates[1:]]
     worse = find_regressions(
-        {c.name: s for c, s in zip(candidates[1:], scores[1:], strict=True)},
-        scores[0],
-        options.read_tolerances(),
+        dict(zip(names, results.scores[1:], strict=True)),
+        results.scores[0],
+        results.options.read_tolerances(),
         LOWER,
     )
     if worse:

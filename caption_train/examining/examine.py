@@ -207,7 +207,6 @@ class _Pictures:
             paths,
             show_progress=True,
             largest=LARGEST_PICTURE,
-            at_least=PICTURE_SIDE,
             label="making thumbnails",
         )
 

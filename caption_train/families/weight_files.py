@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from caption_train.errors import CaptionTrainError, is_out_of_memory
-from caption_train.system.files import read_json_object
+from caption_train.system.files import hash_file, read_json_object
 
+MODEL_SUFFIXES = (".safetensors", ".bin", ".pt", ".json", ".txt", ".model", ".jinja")
+"""Files of a model that can change its captions: weights, settings, tokenizer, chat template."""
 _PIECE = 1 << 20
 
 
@@ -65,7 +69,8 @@ def open_weights(path: Path) -> dict[str, Any]:
 def fingerprint_model(folder: Path | str) -> str | None:
     """Return a hash of the model in a folder, independent of the folder's path; None if it is no folder.
 
-    Of large files, only the size and a megabyte at each end are hashed: other weights differ there too.
+    Of large files, only the size and a megabyte at each end are hashed: training from scratch changes those
+    too. A merged LoRA may not; `hash_model` reads everything.
     """
     if not Path(folder).is_dir():
         return None
@@ -78,6 +83,33 @@ def fingerprint_model(folder: Path | str) -> str | None:
                 file.seek(max(size - _PIECE, 0))
                 found.update(file.read(_PIECE))
     return found.hexdigest()[:16]
+
+
+def hash_model(folder: Path | str) -> str | None:
+    """Return a hash of all weights and settings of the model in a folder; None if it is no folder."""
+    if not Path(folder).is_dir():
+        return None
+    paths = sorted(p for p in Path(folder).iterdir() if p.suffix in MODEL_SUFFIXES and p.is_file())
+    with ThreadPoolExecutor(4) as pool:
+        hashes = [
+            f"{path.name} {found}" for path, found in zip(paths, pool.map(hash_file, paths), strict=True)
+        ]
+    return hashlib.sha256("\n".join(hashes).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def fetch_commit(model_id: str, revision: str | None = None) -> str | None:
+    """Return the commit of a model on the hub as it is now, or of the hub's cache where there is no network.
+
+    None for a folder, and where neither knows the model.
+    """
+    if Path(model_id).is_dir():
+        return None
+    from huggingface_hub import hf_hub_download
+
+    # Whatever the reason is: loading the model will say it better.
+    with suppress(Exception):
+        hf_hub_download(model_id, "config.json", revision=revision)
+    return find_commit(model_id, revision)
 
 
 def find_commit(model_id: str, revision: str | None = None) -> str | None:

@@ -221,7 +221,7 @@
     gallery.replaceChildren();
     [found, done] = [choose(), 0];
     byId("count").textContent = found.length === items.length
-      ? `${items.length} images` : `${found.length} of ${items.length} images`;
+      ? (items.length === 1 ? "1 image" : `${items.length} images`) : `${found.length} of ${items.length} images`;
     showMore();
   };
   byId("more").addEventListener("click", showMore);

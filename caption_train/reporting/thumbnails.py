@@ -25,7 +25,6 @@ def make_thumbnails(
     show_progress: bool = False,
     label: str = "checking images",
     largest: int = LARGEST,
-    at_least: int | None = None,
 ) -> list[Thumbnail | None]:
     """Return a small picture of each image, None where it cannot be read or has no room.
 
@@ -34,25 +33,25 @@ def make_thumbnails(
         show_progress: draw a bar.
         label: what the bar says.
         largest: the most bytes of a picture.
-        at_least: decode a JPEG at a fraction of its size, of so many pixels at least, which is faster.
     """
     room = min(largest, MOST_BYTES // max(len(images), 1))
-    make = partial(_make, room=room, at_least=at_least)
+    make = partial(_make, room=room)
     made = check_images(images, show_progress=show_progress, inspect=make, label=label)
     return [None if isinstance(result, ImageError) else result for result in made]
 
 
-def _make(path: Path, room: int, at_least: int | None) -> Thumbnail | None:
-    return shrink(open_image(path, at_least=at_least), room)
+def _make(path: Path, room: int) -> Thumbnail | None:
+    return shrink(open_image(path, at_least=STEPS[0][0]), room)
 
 
 def shrink(image: Image.Image, room: int = LARGEST) -> Thumbnail | None:
     """Return a picture of at most `room` bytes as an address; None if none of the sizes fits."""
-    steps = list(STEPS)
+    steps, small = list(STEPS), image
     while steps:
         side, quality = steps.pop(0)
-        fits = max(image.size) <= side
-        small = image.copy() if fits else image.resize(_fit(image.size, side), reducing_gap=3.0)
+        if max(small.size) > side:
+            # From the size before, which is much faster than from the whole image.
+            small = small.resize(_fit(image.size, side), reducing_gap=3.0)
         content = io.BytesIO()
         small.save(content, "WEBP", quality=quality, method=2)
         address = "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()

@@ -9,7 +9,7 @@ its undoing changes nothing. `void` follows where the caption could not be writt
 import json
 import os
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -128,9 +128,10 @@ class History:
         """Return the marks that an image has."""
         return {"accepted": self.accepted.get(name), "flagged": name in self.flagged}
 
-    def last(self) -> Batch | None:
-        """Return the newest batch that can be undone."""
-        return next((b for b in reversed(self.batches.values()) if b.can_be_undone), None)
+    def last(self, passed: Collection[str] = ()) -> Batch | None:
+        """Return the newest batch that can be undone, none of whose id is in `passed`."""
+        found = (b for b in reversed(self.batches.values()) if b.can_be_undone and b.id not in passed)
+        return next(found, None)
 
     def _apply(self, event: Any) -> None:
         if not isinstance(event, dict) or not isinstance(name := event.get("name"), str):

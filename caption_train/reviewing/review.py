@@ -38,6 +38,8 @@ class Review:
         self._copies: dict[str, str] = {}
         self._previews: OrderedDict[str, list[Change]] = OrderedDict()
         self._tags: Counter[str] | None = None
+        # Batches that were undone as far as could be: what is left was changed elsewhere, or is gone.
+        self._passed: set[str] = set()
         self.captions, self.problems = store.read_all(library)
 
     def clean(self, text: str) -> str:
@@ -126,6 +128,15 @@ class Review:
                     marks[item.name] = changed
             self.history.mark(marks)
 
+    def are_marked(self, ids: Sequence[str], name: str) -> bool:
+        """Tell whether all of these images that can be are "accepted", or all are "flagged"."""
+        with self._lock:
+            items = [self._get(id) for id in ids]
+            if name == "flagged":
+                return all(item.name in self.history.flagged for item in items)
+            having = [item for item in items if self.captions.get(item.id)]
+            return bool(having) and all(map(self.is_accepted, having))
+
     def preview(self, ids: Sequence[str], replacement: Replacement) -> tuple[str, list[Change]]:
         """Return what replacing would change, and a token by which `replace` does exactly this."""
         if not replacement.find:
@@ -153,12 +164,14 @@ class Review:
     def undo(self, batch_id: str | None = None) -> tuple[Batch, list[Outcome]]:
         """Undo a batch, by default the last one; what was written or marked elsewhere since then stays."""
         with self._lock:
-            batch = self.history.batches.get(batch_id) if batch_id else self.history.last()
+            batch = self.history.batches.get(batch_id) if batch_id else self.history.last(self._passed)
             if batch is None or not batch.can_be_undone:
                 raise UsageError("there is nothing to undo")
             by_name = {item.name: item for item in self.library.values()}
             edits = [edit for edit in batch.edits.values() if not edit.is_undone and edit.name in by_name]
             marks = [mark for mark in batch.marks.values() if not mark.is_undone and mark.name in by_name]
+            # The next undo goes further back, instead of trying the same again.
+            self._passed.add(batch.id)
             if not edits and not marks:
                 raise UsageError("the images of this edit are not in the folder any more")
             changes = [Change(by_name[edit.name], edit.after, edit.before) for edit in edits]
@@ -184,7 +197,7 @@ class Review:
     def progress(self) -> dict[str, Any]:
         """Return the counts, and what would be undone next."""
         with self._lock:
-            last = self.history.last()
+            last = self.history.last(self._passed)
             return {
                 "total": len(self.library),
                 "captioned": sum(bool(text) for text in self.captions.values()),

@@ -13,12 +13,14 @@ from caption_train.config.reviewing import ReviewOptions
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.reviewing.items import Library
 from caption_train.system.console import escape_unprintable, print_line, print_result
+from caption_train.system.files import clear_temporary
+from caption_train.system.processes import refuse_several_processes
 from caption_train.system.signals import raising_terminated
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from caption_train.reviewing.app import Parts
+    from caption_train.reviewing.calls import Parts
     from caption_train.reviewing.suggestions import Suggester
 
 EXTRA = ("starlette", "uvicorn")
@@ -34,6 +36,7 @@ def review_folder(options: ReviewOptions) -> int:
         UsageError: the options cannot work.
         CaptionTrainError: the port cannot be used.
     """
+    refuse_several_processes("review")
     missing = [name for name in EXTRA if find_spec(name) is None]
     if missing:
         raise UsageError(
@@ -71,7 +74,7 @@ def open_parts(options: ReviewOptions, port: int) -> Parts:
         UsageError: the folder or the model cannot be used.
     """
     from caption_train.reviewing.accepted import choose_output_dir
-    from caption_train.reviewing.app import Parts
+    from caption_train.reviewing.calls import Parts
     from caption_train.reviewing.history import History
     from caption_train.reviewing.review import Review
     from caption_train.reviewing.security import Access
@@ -80,6 +83,8 @@ def open_parts(options: ReviewOptions, port: int) -> Parts:
 
     library = Library(options.images)
     suggester = _make_suggester(options, library)
+    for folder in {item.path.parent for item in library.values()} | {library.root}:
+        clear_temporary(folder)
     store = open_store(library, options.save_to, options.caption_extension)
     history = History(library.root)
     review = Review(library, store, history, suggester.count_tokens if suggester else None)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
-from caption_train.errors import CaptionTrainError
+from caption_train.errors import CaptionTrainError, UsageError
 
 T = TypeVar("T")
 
@@ -95,6 +95,12 @@ def keep_groups() -> None:
 def is_one_of_several() -> bool:
     """Tell whether a launcher started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def refuse_several_processes(command: str) -> None:
+    """Raise UsageError where a launcher started a command as several processes that can only be one."""
+    if is_one_of_several():
+        raise UsageError(f"{command} runs as one process: start it without torchrun or accelerate launch")
 
 
 def allow_open_files(count: int) -> None:

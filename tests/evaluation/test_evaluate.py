@@ -10,10 +10,15 @@ import sys
 import pytest
 from PIL import Image
 
+from caption_train.captioning import generate
 from caption_train.cli.commands import evaluate_main, main
 from caption_train.config.evaluation import EvaluateOptions
+from caption_train.errors import UsageError
 from caption_train.evaluation import captions as captions_module
-from caption_train.families import FAMILIES
+from caption_train.evaluation.candidates import find_candidates
+from caption_train.evaluation.evaluate import evaluate
+from caption_train.families import FAMILIES, get_family
+from caption_train.families.weight_files import hash_model
 from caption_train.reporting.page import read_gallery
 from tests.fixtures.paths import REPOSITORY
 from tests.fixtures.runs import write_pairs
@@ -323,7 +328,104 @@ def test_an_output_folder_in_use_is_refused(overfitted, pairs_folder, tmp_path, 
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize("changed", ["image", "adapter", "base", "prompt", "beams", "dtype", "quantize"])
+def test_whatever_changes_is_captioned_again(changed, tiny_base, overfitted, pairs_folder, tmp_path, capsys):
+    data, base, adapter = tmp_path / "images", tmp_path / "base", tmp_path / "lora"
+    for source, copy in (pairs_folder, data), (tiny_base("blip"), base), (overfitted("blip"), adapter):
+        shutil.copytree(source, copy)
+    flags = ["--peft_model", adapter, "--base_model", base]
+    assert run(data, tmp_path / "out", *flags) == 0
+    expected = 4
+    if changed == "image":
+        Image.new("RGB", (48, 32), "pink").save(data / "0 red.png")
+        expected = 1
+    elif changed in ("adapter", "base"):
+        change_one_weight(next((adapter if changed == "adapter" else base).glob("*model.safetensors")))
+    else:
+        flags += [
+            f"--{changed}",
+            {"prompt": "a", "beams": 2, "dtype": "bfloat16", "quantize": "8bit"}[changed],
+        ]
+    capsys.readouterr()
+    assert run(data, tmp_path / "out", *flags) == 0
+    lines = capsys.readouterr().err
+    assert f"Captioning {expected} of 4 images with lora" in lines
+    assert ("with base" in lines) == (changed != "adapter")
+    capsys.readouterr()
+    assert run(data, tmp_path / "out", *flags) == 0
+    assert "Captioning" not in capsys.readouterr().err
+
+
+def change_one_weight(path):
+    """Change one number in the middle of a file, as merging a LoRA into middle layers does."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_base_and_adapters_run_in_the_same_precision(overfitted, pairs_folder, tmp_path, monkeypatch):
+    adapter = tmp_path / "lora"
+    shutil.copytree(overfitted("blip"), adapter)
+    training = json.loads((adapter / "training.json").read_text())
+    training["options"]["mixed_precision"] = "no"
+    (adapter / "training.json").write_text(json.dumps(training))
+    monkeypatch.setattr("caption_train.system.devices.has_bfloat16", lambda device: True)
+    used = []
+    load = generate.load_captioner
+
+    def load_captioner(*arguments):
+        model, processor = load(*arguments)
+        used.append(str(model.dtype))
+        return model, processor
+
+    monkeypatch.setattr(generate, "load_captioner", load_captioner)
+    assert run(pairs_folder, tmp_path / "out", "--peft_model", adapter, "--dtype", "auto") == 0
+    assert used == ["torch.float32", "torch.float32"]
+
+
+def test_somebody_elses_captions_are_not_added_to(overfitted, pairs_folder, tmp_path, capsys):
+    mine = tmp_path / "captions.jsonl"
+    mine.write_text('{"file_name": "a.png", "text": "red"}\n')
+    assert run(pairs_folder, tmp_path, "--peft_model", overfitted("blip")) == 2
+    assert "its captions.jsonl is not one that evaluating wrote" in capsys.readouterr().err
+    assert mine.read_text() == '{"file_name": "a.png", "text": "red"}\n'
+
+
+def test_several_processes_are_refused(pairs_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    options = EvaluateOptions(pairs_folder, tmp_path / "out", family="blip", base_model="x")
+    with pytest.raises(UsageError, match="evaluate runs as one process: start it without torchrun"):
+        evaluate(options)
+
+
 def test_the_command_caption_train_evaluates_too(parsed):
     assert main(["evaluate", "images", "out", "--peft_model", "a", "--peft_model", "b"]) == 2
     assert [str(path) for path in parsed[-1].peft_model] == ["a", "b"]
     assert isinstance(parsed[-1], EvaluateOptions)
+
+
+def test_a_base_that_differs_in_the_middle_of_its_weights_is_another(tmp_path):
+    """As a merged LoRA does: it changes neither the first tensors nor the last."""
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(3 << 20))
+    before = hash_model(tmp_path)
+    change_one_weight(weights)
+    assert hash_model(tmp_path) != before
+    (tmp_path / "notes.md").write_text("not of the model")
+    after = hash_model(tmp_path)
+    change_one_weight(weights)
+    assert before == hash_model(tmp_path) != after
+
+
+def test_a_base_on_the_hub_is_known_by_its_commit_from_the_first_run_on(tmp_path, monkeypatch):
+    """Else what a first run had captioned before it was stopped would be made again."""
+    cache = []
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download",
+        lambda *_, **__: cache.append("models/snapshots/c0ffee/config.json"),
+    )
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: (cache or [None])[-1])
+    options = EvaluateOptions(tmp_path, tmp_path, family="blip", base_model="me/blip")
+    first = find_candidates(options, get_family("blip"))
+    assert first[0].identity == "c0ffee"
+    assert find_candidates(options, get_family("blip")) == first

@@ -66,6 +66,11 @@ def test_filters_say_how_many_are_left(open_page):
     until(lambda: count(page) == f"{COUNT} images")
 
 
+def test_one_image_is_no_plural(open_page, tmp_path):
+    write_report(tmp_path / "report.html", make_report(1))
+    assert count(open_page(tmp_path / "report.html")) == "1 image"
+
+
 def test_search_finds_words_of_any_column(open_page):
     page = open_page()
     page.fill("#search", "teal square")

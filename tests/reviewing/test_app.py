@@ -1,5 +1,6 @@
 """The page's interface as the page uses it: filters, saving, conflicts, find and replace, undo, the end."""
 
+import errno
 import json
 import time
 
@@ -190,6 +191,60 @@ def test_undoing_leaves_what_was_written_since_then(page, folder):
     answer = page.post("undo").json()
     assert (answer["done"], answer["kept_count"]) == (0, 1)
     assert (folder / "a.txt").read_text() == "theirs\n"
+
+
+def test_a_mark_is_toggled_for_all_that_are_chosen_shown_or_not(page):
+    ids = page.get("ids")["ids"]
+    page.post("mark", ids=ids[:1], accepted=True)
+    assert page.post("mark", ids=ids, toggle="accepted").status_code == 200
+    assert page.get("state")["accepted"] == 3  # the fourth has no caption
+    page.post("mark", ids=ids, toggle="accepted")
+    assert page.get("state")["accepted"] == 0
+    for expected in (4, 0):
+        page.post("mark", ids=ids, toggle="flagged")
+        assert page.get("state")["flagged"] == expected
+    assert page.post("mark", ids=ids, toggle="deleted").status_code == 422
+
+
+def test_a_full_disk_at_the_end_is_one_line(page, monkeypatch):
+    page.post("mark", ids=[page.id_of("a.png")], accepted=True)
+
+    def write(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device", "/photos-out/metadata.jsonl")
+
+    monkeypatch.setattr("caption_train.reviewing.calls.write_accepted", write)
+    answer = page.post("finish")
+    assert answer.status_code == 422
+    assert answer.json() == {"error": "/photos-out/metadata.jsonl: No space left on device"}
+
+
+def test_undo_goes_further_back_past_what_cannot_be_undone(page, folder):
+    page.save("a.png", "cat, sofa", "dog, sofa")
+    page.save("b.png", "cat, window, morning light", "dog, window")
+    page.save("c.png", "", "a car")
+    (folder / "b.txt").write_text("from an editor")
+    (folder / "c.png").unlink()
+    page.post("refresh")
+    assert page.post("undo").json()["error"] == "the images of this edit are not in the folder any more"
+    assert page.post("undo").json()["kept"][0]["theirs"] == "from an editor"
+    assert page.post("undo").json()["done"] == 1
+    assert (folder / "a.txt").read_text() == "cat, sofa\n"
+    assert page.get("state")["undo"] is None
+    # The history still offers it: somebody may have taken their edit back.
+    batch = next(b for b in page.get("history")["batches"] if b["name"] == "b.png")
+    (folder / "b.txt").write_text("dog, window")
+    assert page.post("undo", batch=batch["batch"]).json()["done"] == 1
+    assert (folder / "b.txt").read_text() == "cat, window, morning light\n"
+
+
+def test_what_a_killed_review_left_is_removed(serve, folder):
+    for left in (
+        folder / ".a.txt.8lb7nw8t.caption-train.tmp",
+        folder / "sub/.a.txt.f46op9lx.caption-train.tmp",
+    ):
+        left.write_text("half a cap")
+    serve(folder)
+    assert not list(folder.rglob("*.tmp"))
 
 
 def test_any_step_can_be_undone_not_the_last_alone(page, folder):

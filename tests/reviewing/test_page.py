@@ -107,6 +107,9 @@ def test_suggestions_are_made_again_rejected_edited_and_accepted(serve, folder, 
     tab.click("#suggest")
     says(tab, "give one")
     forgive(open_page, 422)
+    tab.fill("#beams", "")
+    tab.click("#suggest")
+    wait(tab, "document.getElementById('message').textContent === ''")
 
 
 @pytest.mark.parametrize("answer", ["#keep-theirs", "#write-mine"])
@@ -126,6 +129,8 @@ def test_a_conflict_shows_both_texts(serve, folder, open_page, answer):
     expected = "mine, edited" if answer == "#write-mine" else "from an <i>editor</i>"
     assert tab.input_value("#caption") == expected
     assert (folder / "a.txt").read_text() == f"{expected}\n"
+    # The buttons are gone; whoever works with keys or listens goes on in the caption.
+    assert tab.evaluate("document.activeElement.id") == "caption"
 
 
 def test_two_tabs_do_not_write_over_each_other(serve, folder, open_page):

@@ -1,6 +1,6 @@
 // Puts the page together: filters, keys, and what happens between the grid and the single view.
 
-import { Refused, forget, get, known, post, remember } from "./api.js";
+import { Refused, forget, get, post, remember } from "./api.js";
 import { ReplaceDialog, describe, showFinish, showHelp, showHistory } from "./dialogs.js";
 import { Grid } from "./grid.js";
 import { Single } from "./single.js";
@@ -149,8 +149,8 @@ async function undo(batch) {
 async function markSelected(name) {
   const ids = grid.selected.size ? [...grid.selected] : grid.ids.slice(grid.current, grid.current + 1);
   if (!ids.length) return;
-  const all = ids.every((id) => known(id)?.[name]);
-  const { items } = await post("mark", { ids, [name]: !all });
+  // The server knows of all of them whether they are marked, the page of those that were on the screen.
+  const { items } = await post("mark", { ids, toggle: name });
   if (items.length < ids.length) forget();
   remember(items);
   grid.draw();

@@ -1,6 +1,6 @@
 // Find and replace, history, the end, and the list of keys.
 
-import { get, post } from "./api.js";
+import { Refused, get, post } from "./api.js";
 
 const by = (id) => document.getElementById(id);
 
@@ -90,7 +90,16 @@ export class ReplaceDialog {
   }
 
   async replace() {
-    const answer = await post("replace", { preview: this.token });
+    by("replace-go").disabled = true; // many captions take a while
+    by("replace-count").textContent = "Replacing…";
+    let answer;
+    try {
+      answer = await post("replace", { preview: this.token });
+    } catch (error) {
+      if (!(error instanceof Refused)) throw error;
+      by("replace-count").textContent = error.message; // the page is behind the dialog
+      return;
+    }
     this.dialog.close();
     this.onDone(describe("Replaced", answer), answer.kept_count > 0);
   }

@@ -168,7 +168,8 @@ export class Single {
   async writeMine() {
     this.base = this.conflict.theirs;
     this.shown = null; // whatever stands in the field is an edit of it
-    await this.save({ action: "conflict" });
+    // The button that was pressed goes away, and the focus with it.
+    if (await this.save({ action: "conflict" })) this.caption.focus();
   }
 
   async suggest() {
@@ -179,6 +180,7 @@ export class Single {
     if (beams !== null) values.beams = beams;
     by("suggest").disabled = true;
     by("suggestion").textContent = "asking the model…";
+    this.say(""); // what was wrong with the one before
     try {
       const { text } = await post("suggest", values);
       if (this.id === id) this.showSuggestion(text);
