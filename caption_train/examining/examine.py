@@ -34,7 +34,7 @@ from caption_train.system.console import count_things, escape_unprintable
 EXTRA = "imagehash"
 MOST_CARDS, MOST_GROUPS, MOST_IN_GROUP, MOST_TAGS = 40, 20, 8, 90
 SHOWN_CAPTION, SHOWN_NAME, SHOWN_TAG = 280, 200, 60
-LARGEST_PICTURE, PICTURE_SIDE = 14_000, 256
+LARGEST_PICTURE = 14_000
 REVIEW_ADDRESS = "http://127.0.0.1:7860/"
 
 
