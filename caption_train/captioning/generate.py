@@ -22,6 +22,7 @@ from caption_train.config.captioning import CaptionOptions
 from caption_train.data.images import ImageError, normalize_image, open_image
 from caption_train.errors import CaptionTrainError, UsageError, is_out_of_memory, naming_model
 from caption_train.families.base import Family, Generated
+from caption_train.features.source import FeatureSource, Keeping, attach_rows
 from caption_train.system.console import escape_unprintable
 from caption_train.system.damage import explaining_damage
 from caption_train.system.devices import choose_dtype, move_batch, use_tensor_cores
@@ -123,6 +124,7 @@ def caption_images(
     num_workers: int = 0,
     worker_timeout: float = 0,
     prompts: Sequence[str] | None = None,
+    keeping: Keeping | None = None,
 ) -> Iterator[CaptionResult | Unreadable]:
     """Caption images.
 
@@ -136,6 +138,7 @@ def caption_images(
         num_workers: processes that open and encode images ahead of the model.
         worker_timeout: seconds to wait for a batch of theirs; 0 waits for ever.
         prompts: that of each image, where they differ from `generation`'s.
+        keeping: what the model's vision tower keeps of images; by default nothing.
 
     Yields:
         A result for each image, in order, as soon as its batch is done.
@@ -150,7 +153,7 @@ def caption_images(
     if line:
         print(line, file=sys.stderr)
     loader = DataLoader(
-        ImageFiles(images, prompts),
+        ImageFiles(images, prompts, keeping and keeping.source),
         batch_size=batch_size,
         collate_fn=Encode(family, processor, generation.prompt),
         num_workers=num_workers,
@@ -162,7 +165,10 @@ def caption_images(
         for number, batch in enumerate(batches):
             # What is wrong with a checkpoint's generation_config.json shows when it first generates.
             with nullcontext() if number else explaining_damage("the model cannot caption: is it damaged?"):
-                results = _caption_batch(batch, family, model, processor, generation, batch_size)
+                encoding = keeping.encoder.given(batch["inputs"]) if keeping else nullcontext(batch["inputs"])
+                with encoding as inputs:
+                    batch["inputs"] = inputs
+                    results = _caption_batch(batch, family, model, processor, generation, batch_size)
             yield from results
 
 
@@ -190,12 +196,19 @@ def _caption_batch(
 class ImageFiles(Dataset):
     """Images as `{"path", "size", "image"}`, or `{"path", "error"}` for what cannot be read.
 
-    The path of an image in memory is `image N`. With `prompts`, an item has its `"prompt"` too.
+    The path of an image in memory is `image N`. With `prompts`, an item has its `"prompt"` too, and with a
+    `source`, what that says of its features; its size is unknown then.
     """
 
-    def __init__(self, paths: Sequence[Path | Image.Image], prompts: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        paths: Sequence[Path | Image.Image],
+        prompts: Sequence[str] | None = None,
+        source: FeatureSource | None = None,
+    ) -> None:
         self.paths = paths
         self.prompts = prompts
+        self.source = source
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -205,11 +218,15 @@ class ImageFiles(Dataset):
         in_memory = isinstance(given, Image.Image)
         path = Path(f"image {index}") if in_memory else given
         try:
+            if self.source and not in_memory:
+                return self._add_prompt(index, {"path": path, "size": (0, 0)} | self.source.open(path))
             image = normalize_image(given.copy()) if in_memory else open_image(path)
         except ImageError as error:
             # The message of a file begins with its path.
             return {"path": path, "error": f"{path}: {error}" if in_memory else str(error)}
-        item = {"path": path, "size": image.size, "image": image}
+        return self._add_prompt(index, {"path": path, "size": image.size, "image": image})
+
+    def _add_prompt(self, index: int, item: dict[str, Any]) -> dict[str, Any]:
         return item if self.prompts is None else item | {"prompt": self.prompts[index]}
 
 
@@ -230,6 +247,7 @@ class Encode:
         finally:
             for item in items:
                 item.pop("image", None)
+                item.pop("features", None)
         return {"items": items, "inputs": hand_over(inputs), "error": None}
 
     def _encode(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -237,7 +255,8 @@ class Encode:
         good = [item for item in items if "image" in item]
         images, prompts = [item["image"] for item in good], [self._prompt_of(item) for item in good]
         try:
-            return self.family.encode(self.processor, images, prompts) if images else {}
+            inputs = self.family.encode(self.processor, images, prompts) if images else {}
+            return attach_rows(self.family, inputs, good) if good and "digest" in good[0] else inputs
         except CaptionTrainError as error:
             # A prompt of the run is wrong for all images, one of an image for that image.
             if isinstance(error, UsageError) and all(prompt == self.prompt for prompt in prompts):

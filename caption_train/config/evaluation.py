@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from caption_train.config.fields import LARGEST_SEED, find_above, find_below, find_not_utf8, flag
+from caption_train.config.values import check_cache
 from caption_train.errors import UsageError
 
 HIGHER = ("cider", "bleu", "rouge_l", "exact_match", "tag_precision", "tag_recall", "tag_f1", "clip_score")
@@ -66,6 +67,14 @@ class EvaluateOptions:
     beams: int | None = _captions(None, "beams of the beam search (default: the checkpoint's)")
     max_token_length: int = _captions(256, "longest caption in tokens")
     batch_size: int = _captions(4, "images captioned at once")
+    cache_features: bool = _captions(
+        False, "keep what the vision tower makes of each image on disk, for all models that share the tower"
+    )
+    cache_limit: str | None = _captions(
+        None,
+        "how much disk kept features may take, say, 50GB (if not given, half of what is free)",
+        metavar="SIZE",
+    )
     num_workers: int = _captions(2, "processes that read and resize images ahead of the model")
     worker_timeout: int = _captions(600, "seconds to wait for a batch of --num_workers; 0 waits for ever")
 
@@ -106,6 +115,7 @@ class EvaluateOptions:
         problems += find_below(self, 100, "resamples")
         if sum(value is not None for value in (self.prompt, self.task, self.preset)) > 1:
             problems.append("--prompt, --task and --preset name the same thing: give one")
+        problems += check_cache(self.cache_features, self.cache_limit)
         if self.fail_on_regression and not self.peft_model:
             problems.append("--fail_on_regression compares adapters with the base: give --peft_model")
         try:

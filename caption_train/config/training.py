@@ -17,7 +17,7 @@ from caption_train.config.fields import (
     find_not_utf8,
     flag,
 )
-from caption_train.config.values import PARTS, check_part_rates, parse_bytes
+from caption_train.config.values import PARTS, check_cache, check_part_rates, parse_bytes
 
 METRICS = ("cider", "bleu", "rouge_l", "exact_match")
 
@@ -285,13 +285,11 @@ class TrainOptions:
         return problems + self._check_sizes() + compatibility.check(self)
 
     def _check_sizes(self) -> list[str]:
-        problems = []
-        for name, owner in (("memory_budget", "plan"), ("cache_limit", "cache_features")):
-            size = getattr(self, name)
-            if size is not None and not getattr(self, owner):
-                problems.append(f"--{name} only has a meaning with --{owner}")
-            if size is not None and parse_bytes(size) is None:
-                problems.append(f"--{name} {size} is no size like 8GB, 7.5GiB or 900MB")
+        problems = check_cache(self.cache_features, self.cache_limit)
+        if self.memory_budget is not None and not self.plan:
+            problems.append("--memory_budget only has a meaning with --plan")
+        if self.memory_budget is not None and parse_bytes(self.memory_budget) is None:
+            problems.append(f"--memory_budget {self.memory_budget} is no size like 8GB, 7.5GiB or 900MB")
         return problems
 
     def _check_datasets(self) -> list[str]:

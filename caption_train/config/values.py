@@ -47,6 +47,16 @@ def _is_rate(text: str) -> bool:
         return False
 
 
+def check_cache(cache_features: bool, cache_limit: str | None) -> list[str]:
+    """Return everything that is wrong with `--cache_limit`, one line each."""
+    problems = []
+    if cache_limit is not None and not cache_features:
+        problems.append("--cache_limit only has a meaning with --cache_features")
+    if cache_limit is not None and parse_bytes(cache_limit) is None:
+        problems.append(f"--cache_limit {cache_limit} is no size like 50GB, 7.5GiB or 900MB")
+    return problems
+
+
 def parse_bytes(text: str) -> int | None:
     """Return the number of bytes in a size, or None if the text is not a size.
 

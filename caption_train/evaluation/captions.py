@@ -11,11 +11,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from caption_train.adapters.record import read_adapter
 from caption_train.config.captioning import CaptionOptions
 from caption_train.config.evaluation import EvaluateOptions
+from caption_train.config.values import parse_bytes
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.evaluation.candidates import Candidate
 from caption_train.evaluation.questions import Question
@@ -24,6 +25,9 @@ from caption_train.metrics.output_health import REMARKS, find_remarks
 from caption_train.system.console import ProgressBar, escape_unprintable, print_line
 from caption_train.system.files import open_own, parse_json, read_regular_file
 from caption_train.system.workers import explaining_dead_worker
+
+if TYPE_CHECKING:
+    from caption_train.features.source import Keeping
 
 JOURNAL = "captions.jsonl"
 _MOST_BYTES = 4 << 30
@@ -191,6 +195,10 @@ def _generate(
     given = _make_caption_options(options, candidate, dtype)
     model, processor = load_captioner(family, candidate.base, given, device)
     family.check_inputs(processor, list(groups))
+    keeping = None
+    if options.cache_features:
+        asked = [questions[index] for group in groups.values() for index in group]
+        keeping = _start_keeping(model, family, processor, asked, next(iter(groups)), options)
     print_line(*candidate.base.changes)
     for prompt, indices in groups.items():
         results = caption_images(
@@ -202,6 +210,7 @@ def _generate(
             batch_size=options.batch_size,
             num_workers=options.num_workers,
             worker_timeout=options.worker_timeout,
+            keeping=keeping,
         )
         for index, result in zip(indices, results, strict=True):
             if isinstance(result, Unreadable):
@@ -209,10 +218,31 @@ def _generate(
             else:
                 yield index, Made(result.generated.text, tuple(find_remarks(result.generated)))
     # The next candidate is loaded when this one is gone.
-    del model, processor
+    del model, processor, keeping
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def _start_keeping(
+    model: Any,
+    family: Family,
+    processor: Any,
+    asked: Sequence[Question],
+    prompt: str,
+    options: EvaluateOptions,
+) -> Keeping:
+    from caption_train.features.opening import Opening
+
+    if not family.keeps_features:
+        raise UsageError(f"--cache_features: {family.title} keeps no features: drop it")
+    digests = {question.image: question.digest for question in asked}
+    opening = Opening(model, family, processor, digests, prompt)
+    limit = None if options.cache_limit is None else parse_bytes(options.cache_limit)
+    opening.prepare(limit)
+    keeping, line = opening.start(limit)
+    print_line(line)
+    return keeping
 
 
 def _make_caption_options(options: EvaluateOptions, candidate: Candidate, dtype: str) -> CaptionOptions:

@@ -19,6 +19,7 @@ from caption_train.evaluation.candidates import find_candidates
 from caption_train.evaluation.evaluate import evaluate
 from caption_train.families import FAMILIES, get_family
 from caption_train.families.weight_files import hash_model
+from caption_train.features.encoder import KeepingEncoder
 from caption_train.reporting.page import read_gallery
 from tests.fixtures.paths import REPOSITORY
 from tests.fixtures.runs import write_pairs
@@ -154,6 +155,38 @@ def test_ctrl_c_says_how_to_go_on(overfitted, pairs_folder, tmp_path, monkeypatc
     monkeypatch.setattr(captions_module.Journal, "add", interrupt)
     assert run(pairs_folder, tmp_path, "--peft_model", overfitted("blip")) == 130
     assert "the same command goes on from there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", [name for name in sorted(FAMILIES) if get_family(name).keeps_features])
+def test_models_with_one_vision_tower_encode_each_image_once(
+    family, train, pairs_folder, tmp_path, monkeypatch
+):
+    adapter = train(family, "--epochs", "1", "--train_parts", "language")
+    run(pairs_folder, tmp_path / "plain", "--peft_model", adapter)
+    encoded = []
+    real = KeepingEncoder._find
+
+    def count(self, digest, *args):
+        before = self.computed
+        features = real(self, digest, *args)
+        encoded.extend([digest] * (self.computed - before))
+        return features
+
+    monkeypatch.setattr(KeepingEncoder, "_find", count)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert run(pairs_folder, tmp_path / "kept", "--peft_model", adapter, "--cache_features") == 0
+    assert len(encoded) == len(set(encoded)) == len(CAPTIONS)
+    texts = [
+        [[row["models"][name]["text"] for name in row["models"]] for row in read(tmp_path / kind)["captions"]]
+        for kind in ("plain", "kept")
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_a_family_without_kept_features_says_so(tiny_base, pairs_folder, tmp_path, capsys):
+    flags = ["--family", "vlm", "--base_model", tiny_base("vlm"), "--cache_features"]
+    assert run(pairs_folder, tmp_path / "out", *flags) == 2
+    assert "--cache_features: " in capsys.readouterr().err
 
 
 def test_a_worse_adapter_fails_in_one_line_after_all_is_written(overfitted, pairs_folder, tmp_path, capsys):
