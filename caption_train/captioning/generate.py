@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -12,22 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from caption_train.adapters.quantization import quantization_config
 from caption_train.adapters.record import Base, read_adapter
+from caption_train.captioning.encoding import Encode, ImageFiles
 from caption_train.captioning.plan import CaptionResult, Unreadable
 from caption_train.captioning.sampling import make_sampler
 from caption_train.config.captioning import CaptionOptions
-from caption_train.data.images import ImageError, normalize_image, open_image
-from caption_train.errors import CaptionTrainError, UsageError, is_out_of_memory, naming_model
+from caption_train.errors import CaptionTrainError, is_out_of_memory, naming_model
 from caption_train.families.base import Family, Generated
-from caption_train.features.source import FeatureSource, Keeping, attach_rows
-from caption_train.system.console import escape_unprintable
+from caption_train.features.source import Keeping
 from caption_train.system.damage import explaining_damage
 from caption_train.system.devices import choose_dtype, move_batch, use_tensor_cores
 from caption_train.system.signals import ignore_in_worker
-from caption_train.system.workers import hand_over, limit_workers, reading
+from caption_train.system.workers import limit_workers, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -134,7 +134,7 @@ def caption_images(
         processor: the model's processor.
         images: files, or images in memory.
         generation: prompt and settings.
-        batch_size: images per batch.
+        batch_size: images per batch; halved when memory does not suffice.
         num_workers: processes that open and encode images ahead of the model.
         worker_timeout: seconds to wait for a batch of theirs; 0 waits for ever.
         prompts: that of each image, where they differ from `generation`'s.
@@ -144,144 +144,88 @@ def caption_images(
         A result for each image, in order, as soon as its batch is done.
 
     Raises:
-        CaptionTrainError: out of memory, or a worker died or does not answer; names the flags that help.
+        CaptionTrainError: out of memory with a single image, or a worker died or does not answer; names the
+            flags that help.
     """
-    num_workers, line = limit_workers(
-        min(num_workers, len(images) // batch_size),
-        lambda: family.measure_inputs(processor, max(prompts or [generation.prompt], key=len)) * batch_size,
-    )
-    if line:
-        print(line, file=sys.stderr)
-    loader = DataLoader(
-        ImageFiles(images, prompts, keeping and keeping.source),
-        batch_size=batch_size,
-        collate_fn=Encode(family, processor, generation.prompt),
-        num_workers=num_workers,
-        timeout=worker_timeout if num_workers else 0,
-        worker_init_fn=ignore_in_worker,
-        pin_memory=model.device.type == "cuda",
-    )
-    with reading(loader) as batches:
-        for number, batch in enumerate(batches):
-            # What is wrong with a checkpoint's generation_config.json shows when it first generates.
-            with nullcontext() if number else explaining_damage("the model cannot caption: is it damaged?"):
-                encoding = keeping.encoder.given(batch["inputs"]) if keeping else nullcontext(batch["inputs"])
-                with encoding as inputs:
-                    batch["inputs"] = inputs
-                    results = _caption_batch(batch, family, model, processor, generation, batch_size)
-            yield from results
-
-
-def _caption_batch(
-    batch: dict[str, Any],
-    family: Family,
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    generation: Generation,
-    batch_size: int,
-) -> list[CaptionResult | Unreadable]:
-    if batch["error"]:
-        raise batch["error"]
-    good = [item["path"] for item in batch["items"] if "error" not in item]
-    with out_of_memory_explained(model.device, batch_size), torch.inference_mode():
-        results = iter(_generate(family, model, processor, batch["inputs"], good, generation))
-    return [
-        Unreadable(item["path"], item["error"])
-        if "error" in item
-        else CaptionResult(item["path"], item["size"], next(results))
-        for item in batch["items"]
-    ]
-
-
-class ImageFiles(Dataset):
-    """Images as `{"path", "size", "image"}`, or `{"path", "error"}` for what cannot be read.
-
-    The path of an image in memory is `image N`. With `prompts`, an item has its `"prompt"` too, and with a
-    `source`, what that says of its features; its size is unknown then.
-    """
-
-    def __init__(
-        self,
-        paths: Sequence[Path | Image.Image],
-        prompts: Sequence[str] | None = None,
-        source: FeatureSource | None = None,
-    ) -> None:
-        self.paths = paths
-        self.prompts = prompts
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        given = self.paths[index]
-        in_memory = isinstance(given, Image.Image)
-        path = Path(f"image {index}") if in_memory else given
+    run = _Run(family, model, processor, generation, num_workers, worker_timeout, keeping)
+    done = 0
+    while done < len(images):
         try:
-            if self.source and not in_memory:
-                return self._add_prompt(index, {"path": path, "size": (0, 0)} | self.source.open(path))
-            image = normalize_image(given.copy()) if in_memory else open_image(path)
-        except ImageError as error:
-            # The message of a file begins with its path.
-            return {"path": path, "error": f"{path}: {error}" if in_memory else str(error)}
-        return self._add_prompt(index, {"path": path, "size": image.size, "image": image})
-
-    def _add_prompt(self, index: int, item: dict[str, Any]) -> dict[str, Any]:
-        return item if self.prompts is None else item | {"prompt": self.prompts[index]}
+            for result in run.caption(images[done:], prompts and prompts[done:], batch_size, done):
+                yield result
+                done += 1
+        except OutOfMemoryError:
+            if batch_size == 1:
+                raise
+            batch_size //= 2
+            line = f"out of memory with --batch_size {batch_size * 2}: going on with {batch_size}"
+        else:
+            return
+        # Outside of the except block, where the traceback would keep the batch's tensors alive.
+        free_memory(model.device)
+        print(line, file=sys.stderr)
 
 
 @dataclass
-class Encode:
-    """Turns items of ImageFiles into `inputs` by the family's `encode`, and `items` without pixels."""
+class _Run:
+    """What is the same for all batches of `caption_images`, which explains it."""
 
     family: Family
-    processor: Any
-    prompt: str
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    generation: Generation
+    num_workers: int
+    worker_timeout: float
+    keeping: Keeping | None
 
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        try:
-            inputs = self._encode(items)
-        except CaptionTrainError as error:
-            # Returned: an error raised in a worker arrives with the worker's traceback in its message.
-            return {"items": items, "inputs": {}, "error": error}
-        finally:
-            for item in items:
-                item.pop("image", None)
-                item.pop("features", None)
-        return {"items": items, "inputs": hand_over(inputs), "error": None}
+    def caption(
+        self, images: Sequence[Path | Image.Image], prompts: Sequence[str] | None, batch_size: int, first: int
+    ) -> Iterator[CaptionResult | Unreadable]:
+        with reading(self._load(images, prompts, batch_size, first)) as batches:
+            for number, batch in enumerate(batches):
+                # What is wrong with a checkpoint's generation_config.json shows when it first generates.
+                explained = explaining_damage("the model cannot caption: is it damaged?")
+                with nullcontext() if number else explained:
+                    results = self._caption_batch(batch, batch_size)
+                yield from results
 
-    def _encode(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return the model's inputs of all items with an image; what the family refuses gets an error."""
-        good = [item for item in items if "image" in item]
-        images, prompts = [item["image"] for item in good], [self._prompt_of(item) for item in good]
-        try:
-            inputs = self.family.encode(self.processor, images, prompts) if images else {}
-            return attach_rows(self.family, inputs, good) if good and "digest" in good[0] else inputs
-        except CaptionTrainError as error:
-            # A prompt of the run is wrong for all images, one of an image for that image.
-            if isinstance(error, UsageError) and all(prompt == self.prompt for prompt in prompts):
-                raise
-            found = ((index, self._try(item)) for index, item in enumerate(items))
-            refused = {index: error for index, error in found if error}
-            if not refused:
-                raise
-        for index, error in refused.items():
-            del items[index]["image"]
-            items[index]["error"] = f"{escape_unprintable(items[index]['path'])}: {error}"
-        return self._encode(items)
+    def _load(
+        self, images: Sequence[Path | Image.Image], prompts: Sequence[str] | None, batch_size: int, first: int
+    ) -> DataLoader:
+        longest = max(prompts or [self.generation.prompt], key=len)
+        workers, line = limit_workers(
+            min(self.num_workers, len(images) // batch_size),
+            lambda: self.family.measure_inputs(self.processor, longest) * batch_size,
+        )
+        if line:
+            print(line, file=sys.stderr)
+        return DataLoader(
+            ImageFiles(images, prompts, self.keeping and self.keeping.source, first),
+            batch_size=batch_size,
+            collate_fn=Encode(self.family, self.processor, self.generation.prompt),
+            num_workers=workers,
+            timeout=self.worker_timeout if workers else 0,
+            worker_init_fn=ignore_in_worker,
+            pin_memory=self.model.device.type == "cuda",
+        )
 
-    def _try(self, item: dict[str, Any]) -> CaptionTrainError | None:
-        """Return why the family refuses an item alone."""
-        if "image" not in item:
-            return None
-        try:
-            self.family.encode(self.processor, [item["image"]], [self._prompt_of(item)])
-        except CaptionTrainError as error:
-            return error
-        return None
-
-    def _prompt_of(self, item: dict[str, Any]) -> str:
-        return item.get("prompt", self.prompt)
+    def _caption_batch(self, batch: dict[str, Any], batch_size: int) -> list[CaptionResult | Unreadable]:
+        if batch["error"]:
+            raise batch["error"]
+        good = [item["path"] for item in batch["items"] if "error" not in item]
+        given = self.keeping.encoder.given if self.keeping else nullcontext
+        with (
+            out_of_memory_explained(self.model.device, batch_size),
+            torch.inference_mode(),
+            given(batch["inputs"]) as inputs,
+        ):
+            results = iter(_generate(self.family, self.model, self.processor, inputs, good, self.generation))
+        return [
+            Unreadable(item["path"], item["error"])
+            if "error" in item
+            else CaptionResult(item["path"], item["size"], next(results))
+            for item in batch["items"]
+        ]
 
 
 def _generate(
@@ -300,6 +244,17 @@ def _generate(
     return family.generate(model, processor, move_batch(inputs, model.device, model.dtype), **settings)
 
 
+class OutOfMemoryError(CaptionTrainError):
+    """Memory does not suffice, which a smaller batch may mend."""
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what the tensors of a batch that did not fit still hold."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 @contextmanager
 def out_of_memory_explained(device: torch.device, batch_size: int) -> Iterator[None]:
     """Turn an out-of-memory error into one line that names the flags that help."""
@@ -308,7 +263,7 @@ def out_of_memory_explained(device: torch.device, batch_size: int) -> Iterator[N
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise CaptionTrainError(
+        raise OutOfMemoryError(
             f"out of memory on {device} with --batch_size {batch_size}: lower it, or --beams or "
             "--max_token_length, or try --dtype bfloat16"
         ) from error

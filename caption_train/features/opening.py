@@ -110,10 +110,8 @@ class Opening:
         return path.is_relative_to(self.store.folder) and path.stem in self.names
 
     def _describe(self, room: int) -> str:
-        count = len(self.names)
-        line = (
-            f"--cache_features: {count * self.size / 1e9:.2f} GB for {count:,} images in {self.store.folder}"
-        )
+        count, megabytes = len(self.names), len(self.names) * self.size / 1e6
+        line = f"--cache_features: {megabytes:,.1f} MB for {count:,} images in {self.store.folder}"
         if self.missing < count:
             line += f", {count - self.missing:,} of them are there already"
         if self.missing * self.size > room:

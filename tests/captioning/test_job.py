@@ -144,11 +144,29 @@ def test_sigterm_ends_the_run_as_an_interrupt_does(folder):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+class Narrow(FakeFamily):
+    """Has memory for one image at a time."""
+
+    def generate(self, model, processor, batch, **settings):
+        if len(batch["pixel_values"]) > 1:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+        return super().generate(model, processor, batch, **settings)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_no_image_is_lost_or_made_twice(folder, capsys):
+    plain, narrow = folder / "plain.jsonl", folder / "narrow.jsonl"
+    run(FakeFamily(), folder, output=plain, batch_size=4)
+    run(Narrow(), folder, output=narrow, batch_size=4)
+    assert plain.read_text() == narrow.read_text()
+    err = capsys.readouterr().err
+    assert err.count("going on with") == 2 and "--batch_size 2: going on with 1" in err
+
+
 def test_an_error_keeps_what_was_finished(folder):
     output = folder / "captions.jsonl"
-    with pytest.raises(CaptionTrainError, match=r"--batch_size 2.*bfloat16"):
-        run(FakeFamily(RuntimeError("CUDA out of memory. Tried")), folder, output=output)
-    assert len(output.read_text().splitlines()) == 4
+    with pytest.raises(CaptionTrainError, match=r"--batch_size 1.*bfloat16"):
+        run(FakeFamily(RuntimeError("CUDA out of memory. Tried")), folder, output=output, batch_size=1)
+    assert len(output.read_text().splitlines()) == 2
 
 
 class Typing(FakeFamily):
