@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.harness import make_config  # noqa: E402
 
 TINY = {"blip": "blip-tiny", "florence": "florence2-tiny"}
-SMALL_SIDE = {"blip": 224, "florence": 384}
+SMALL_SIDE = {"blip": 384, "florence": 384}
 SIDE = {"blip": 384, "florence": 768}
 BERT_TOKENS = 30522
 QWEN_2B = {
@@ -71,7 +71,7 @@ def make_adapter(family_name: str, base: Path, folder: Path) -> Path:
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=targets))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.01)
+            torch.nn.init.normal_(parameter, std=0.05)
     model.save_pretrained(folder)
     return folder
 
@@ -105,7 +105,7 @@ def _make_blip(size: str, folder: Path) -> None:
     if is_small:
         shape = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
         config.vision_config.update(shape | {"num_hidden_layers": 6, "image_size": side})
-        config.text_config.update(shape | {"num_hidden_layers": 4, "encoder_hidden_size": 384})
+        config.text_config.update(shape | {"num_hidden_layers": 2, "encoder_hidden_size": 384})
     config.text_config.update({"bos_token_id": BERT_TOKENS, "sep_token_id": 102, "pad_token_id": 0})
     image_processor = BlipImageProcessorPil(size={"height": side, "width": side})
     _save(config, BlipProcessor(image_processor, tokenizer), folder)

@@ -39,6 +39,7 @@ def make_ours(spec: dict[str, Any], device: Any, dtype: Any) -> Callable[[Sequen
         base_model=spec["base"],
         dtype=spec["dtype"],
         max_token_length=spec["tokens"],
+        beams=1,
         batch_size=spec["batch_size"],
     )
     base = resolve_base(family, spec["base"], None, None, read_adapter(spec["adapter"]))
