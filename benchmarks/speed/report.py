@@ -25,11 +25,10 @@ reaches between the rounds, counted for ours. The load is that before the row.
 def describe_machine(device: str, command: str) -> dict[str, Any]:
     """Return what the numbers depend on: processor, versions, load, commit."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    flags = set((re.search(r"^flags\s*: (.*)", info, re.M) or [0, ""])[1].split())
     found = {
         "cpu": (re.search(r"^model name\s*: (.*)", info, re.M) or [0, platform.processor()])[1],
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "flags": [flag for flag in TOLD_FLAGS if flag in flags],
+        "flags": find_cpu_flags(),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "load_before": [round(load, 2) for load in os.getloadavg()],
@@ -42,6 +41,13 @@ def describe_machine(device: str, command: str) -> dict[str, Any]:
 
         found["gpu"] = torch.cuda.get_device_name()
     return found
+
+
+def find_cpu_flags() -> list[str]:
+    """Return what the processor has of the instructions that decide how fast products are; Linux only."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    found = set((re.search(r"^flags\s*: (.*)", info, re.M) or [0, ""])[1].split())
+    return [flag for flag in TOLD_FLAGS if flag in found]
 
 
 def _find_commit() -> str:
