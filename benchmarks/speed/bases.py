@@ -80,7 +80,9 @@ def _save(config: Any, processor: Any, folder: Path) -> None:
     """Write a checkpoint of the configuration with random weights."""
     import torch
     from transformers import AutoModelForImageTextToText
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config)
     # A usual head's logits lie so close together that rounding chooses between them.
@@ -103,9 +105,9 @@ def _make_blip(size: str, folder: Path) -> None:
     config = make_config("blip-base" if is_small else f"blip-{size}")
     side = SMALL_SIDE["blip"] if is_small else SIDE["blip"]
     if is_small:
-        shape = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
+        shape = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}
         config.vision_config.update(shape | {"num_hidden_layers": 6, "image_size": side})
-        config.text_config.update(shape | {"num_hidden_layers": 2, "encoder_hidden_size": 384})
+        config.text_config.update(shape | {"num_hidden_layers": 2, "encoder_hidden_size": 192})
     config.text_config.update({"bos_token_id": BERT_TOKENS, "sep_token_id": 102, "pad_token_id": 0})
     image_processor = BlipImageProcessorPil(size={"height": side, "width": side})
     _save(config, BlipProcessor(image_processor, tokenizer), folder)
@@ -131,11 +133,11 @@ def _make_florence(size: str, folder: Path) -> None:
     processor = Florence2Processor(image_processor, tokenizer, post_processor_config=POST_PROCESSOR_CONFIG)
     config = make_config("florence-base" if is_small else f"florence-{size}")
     if is_small:
-        narrow = {"embed_dim": [64, 128, 256, 512], "num_heads": [2, 4, 8, 16], "num_groups": [2, 4, 8, 16]}
-        config.vision_config.update(narrow | {"depths": [1, 1, 3, 1], "projection_dim": 384})
-        config.text_config.update({"d_model": 384, "encoder_layers": 3, "decoder_layers": 3})
-        config.text_config.update(dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 6))
-        config.text_config.update(dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 1536))
+        narrow = {"embed_dim": [32, 64, 128, 256], "num_heads": [1, 2, 4, 8], "num_groups": [1, 2, 4, 8]}
+        config.vision_config.update(narrow | {"depths": [1, 1, 3, 1], "projection_dim": 192})
+        config.text_config.update({"d_model": 192, "encoder_layers": 2, "decoder_layers": 2})
+        config.text_config.update(dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 3))
+        config.text_config.update(dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 768))
     config.image_token_id = processor.image_token_id
     _save(config, processor, folder)
 
