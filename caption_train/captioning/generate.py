@@ -85,6 +85,8 @@ def load_captioner(
             base.model_id, revision=base.revision, dtype=dtype, quantization_config=quantization
         )
         family.set_up(processor, base.model_id, base.settings, [base.prompt])
+        if not quantization:
+            family.speed_up(model)
         if options.peft_model:
             is_exact = not quantization and dtype == torch.float32
             model = _put_adapter(model, options.peft_model, family, is_merged=is_exact)

@@ -196,6 +196,12 @@ class Family(ABC):
             B captions, in the order of the rows.
         """
 
+    def speed_up(self, model: PreTrainedModel) -> None:  # noqa: B027  (most models are fast as they are)
+        """Make a model that only captions, in eval mode and not quantized, faster.
+
+        Its captions stay the same up to rounding. The adapter, if any, is put on it later.
+        """
+
     def find_image_encoder(
         self, model: PreTrainedModel
     ) -> tuple[torch.nn.Module, str, list[torch.nn.Module]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from caption_train.errors import CaptionTrainError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
     from transformers import BlipConfig, BlipForConditionalGeneration, BlipProcessor
+    from transformers.models.blip.modeling_blip import BlipAttention
 
 
 class Blip(Family):
@@ -136,6 +138,15 @@ class Blip(Family):
         """Return the vision tower; see `Family.find_image_encoder`."""
         return model.vision_model, "forward", [model.vision_model]
 
+    def speed_up(self, model: BlipForConditionalGeneration) -> None:
+        """Have the vision tower use torch's fused attention; see `Family.speed_up`.
+
+        transformers has only the plain one for BLIP. It writes the weights of all 577 × 577 pairs of patches
+        to memory, several times in a layer: on a CPU a quarter of the tower's time.
+        """
+        for layer in model.vision_model.encoder.layers:
+            layer.self_attn.forward = partial(_attend, layer.self_attn)
+
 
 @dataclass
 class BlipCollator:
@@ -187,6 +198,22 @@ class BlipCollator:
         for label, length in zip(labels, prompt_lengths.tolist(), strict=True):
             label[:length] = IGNORE_INDEX
         return batch | {"labels": labels}
+
+
+def _attend(
+    attention: BlipAttention, hidden_states: torch.Tensor, **_: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return what `BlipAttention.forward` does for `hidden_states` [B, T, D], without the weights.
+
+    `qkv` and `projection` are called as modules, so that a LoRA on them counts. There is no dropout.
+    """
+    from torch.nn.functional import scaled_dot_product_attention
+
+    batch, tokens, width = hidden_states.shape
+    split = attention.qkv(hidden_states).reshape(batch, tokens, 3, attention.num_heads, attention.head_dim)
+    query, key, value = split.permute(2, 0, 3, 1, 4)
+    mixed = scaled_dot_product_attention(query, key, value, scale=attention.scale)
+    return attention.projection(mixed.transpose(1, 2).reshape(batch, tokens, width)), None
 
 
 def _text_ids(

@@ -101,6 +101,39 @@ def test_an_adapter_is_merged_in_float32_and_answers_with_the_same_tokens(name, 
     assert tokens == caption(beside, processor) and len(set(map(tuple, tokens))) == len(pictures)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_blip_captions_with_fused_attention_and_the_tokens_of_plain_attention(
+    overfitted, pairs_folder, dtype, monkeypatch
+):
+    folder, family, calls = overfitted("blip"), get_family("blip"), []
+    base = resolve_base(family, None, None, None, read_adapter(folder))
+    options = CaptionOptions(images=["a.png"], peft_model=folder, dtype=dtype)
+    pictures = [open_image(path) for path in sorted(pairs_folder.glob("*.png"))]
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def count(*tensors, **settings):
+        calls.append(tensors[0].shape)
+        return fused(*tensors, **settings)
+
+    def caption():
+        model, processor = load_captioner(family, base, options, CPU)
+        batch = family.encode(processor, pictures, [""] * len(pictures))
+        batch = move_batch(batch, CPU, model.dtype)
+        with torch.inference_mode():
+            features = model.vision_model(pixel_values=batch["pixel_values"]).last_hidden_state
+            generated = family.generate(model, processor, batch, max_new_tokens=12)
+        return features.float(), [g.token_ids for g in generated]
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", count)
+    features, tokens = caption()
+    assert len(calls) == 8 and calls[0][0] == len(pictures), "four layers, twice"
+    monkeypatch.setattr(type(family), "speed_up", lambda self, model: None)
+    plain, plain_tokens = caption()
+    assert len(calls) == 8
+    torch.testing.assert_close(features, plain, **({} if dtype == "float32" else {"atol": 0.1, "rtol": 0.05}))
+    assert tokens == plain_tokens and len(set(map(tuple, tokens))) == len(pictures)
+
+
 def test_quantizing_a_served_model_is_refused():
     problems = CaptionOptions(images=["a"], endpoint="http://x", model="m", quantize="4bit").check()
     assert problems == ["--quantize is for models loaded here: drop it, or --endpoint"]
