@@ -237,7 +237,8 @@ def _start_keeping(
     if not family.keeps_features:
         raise UsageError(f"--cache_features: {family.title} keeps no features: drop it")
     digests = {question.image: question.digest for question in asked}
-    opening = Opening(model, family, processor, digests, prompt)
+    # Not shared with training, whose attention rounds otherwise: see `Family.speed_up`.
+    opening = Opening(model, family, processor, digests, prompt, precision="captioning")
     limit = None if options.cache_limit is None else parse_bytes(options.cache_limit)
     opening.prepare(limit)
     keeping, line = opening.start(limit)

@@ -32,7 +32,7 @@ class Opening:
         processor: the model's processor.
         digests: image → SHA-256 of its bytes.
         prompt: a prompt that the family reads, to try the tower with.
-        precision: "no", "bf16" or "fp16": the mixed precision around the model, which its features depend on.
+        precision: what the features depend on besides weights and device, such as the mixed precision.
         around: the context in which the tower runs.
     """
 
