@@ -1,4 +1,4 @@
-"""Reads a run's training and validation pairs, and decodes every image once before training starts."""
+"""Reads a run's training and validation pairs, and checks every image before training starts."""
 
 import hashlib
 import json
@@ -14,7 +14,8 @@ from accelerate.utils import gather_object
 
 from caption_train.config.training import TrainOptions
 from caption_train.data.dataset import inspect_dataset
-from caption_train.data.images import ImageError, check_images
+from caption_train.data.image_index import inspect_images
+from caption_train.data.images import ImageError
 from caption_train.data.pairs import Pair
 from caption_train.data.split import fingerprint, split_by_content
 from caption_train.errors import CaptionTrainError, UsageError
@@ -196,11 +197,14 @@ def _list_rows(data: TrainingData) -> dict[str, str]:
 
 
 def _inspect_images(data: TrainingData, accelerator: Accelerator) -> None:
-    """Read and decode every image once, each process its share; leave out pairs with bad images."""
+    """Decode every image that is not known from an earlier run; leave out pairs with bad images.
+
+    Each process does its share.
+    """
     images = sorted({pair.image for pair in data.train + data.validation})
     share = images[accelerator.process_index :: accelerator.num_processes]
     bad = {}
-    results = check_images(share, show_progress=accelerator.is_main_process)
+    results = inspect_images(share, show_progress=accelerator.is_main_process)
     found_here = [
         (i, str(r) if isinstance(r, ImageError) else r) for i, r in zip(share, results, strict=True)
     ]

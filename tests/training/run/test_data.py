@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from caption_train.config.training import TrainOptions
+from caption_train.data import image_index
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import get_family
 from caption_train.training.run.data import TrainingData, read_training_data
@@ -130,3 +131,13 @@ def test_the_description_changes_with_order_and_captions_but_not_with_the_place(
     (moved / "0.png").write_bytes(picture)
     (moved / "0.txt").write_text("another")
     assert read(moved, accelerator).describe()["fingerprint"] != described["fingerprint"]
+
+
+def test_a_second_run_decodes_nothing_and_knows_the_same_data(folder, accelerator, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.setattr(image_index, "_RACY_NS", -(10**15))
+    first = read(folder, accelerator, validation_split=0.5)
+    monkeypatch.setattr(image_index, "inspect_image", lambda path: pytest.fail(f"{path} is decoded"))
+    second = read(folder, accelerator, validation_split=0.5)
+    assert second == first and second.describe() == first.describe()
+    assert len(second.digests) == len(second.pixels) == 6
