@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ from caption_train.data.dataset import inspect_dataset
 from caption_train.data.image_index import inspect_images
 from caption_train.data.images import ImageError
 from caption_train.data.pairs import Pair
-from caption_train.data.split import fingerprint, split_by_content
+from caption_train.data.split import fingerprint, name_images, split_by_content
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.system.console import escape_unprintable, print_once, summarize
 from caption_train.training.distributed.ranks import check_same_on_all_ranks, raise_on_all_ranks
@@ -201,7 +200,8 @@ def _inspect_images(data: TrainingData, accelerator: Accelerator) -> None:
 
     Each process does its share.
     """
-    images = sorted({pair.image for pair in data.train + data.validation})
+    # By name, in which all processes agree; comparing paths part by part takes ten times as long.
+    images = sorted({pair.image for pair in data.train + data.validation}, key=str)
     share = images[accelerator.process_index :: accelerator.num_processes]
     bad = {}
     results = inspect_images(share, show_progress=accelerator.is_main_process)
@@ -219,6 +219,5 @@ def _inspect_images(data: TrainingData, accelerator: Accelerator) -> None:
 
 
 def _hash_order(pairs: Sequence[Pair]) -> str:
-    root = os.path.commonpath([pair.image.parent.absolute() for pair in pairs])
-    names = "\n".join(os.path.relpath(pair.image, root) for pair in pairs)
+    names = "\n".join(name_images(pairs))
     return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:16]
