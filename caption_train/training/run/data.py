@@ -1,9 +1,10 @@
 """Reads a run's training and validation pairs, and checks every image before training starts."""
 
+import gc
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def read_training_data(options: TrainOptions, accelerator: Accelerator) -> Train
         CaptionTrainError: lists all bad rows and files, unless `--on_bad_data skip` leaves them out.
         UsageError: no pair is left, or validation images are needed and there are none.
     """
-    with raise_on_all_ranks(accelerator):
+    with raise_on_all_ranks(accelerator), _without_garbage_collection():
         data = _read(options)
     if accelerator.num_processes > 1:
         # Each image is decoded by one process for all, so all must have the same files.
@@ -126,6 +127,18 @@ def read_training_data(options: TrainOptions, accelerator: Accelerator) -> Train
     weights = [weight for _, weight in options.datasets]
     data.train = [pair for pair in data.train for _ in range(weights[pair.dataset])]
     return data
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Pause what looks for cycles: among pairs there are none, and it goes through all of torch each time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _refuse_or_report(data: TrainingData, options: TrainOptions, accelerator: Accelerator) -> None:
