@@ -23,6 +23,14 @@ hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """What runs leave for later runs does not go into the user's cache, and is not read from there."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
     """`tiny_base("blip")`: the folder of a family's tiny base; what is not in examples/ is made once."""

@@ -236,13 +236,11 @@ def _write(compiled: Compiled, options: CompileOptions) -> list[str]:
 
 
 def _check_images(pairs: dict[str, Pair]) -> dict[str, str]:
-    """Return the images that cannot be decoded, and why."""
-    from caption_train.data.images import ImageError, check_images, open_image
+    """Return the images that cannot be decoded, and why. Training need not decode the others again."""
+    from caption_train.data.image_index import inspect_images
+    from caption_train.data.images import ImageError
 
-    def decode(image: Path) -> None:
-        open_image(image)
-
-    found = check_images([pair.image for pair in pairs.values()], inspect=decode)
+    found = inspect_images([pair.image for pair in pairs.values()])
     return {
         name: str(error).removeprefix(f"{escape_unprintable(pairs[name].image)}: ")
         for name, error in zip(pairs, found, strict=True)

@@ -96,14 +96,28 @@ def fingerprint(pairs: Sequence[Pair], digests: Mapping[Path, str]) -> str:
     """
     if not pairs:
         return hashlib.sha256().hexdigest()
-    root = os.path.commonpath([pair.image.parent.absolute() for pair in pairs])
     rows = sorted(
-        (os.path.relpath(pair.image, root), digests[pair.image], pair.caption, pair.split)
+        (name, digests[pair.image], pair.caption, pair.split)
         # Only if there is one, so that datasets without prompts keep the fingerprint they always had.
         + ((pair.prompt,) if pair.prompt else ())
-        for pair in pairs
+        for name, pair in zip(name_images(pairs), pairs, strict=True)
     )
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def name_images(pairs: Sequence[Pair]) -> list[str]:
+    """Return each pair's image relative to the innermost folder that holds all of them.
+
+    >>> name_images([Pair(Path(f"/data/{name}"), "a cat", "") for name in ("in/a.png", "in/b/a.png")])
+    ['a.png', 'b/a.png']
+    """
+    places = [os.path.split(pair.image) for pair in pairs]
+    # Each folder once: thousands of images lie in the same few.
+    folders = dict.fromkeys(folder for folder, _ in places)
+    root = os.path.commonpath([Path(folder).absolute() for folder in folders])
+    inner = {folder: os.path.relpath(folder or os.curdir, root) for folder in folders}
+    start = {folder: "" if way == os.curdir else way + os.sep for folder, way in inner.items()}
+    return [start[folder] + name for folder, name in places]
 
 
 def _digest(image: Path) -> str:

@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from caption_train.data import image_index
 from caption_train.data.dataset import read_dataset
+from caption_train.data.images import inspect_image
 from caption_train.errors import CaptionTrainError, UsageError
 from tests.fixtures.sample_set import compile_folder, counted, make_folder, rows_of, write_image, write_pair
 
@@ -49,6 +51,15 @@ def test_check_images_leaves_out_what_cannot_be_decoded(dataset, capsys):
         compile_folder(dataset, check_images=True)
     assert counted(capsys, "images that cannot be decoded")[1][0].startswith("b/c.jpg: ")
     assert len(rows_of(dataset)) == 3
+
+
+def test_what_check_images_has_decoded_training_does_not_decode_again(dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(image_index, "_RACY_NS", -(10**15))
+    assert compile_folder(dataset, check_images=True) == 0
+    images = [pair.image for pair in read_dataset(dataset)]
+    monkeypatch.setattr(image_index, "inspect_image", lambda path: pytest.fail(f"{path} is decoded"))
+    assert image_index.inspect_images(images) == [inspect_image(image) for image in images]
 
 
 def test_a_dry_run_writes_nothing(dataset, tmp_path, capsys):

@@ -2,8 +2,9 @@
 
 import math
 import random
+from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch.utils.data import Sampler
 
@@ -45,6 +46,7 @@ class BatchPlan(Sampler):
     epochs: int = 1
     seed: int = 0
     first_step: int = 0
+    _orders: dict[int, array] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def effective_batch_size(self) -> int:
@@ -85,12 +87,17 @@ class BatchPlan(Sampler):
         epochs, steps = divmod(self.first_step, self.steps_per_epoch)
         return (self.epochs - epochs) * per_epoch - steps * self.accumulation_steps
 
-    def _order(self, epoch: int) -> list[int]:
-        if getattr(self, "_epoch", None) != epoch:
-            self._epoch, self._permutation = epoch, list(range(self.num_samples))
+    def _order(self, epoch: int) -> array:
+        if epoch not in self._orders:
+            permutation = list(range(self.num_samples))
             # Every process makes the same permutation, so none has to be sent.
-            random.Random(f"{self.seed} {epoch}").shuffle(self._permutation)
-        return self._permutation
+            random.Random(f"{self.seed} {epoch}").shuffle(permutation)
+            # Two, because the loader reads ahead into the next epoch while the loop is still in this one.
+            while len(self._orders) > 1:
+                del self._orders[min(self._orders)]
+            # A quarter of a list's memory, and nothing for forked workers to copy.
+            self._orders[epoch] = array("Q", permutation)
+        return self._orders[epoch]
 
 
 def is_due(every: int | None, count: int) -> bool:

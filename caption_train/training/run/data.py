@@ -1,10 +1,10 @@
-"""Reads a run's training and validation pairs, and decodes every image once before training starts."""
+"""Reads a run's training and validation pairs, and checks every image before training starts."""
 
+import gc
 import hashlib
 import json
-import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from accelerate.utils import gather_object
 
 from caption_train.config.training import TrainOptions
 from caption_train.data.dataset import inspect_dataset
-from caption_train.data.images import ImageError, check_images
+from caption_train.data.image_index import inspect_images
+from caption_train.data.images import ImageError
 from caption_train.data.pairs import Pair
-from caption_train.data.split import fingerprint, split_by_content
+from caption_train.data.split import fingerprint, name_images, split_by_content
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.system.console import escape_unprintable, print_once, summarize
 from caption_train.training.distributed.ranks import check_same_on_all_ranks, raise_on_all_ranks
@@ -110,7 +111,7 @@ def read_training_data(options: TrainOptions, accelerator: Accelerator) -> Train
         CaptionTrainError: lists all bad rows and files, unless `--on_bad_data skip` leaves them out.
         UsageError: no pair is left, or validation images are needed and there are none.
     """
-    with raise_on_all_ranks(accelerator):
+    with raise_on_all_ranks(accelerator), _without_garbage_collection():
         data = _read(options)
     if accelerator.num_processes > 1:
         # Each image is decoded by one process for all, so all must have the same files.
@@ -126,6 +127,18 @@ def read_training_data(options: TrainOptions, accelerator: Accelerator) -> Train
     weights = [weight for _, weight in options.datasets]
     data.train = [pair for pair in data.train for _ in range(weights[pair.dataset])]
     return data
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Pause what looks for cycles: among pairs there are none, and it goes through all of torch each time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _refuse_or_report(data: TrainingData, options: TrainOptions, accelerator: Accelerator) -> None:
@@ -196,11 +209,15 @@ def _list_rows(data: TrainingData) -> dict[str, str]:
 
 
 def _inspect_images(data: TrainingData, accelerator: Accelerator) -> None:
-    """Read and decode every image once, each process its share; leave out pairs with bad images."""
-    images = sorted({pair.image for pair in data.train + data.validation})
+    """Decode every image that is not known from an earlier run; leave out pairs with bad images.
+
+    Each process does its share.
+    """
+    # By name, in which all processes agree; comparing paths part by part takes ten times as long.
+    images = sorted({pair.image for pair in data.train + data.validation}, key=str)
     share = images[accelerator.process_index :: accelerator.num_processes]
     bad = {}
-    results = check_images(share, show_progress=accelerator.is_main_process)
+    results = inspect_images(share, show_progress=accelerator.is_main_process)
     found_here = [
         (i, str(r) if isinstance(r, ImageError) else r) for i, r in zip(share, results, strict=True)
     ]
@@ -215,6 +232,5 @@ def _inspect_images(data: TrainingData, accelerator: Accelerator) -> None:
 
 
 def _hash_order(pairs: Sequence[Pair]) -> str:
-    root = os.path.commonpath([pair.image.parent.absolute() for pair in pairs])
-    names = "\n".join(os.path.relpath(pair.image, root) for pair in pairs)
+    names = "\n".join(name_images(pairs))
     return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:16]

@@ -1,6 +1,8 @@
 """Which process reads which samples at which step, and how items become a batch."""
 
+import itertools
 import math
+import random
 
 import pytest
 import torch
@@ -92,6 +94,18 @@ def test_epochs_differ_in_order_and_seeds_do_too():
     )
     assert first != second
     assert first != [index for step in range(20) for [(_, index)] in other.micro_batches(step)]
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3, 9])
+def test_each_epoch_is_shuffled_once_however_far_the_loader_reads_ahead(ahead, monkeypatch):
+    shuffles, shuffle = [], random.Random.shuffle
+    monkeypatch.setattr(random.Random, "shuffle", lambda rng, x: shuffles.append(len(x)) or shuffle(rng, x))
+    plan = BatchPlan(10, epochs=4)
+    loader, read = iter(plan), []
+    for step in range(plan.total_steps):
+        read += list(itertools.islice(loader, step + 1 + ahead - len(read)))
+        assert plan.micro_batches(step) == [read[step]]
+    assert shuffles == [10] * 4
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What a run reads, what it refuses, and what it leaves out."""
 
+import gc
 import json
 from functools import partial
 from pathlib import Path
@@ -9,8 +10,10 @@ from accelerate import Accelerator
 from PIL import Image
 
 from caption_train.config.training import TrainOptions
+from caption_train.data import image_index
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import get_family
+from caption_train.training.run import data as data_module
 from caption_train.training.run.data import TrainingData, read_training_data
 
 
@@ -130,3 +133,32 @@ def test_the_description_changes_with_order_and_captions_but_not_with_the_place(
     (moved / "0.png").write_bytes(picture)
     (moved / "0.txt").write_text("another")
     assert read(moved, accelerator).describe()["fingerprint"] != described["fingerprint"]
+
+
+def test_a_second_run_decodes_nothing_and_knows_the_same_data(folder, accelerator, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.setattr(image_index, "_RACY_NS", -(10**15))
+    first = read(folder, accelerator, validation_split=0.5)
+    monkeypatch.setattr(image_index, "inspect_image", lambda path: pytest.fail(f"{path} is decoded"))
+    second = read(folder, accelerator, validation_split=0.5)
+    assert second == first and second.describe() == first.describe()
+    assert len(second.digests) == len(second.pixels) == 6
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_no_garbage_is_looked_for_while_pairs_are_read_and_it_is_again_afterwards(
+    there, folder, accelerator, monkeypatch
+):
+    seen, inspect_dataset = [], data_module.inspect_dataset
+
+    def note(*args, **settings):
+        seen.append(gc.isenabled())
+        return inspect_dataset(*args, **settings)
+
+    monkeypatch.setattr(data_module, "inspect_dataset", note)
+    if there:
+        read(folder, accelerator)
+    else:
+        with pytest.raises(UsageError, match="no such folder"):
+            read(folder / "missing", accelerator)
+    assert seen == [False] and gc.isenabled()
