@@ -47,6 +47,28 @@ def test_a_damaged_file_is_no_features_and_is_computed_again(tmp_path):
     assert store.write(DIGEST, torch.arange(64.0)) and store.read(DIGEST) is not None
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link", "dangling"])
+def test_what_is_no_file_is_no_features(tmp_path, kind):
+    """A pipe would be waited for for ever; a folder has no size that says what features need."""
+    store = make_store(tmp_path)
+    path = store.path(DIGEST)
+    path.parent.mkdir(parents=True)
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        other = FeatureStore(tmp_path / "other")
+        other.write(DIGEST, torch.zeros(4))
+        path.symlink_to(other.path(DIGEST) if kind == "link" else tmp_path / "nowhere")
+    assert store.read(DIGEST) is None and not store.has(DIGEST)
+    assert store.find_size() is None and measure_room(tmp_path / "features").used == 0
+    assert store.write(DIGEST, torch.ones(4)) and not store.is_full
+    store.write("cd" + "0" * 62, torch.ones(4))
+    assert torch.equal(store.read("cd" + "0" * 62), torch.ones(4))
+
+
 def test_nothing_is_written_beyond_the_room(tmp_path):
     store = make_store(tmp_path, room=3000)
     written = [store.write(f"{n:064x}", torch.zeros(256)) for n in range(4)]
