@@ -102,7 +102,7 @@ def _put_adapter(model: PreTrainedModel, folder: Path, family: Family, *, is_mer
     try:
         return merge_adapter(model, family) if is_merged and hasattr(model, "merge_and_unload") else model
     except CaptionTrainError:
-        # It changes weights that others share: such a one works beside them only.
+        # It changes weights that others share, or PEFT cannot merge it: such a one works beside them only.
         return model
 
 

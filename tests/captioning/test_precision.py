@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from caption_train.adapters.load import load_adapter
@@ -99,6 +100,30 @@ def test_an_adapter_is_merged_in_float32_and_answers_with_the_same_tokens(name, 
     assert any("lora_" in name for name, _ in load("bfloat16")[0].named_modules())
     tokens = caption(merged, processor)
     assert tokens == caption(beside, processor) and len(set(map(tuple, tokens))) == len(pictures)
+
+
+def test_an_adapter_that_peft_cannot_merge_stays_beside_the_weights(tiny_base, tmp_path):
+    """Depthwise convolutions are such layers; what comes before them is merged already."""
+    family, folder = get_family("florence"), tmp_path / "lora"
+    torch.manual_seed(0)
+    targets = ["qkv", "blocks.0.0.spatial_block.conv2"]
+    model = get_peft_model(
+        family.load(str(tiny_base("florence")))[0], LoraConfig(r=32, target_modules=targets)
+    )
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight.data, std=0.1)
+    model.save_pretrained(folder)
+    base = resolve_base(family, str(tiny_base("florence")), None, "<CAPTION>", None)
+    options = CaptionOptions(images=["a.png"], peft_model=folder)
+    loaded, processor = load_captioner(family, base, options, CPU)
+    pixels = family.encode(processor, [Image.effect_noise((40, 40), 90).convert("RGB")], ["<CAPTION>"])[
+        "pixel_values"
+    ]
+    with torch.no_grad():
+        expected = model.eval().get_base_model().model.vision_tower(pixels).last_hidden_state
+        found = loaded.get_base_model().model.vision_tower(pixels).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_quantizing_a_served_model_is_refused():
