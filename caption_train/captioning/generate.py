@@ -263,7 +263,8 @@ def out_of_memory_explained(device: torch.device, batch_size: int) -> Iterator[N
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        lower = "--batch_size, --beams" if batch_size > 1 else "--beams"
         raise OutOfMemoryError(
-            f"out of memory on {device} with --batch_size {batch_size}: lower it, or --beams or "
+            f"out of memory on {device} with --batch_size {batch_size}: lower {lower} or "
             "--max_token_length, or try --dtype bfloat16"
         ) from error

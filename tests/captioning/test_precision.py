@@ -10,7 +10,12 @@ from PIL import Image
 
 from caption_train.adapters.load import load_adapter
 from caption_train.adapters.record import read_adapter, resolve_base
-from caption_train.captioning.generate import find_dtype, load_captioner
+from caption_train.captioning.generate import (
+    OutOfMemoryError,
+    find_dtype,
+    load_captioner,
+    out_of_memory_explained,
+)
 from caption_train.cli.commands import caption_main
 from caption_train.config.captioning import CaptionOptions
 from caption_train.data.images import open_image
@@ -124,6 +129,14 @@ def test_an_adapter_that_peft_cannot_merge_stays_beside_the_weights(tiny_base, t
         expected = model.eval().get_base_model().model.vision_tower(pixels).last_hidden_state
         found = loaded.get_base_model().model.vision_tower(pixels).last_hidden_state
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_batch_of_one_that_does_not_fit_is_not_told_to_be_smaller(batch_size):
+    with pytest.raises(OutOfMemoryError) as raised, out_of_memory_explained(CPU, batch_size):
+        raise MemoryError
+    advice = str(raised.value).partition(": ")[2]
+    assert ("--batch_size" in advice) == (batch_size > 1) and "--max_token_length" in advice
 
 
 def test_quantizing_a_served_model_is_refused():
