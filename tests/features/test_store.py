@@ -4,11 +4,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+from caption_train.errors import CaptionTrainError
 from caption_train.features.store import FeatureStore, clear_leftovers, make_room, measure_room
+from caption_train.system.files import cache_folder
 from tests.fixtures.paths import REPOSITORY
 
 DIGEST = "ab" + "0" * 62
@@ -134,3 +137,11 @@ def test_several_processes_and_one_that_is_killed_leave_whole_files_only(tmp_pat
     clear_leftovers(store.folder)
     left = [path.name for path in store.folder.rglob("*") if path.is_file()]
     assert left and all(name.endswith(".safetensors") and not name.startswith(".") for name in left)
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+    """As in a container that runs under a number without a name."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("Could not determine home directory.")))
+    with pytest.raises(CaptionTrainError, match="features .*XDG_CACHE_HOME"):
+        cache_folder("features")
