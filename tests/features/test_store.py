@@ -143,5 +143,5 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
     """As in a container that runs under a number without a name."""
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("Could not determine home directory.")))
-    with pytest.raises(CaptionTrainError, match="features .*XDG_CACHE_HOME"):
+    with pytest.raises(CaptionTrainError, match=r"features .*XDG_CACHE_HOME"):
         cache_folder("features")
