@@ -108,12 +108,18 @@ def merge_adapter(model: PeftModel, family: Family) -> nn.Module:
     """Return the base with the adapter's changes in its own weights; the layers of the adapter are gone.
 
     Raises:
-        CaptionTrainError: the adapter is on weights that other modules use too.
+        CaptionTrainError: the adapter is on weights that other modules use too, or of a kind that PEFT cannot
+            merge. The model still works as before: what was merged until then does so with what was not.
     """
     family.prepare_merge(model)
     if shared := find_shared(model):
         raise CaptionTrainError(f"an adapter of {', '.join(shared)} cannot be merged: its weights are shared")
-    return model.merge_and_unload()
+    try:
+        return model.merge_and_unload()
+    except NotImplementedError as error:
+        raise CaptionTrainError(
+            f"this adapter cannot be merged: {describe_error(error) if str(error) else 'PEFT cannot do it'}"
+        ) from error
 
 
 def find_shared(model: PeftModel) -> list[str]:

@@ -104,7 +104,7 @@ def _put_adapter(model: PreTrainedModel, folder: Path, family: Family, *, is_mer
     try:
         return merge_adapter(model, family) if is_merged and hasattr(model, "merge_and_unload") else model
     except CaptionTrainError:
-        # It changes weights that others share: such a one works beside them only.
+        # It changes weights that others share, or PEFT cannot merge it: such a one works beside them only.
         return model
 
 
@@ -265,7 +265,8 @@ def out_of_memory_explained(device: torch.device, batch_size: int) -> Iterator[N
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        lower = "--batch_size, --beams" if batch_size > 1 else "--beams"
         raise OutOfMemoryError(
-            f"out of memory on {device} with --batch_size {batch_size}: lower it, or --beams or "
+            f"out of memory on {device} with --batch_size {batch_size}: lower {lower} or "
             "--max_token_length, or try --dtype bfloat16"
         ) from error

@@ -151,6 +151,10 @@ def fingerprint_encoder(modules: Sequence[nn.Module], settings: dict[str, Any]) 
     digest = hashlib.sha256(json.dumps([FORMAT, settings], sort_keys=True, default=str).encode())
     for module in modules:
         digest.update(str(getattr(module, "config", "")).encode())
+        for name, layer in module.named_modules():
+            # An adapter's strength is in no tensor: --alpha may be edited in its adapter_config.json.
+            if scaling := getattr(layer, "scaling", None):
+                digest.update(f"{name} {type(layer).__name__} {scaling}".encode())
         for name, tensor in sorted(module.state_dict().items()):
             if isinstance(tensor, torch.Tensor):
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

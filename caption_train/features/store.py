@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from caption_train.system.files import clear_temporary, finish_temporary, mode_of, open_temporary
+from caption_train.system.files import clear_temporary, finish_temporary, mode_of, open_own, open_temporary
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +49,8 @@ class FeatureStore:
 
     def has(self, digest: str) -> bool:
         """Return whether there is a file for an image."""
-        return self.path(digest).is_file()
+        path = self.path(digest)
+        return path.is_file() and not path.is_symlink()
 
     def find_size(self) -> int | None:
         """Return how many bytes a file of this tower has, or None where there is no file yet."""
@@ -58,7 +60,7 @@ class FeatureStore:
         """Return an image's tensor, or None where there is no whole one; a damaged file is removed."""
         path = self.path(digest)
         try:
-            content = path.read_bytes()
+            content = _read_regular(path)
         except OSError:
             return None
         tensor = _decode(content)
@@ -70,7 +72,7 @@ class FeatureStore:
     def write(self, digest: str, tensor: torch.Tensor) -> bool:
         """Keep an image's tensor; return whether there was room for it on the disk and below the limit."""
         path = self.path(digest)
-        if self.is_full or path.exists():
+        if self.is_full or os.path.lexists(path):
             return not self.is_full
         content = _encode(tensor)
         if self.room is not None and self.room < len(content):
@@ -88,6 +90,12 @@ class FeatureStore:
         if self.room is not None:
             self.room -= len(content)
         return True
+
+
+def _read_regular(path: Path) -> bytes:
+    """Return a file's bytes; OSError for a folder, a link, a pipe or a device, which could never end."""
+    with os.fdopen(open_own(path), "rb") as file:
+        return file.read()
 
 
 def _encode(tensor: torch.Tensor) -> bytes:
@@ -175,7 +183,8 @@ def _list_place(place: Path) -> Iterator[tuple[float, int, Path]]:
             if entry.name.endswith(SUFFIX):
                 with suppress(OSError):
                     status = entry.stat(follow_symlinks=False)
-                    yield status.st_mtime, status.st_size, Path(entry.path)
+                    if stat.S_ISREG(status.st_mode):
+                        yield status.st_mtime, status.st_size, Path(entry.path)
 
 
 def _folders(folder: Path) -> Iterable[Path]:

@@ -287,8 +287,18 @@ _TYPE_NAMES = {
 
 
 def cache_folder(name: str) -> Path:
-    """Return where things of one kind are kept between runs: in $XDG_CACHE_HOME, or in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "caption-train" / name
+    """Return where things of one kind are kept between runs: in $XDG_CACHE_HOME, or in ~/.cache.
+
+    Raises:
+        CaptionTrainError: there is neither, as for a user in a container that has no entry in /etc/passwd.
+    """
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise CaptionTrainError(
+            f"there is no home folder to keep {name} in: set XDG_CACHE_HOME to a folder"
+        ) from error
+    return root / "caption-train" / name
 
 
 def hash_file(path: Path | str) -> str:

@@ -5,11 +5,17 @@ import re
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from caption_train.adapters.load import load_adapter
 from caption_train.adapters.record import read_adapter, resolve_base
-from caption_train.captioning.generate import find_dtype, load_captioner
+from caption_train.captioning.generate import (
+    OutOfMemoryError,
+    find_dtype,
+    load_captioner,
+    out_of_memory_explained,
+)
 from caption_train.cli.commands import caption_main
 from caption_train.config.captioning import CaptionOptions
 from caption_train.data.images import open_image
@@ -132,6 +138,39 @@ def test_blip_captions_with_fused_attention_and_the_tokens_of_plain_attention(
     assert len(calls) == 8
     torch.testing.assert_close(features, plain, **({} if dtype == "float32" else {"atol": 0.1, "rtol": 0.05}))
     assert tokens == plain_tokens and len(set(map(tuple, tokens))) == len(pictures)
+
+
+def test_an_adapter_that_peft_cannot_merge_stays_beside_the_weights(tiny_base, tmp_path):
+    """Depthwise convolutions are such layers; what comes before them is merged already."""
+    family, folder = get_family("florence"), tmp_path / "lora"
+    torch.manual_seed(0)
+    targets = ["qkv", "blocks.0.0.spatial_block.conv2"]
+    model = get_peft_model(
+        family.load(str(tiny_base("florence")))[0], LoraConfig(r=32, target_modules=targets)
+    )
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight.data, std=0.1)
+    model.save_pretrained(folder)
+    base = resolve_base(family, str(tiny_base("florence")), None, "<CAPTION>", None)
+    options = CaptionOptions(images=["a.png"], peft_model=folder)
+    loaded, processor = load_captioner(family, base, options, CPU)
+    pixels = family.encode(processor, [Image.effect_noise((40, 40), 90).convert("RGB")], ["<CAPTION>"])[
+        "pixel_values"
+    ]
+    with torch.no_grad():
+        expected = model.eval().get_base_model().model.vision_tower(pixels).last_hidden_state
+        found = loaded.get_base_model().model.vision_tower(pixels).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_batch_of_one_that_does_not_fit_is_not_told_to_be_smaller(batch_size):
+    with pytest.raises(OutOfMemoryError) as raised, out_of_memory_explained(CPU, batch_size):
+        raise MemoryError
+    advice = str(raised.value).partition(": ")[2]
+    assert "lower it" not in advice
+    assert ("--batch_size" in advice) == (batch_size > 1) and "--max_token_length" in advice
 
 
 def test_quantizing_a_served_model_is_refused():

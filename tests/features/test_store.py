@@ -4,11 +4,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+from caption_train.errors import CaptionTrainError
 from caption_train.features.store import FeatureStore, clear_leftovers, make_room, measure_room
+from caption_train.system.files import cache_folder
 from tests.fixtures.paths import REPOSITORY
 
 DIGEST = "ab" + "0" * 62
@@ -45,6 +48,28 @@ def test_a_damaged_file_is_no_features_and_is_computed_again(tmp_path):
         store.path(DIGEST).parent.mkdir(exist_ok=True)
     assert harmless < len(flipped) / 4
     assert store.write(DIGEST, torch.arange(64.0)) and store.read(DIGEST) is not None
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link", "dangling"])
+def test_what_is_no_file_is_no_features(tmp_path, kind):
+    """A pipe would be waited for for ever; a folder has no size that says what features need."""
+    store = make_store(tmp_path)
+    path = store.path(DIGEST)
+    path.parent.mkdir(parents=True)
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        other = FeatureStore(tmp_path / "other")
+        other.write(DIGEST, torch.zeros(4))
+        path.symlink_to(other.path(DIGEST) if kind == "link" else tmp_path / "nowhere")
+    assert store.read(DIGEST) is None and not store.has(DIGEST)
+    assert store.find_size() is None and measure_room(tmp_path / "features").used == 0
+    assert store.write(DIGEST, torch.ones(4)) and not store.is_full
+    store.write("cd" + "0" * 62, torch.ones(4))
+    assert torch.equal(store.read("cd" + "0" * 62), torch.ones(4))
 
 
 def test_nothing_is_written_beyond_the_room(tmp_path):
@@ -112,3 +137,11 @@ def test_several_processes_and_one_that_is_killed_leave_whole_files_only(tmp_pat
     clear_leftovers(store.folder)
     left = [path.name for path in store.folder.rglob("*") if path.is_file()]
     assert left and all(name.endswith(".safetensors") and not name.startswith(".") for name in left)
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+    """As in a container that runs under a number without a name."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("Could not determine home directory.")))
+    with pytest.raises(CaptionTrainError, match=r"features .*XDG_CACHE_HOME"):
+        cache_folder("features")
