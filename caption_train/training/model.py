@@ -135,7 +135,7 @@ def make_record(options: TrainOptions, family: Family, base: Base, data: Trainin
 
     Raises UsageError for the prompt of a row that the family cannot read.
     """
-    _check_prompts(family, data.train + data.validation)
+    check_prompts(family, data.train + data.validation)
     return TrainingRecord(
         family=family.name,
         base_model=_base_name(options),
@@ -148,7 +148,8 @@ def make_record(options: TrainOptions, family: Family, base: Base, data: Trainin
     )
 
 
-def _check_prompts(family: Family, pairs: Sequence[Pair]) -> None:
+def check_prompts(family: Family, pairs: Sequence[Pair]) -> None:
+    """Raise UsageError for the prompt of a row that the family cannot read, naming the row."""
     for pair in pairs:
         try:
             family.check_prompt(pair.prompt or "")

@@ -20,6 +20,7 @@ from PIL import Image
 from caption_train.config.training import TrainOptions
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import get_family
+from caption_train.training.model import check_prompts
 from caption_train.training.run.batch_plan import BatchPlan
 from caption_train.training.run.batches import CaptionDataset, make_train_dataloader
 from caption_train.training.run.data import read_training_data
@@ -195,7 +196,7 @@ def accelerator():
 FILES = st.sampled_from(["0.png", "1.png", "0.txt", "metadata.jsonl"])
 
 
-@settings(max_examples=1000)
+@settings(max_examples=400)
 @given(
     changes=st.lists(st.tuples(FILES, CHANGES), max_size=4, unique_by=lambda c: c[0]),
     lines=st.none() | st.lists(LINES, min_size=1, max_size=6),
@@ -223,6 +224,12 @@ def test_any_dataset_is_trained_on_or_refused_in_words(
     assert policy == "skip" or not data.skipped
     outside = folder.parent / "outside"
     assert follow or not any(pair.image.resolve().is_relative_to(outside) for pair in data.train)
+    try:
+        check_prompts(get_family("florence"), data.train)
+    except UsageError as error:
+        # As in a run, before a model is loaded: a task with more text, for example.
+        assert str(error).startswith("metadata.jsonl:")
+        return
     if any(len(pair.prompt or "") > 1000 for pair in data.train):
         # Longer than the model has positions: refused by name before training starts.
         with pytest.raises(UsageError, match="--prompt"):
