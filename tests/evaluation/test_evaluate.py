@@ -153,7 +153,12 @@ def test_ctrl_c_says_how_to_go_on(overfitted, pairs_folder, tmp_path, monkeypatc
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(captions_module.Journal, "add", interrupt)
-    assert run(pairs_folder, tmp_path, "--peft_model", overfitted("blip")) == 130
+    # A shell starts what is in its background with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert run(pairs_folder, tmp_path, "--peft_model", overfitted("blip")) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "the same command goes on from there" in capsys.readouterr().err
 
 
