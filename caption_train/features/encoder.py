@@ -55,14 +55,14 @@ class KeepingEncoder:
     Args:
         model: the model, without wrappers around it.
         family: the model's family.
-        store: where features are kept; without one, all are computed.
 
     Attributes:
+        store: where features are kept; without one, all are computed.
         computed: how many images were encoded, and not found among those that are kept.
     """
 
-    def __init__(self, model: nn.Module, family: Family, store: FeatureStore | None = None) -> None:
-        self.store = store
+    def __init__(self, model: nn.Module, family: Family) -> None:
+        self.store: FeatureStore | None = None
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.owner, self.method, self.modules = family.find_image_encoder(base)
         self._encode: Callable[..., Any] = getattr(self.owner, self.method)

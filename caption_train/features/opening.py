@@ -44,10 +44,10 @@ class Opening:
         digests: Mapping[Path, str],
         prompt: str,
         *,
-        precision: str = "no",
+        precision: str,
         around: AbstractContextManager | None = None,
     ) -> None:
-        self.family, self.digests = family, digests
+        self.digests = digests
         self.encoder = KeepingEncoder(model, family)
         device = next(model.parameters()).device
         settings = {

@@ -13,7 +13,7 @@ from caption_train.config.reviewing import ReviewOptions
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.reviewing.items import Library
 from caption_train.system.console import escape_unprintable, print_line, print_result
-from caption_train.system.files import clear_temporary
+from caption_train.system.files import cache_folder, clear_temporary
 from caption_train.system.processes import refuse_several_processes
 from caption_train.system.signals import raising_terminated
 
@@ -79,7 +79,7 @@ def open_parts(options: ReviewOptions, port: int) -> Parts:
     from caption_train.reviewing.review import Review
     from caption_train.reviewing.security import Access
     from caption_train.reviewing.stores import open_store
-    from caption_train.reviewing.thumbnails import Thumbnails, cache_folder
+    from caption_train.reviewing.thumbnails import Thumbnails
 
     library = Library(options.images)
     suggester = _make_suggester(options, library)
@@ -90,7 +90,7 @@ def open_parts(options: ReviewOptions, port: int) -> Parts:
     review = Review(library, store, history, suggester.count_tokens if suggester else None)
     return Parts(
         review,
-        Thumbnails(library, cache_folder(), options.cache_mb << 20),
+        Thumbnails(library, cache_folder("thumbnails"), options.cache_mb << 20),
         Access.to(options.host, port),
         choose_output_dir(options.images, options.output_dir),
         suggester,

@@ -22,11 +22,6 @@ _QUALITY = 82
 _KEPT_AFTER_PRUNING = 0.8
 
 
-def cache_folder() -> Path:
-    """Return where thumbnails are kept: in $XDG_CACHE_HOME, or in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "caption-train" / "thumbnails"
-
-
 class Thumbnails:
     """A cache of small pictures. The least recently used ones are deleted where there are too many bytes.
 
