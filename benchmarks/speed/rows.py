@@ -164,7 +164,9 @@ def run_rounds(
         turn = number % len(names)
         rounds.append({name: sides[name].tell("go") for name in names[turn:] + names[:turn]})
         peaks.append(sides[OURS].tell("peak")["flops_per_second"])
-    counted = {"peak_flops_per_second": median(peaks), "flops": sides[OURS].tell("count")["flops"]}
+    # Ours may replay recorded steps, where nothing is to be counted; a plain loop does the same products.
+    counting = sides[names[1] if row.kind == "captioning" and len(names) > 1 else OURS]
+    counted = {"peak_flops_per_second": median(peaks), "flops": counting.tell("count")["flops"]}
     if device == "cuda":
         counted["kernels"] = sides[OURS].tell("kernels")["kernels"]
     seconds = median(r[OURS]["seconds"] for r in rounds)

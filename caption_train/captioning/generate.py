@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from caption_train.adapters.quantization import quantization_config
 from caption_train.adapters.record import Base, read_adapter
 from caption_train.captioning.encoding import Encode, ImageFiles
+from caption_train.captioning.graphs import DecodeGraphs
 from caption_train.captioning.plan import CaptionResult, Unreadable
 from caption_train.captioning.sampling import make_sampler
 from caption_train.config.captioning import CaptionOptions
@@ -164,6 +165,7 @@ def caption_images(
         else:
             return
         # Outside of the except block, where the traceback would keep the batch's tensors alive.
+        run.graphs and run.graphs.free()
         free_memory(model.device)
         print(line, file=sys.stderr)
 
@@ -179,6 +181,11 @@ class _Run:
     num_workers: int
     worker_timeout: float
     keeping: Keeping | None
+    graphs: DecodeGraphs | None = None
+
+    def __post_init__(self) -> None:
+        if self.model.device.type == "cuda" and self.family.has_recordable_steps:
+            self.graphs = DecodeGraphs(self.model)
 
     def caption(
         self, images: Sequence[Path | Image.Image], prompts: Sequence[str] | None, batch_size: int, first: int
@@ -221,7 +228,7 @@ class _Run:
             torch.inference_mode(),
             given(batch["inputs"]) as inputs,
         ):
-            results = iter(_generate(self.family, self.model, self.processor, inputs, good, self.generation))
+            results = iter(self._generate(inputs, good) if good else ())
         return [
             Unreadable(item["path"], item["error"])
             if "error" in item
@@ -229,21 +236,14 @@ class _Run:
             for item in batch["items"]
         ]
 
-
-def _generate(
-    family: Family,
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    inputs: dict[str, Any],
-    images: Sequence[Path],
-    generation: Generation,
-) -> list[Generated]:
-    if not images:
-        return []
-    settings = dict(generation.settings)
-    if generation.make_sampler:
-        settings["logits_processor"] = generation.make_sampler([image.name for image in images])
-    return family.generate(model, processor, move_batch(inputs, model.device, model.dtype), **settings)
+    def _generate(self, inputs: dict[str, Any], images: Sequence[Path]) -> list[Generated]:
+        settings = dict(self.generation.settings)
+        if self.generation.make_sampler:
+            settings["logits_processor"] = self.generation.make_sampler([image.name for image in images])
+        inputs = move_batch(inputs, self.model.device, self.model.dtype)
+        decoding = self.graphs.decoding(inputs, settings) if self.graphs else nullcontext({})
+        with decoding as more:
+            return self.family.generate(self.model, self.processor, inputs, **settings, **more)
 
 
 class OutOfMemoryError(CaptionTrainError):

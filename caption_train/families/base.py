@@ -98,6 +98,8 @@ class Family(ABC):
     """Whether `load` keeps converted checkpoints on disk and uses them the next time."""
     keeps_features = False
     """Whether `find_image_encoder` finds the vision tower, so that `--cache_features` is allowed."""
+    has_recordable_steps = False
+    """Whether `generate` hands its arguments to transformers' own, so that a GPU may record its decoding steps."""
     image_inputs: Sequence[str] = ("pixel_values",)
     """The entries of a batch that the image encoder takes, in its order."""
     plans_without_weights = False

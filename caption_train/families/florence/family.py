@@ -52,6 +52,7 @@ class Florence(Family):
         default_prompt="<CAPTION>",
     )
     tasks = tuple(TASKS)
+    has_recordable_steps = True
     presets = {"descriptive": "<MORE_DETAILED_CAPTION>", "short": "<CAPTION>"}
     draws_answers = True
     converts_checkpoints = True

@@ -35,6 +35,7 @@ class Vlm(Family):
     train_defaults = {"train_parts": ["language"]}
     presets = PRESETS
     settings = ("system_prompt", "max_pixels")
+    has_recordable_steps = True
     can_be_served = True
     plans_without_weights = True
 
