@@ -165,29 +165,49 @@ class OutputLock:
         digest = hashlib.sha256(holder.content).hexdigest()[:8]
         guard = self.path.with_name(f".{self.path.name[:50]}.{digest}{TEMPORARY}")
         try:
-            descriptor = open_own(guard, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        except FileExistsError:
-            if self._stays(holder, GRACE_SECONDS):
-                guard.unlink(missing_ok=True)  # Of a run that was killed just here.
-            return False
-        except OSError as error:
-            raise self._explain(error, f"left behind by {holder}, and cannot be taken over") from error
-        try:
-            try_lock(descriptor, exclusive=True)
-            now = self._read()
-            if now is None or now.content != holder.content:
+            descriptor = self._open_guard(guard, holder)
+            if descriptor is None:
                 return False
-            temporary.replace(self.path)
+            try:
+                now = self._read()
+                if now is None or now.content != holder.content:
+                    return False
+                temporary.replace(self.path)
+            finally:
+                # Windows deletes no open file, and a guard that is closed first is unlocked.
+                if fcntl is None:
+                    os.close(descriptor)
+                guard.unlink(missing_ok=True)
+                if fcntl is not None:
+                    os.close(descriptor)
         except OSError as error:
             raise self._explain(error, f"left behind by {holder}, and cannot be taken over") from error
-        finally:
-            # Windows deletes no open file, and a guard that is closed first is unlocked.
-            if fcntl is None:
-                os.close(descriptor)
-            guard.unlink(missing_ok=True)
-            if fcntl is not None:
-                os.close(descriptor)
         return True
+
+    def _open_guard(self, guard: Path, holder: Holder) -> int | None:
+        """Return the guard's descriptor, None where another run has it.
+
+        That of a run that was killed holding it is locked, not removed: by the time that a file is removed by its
+        name, it may be another run's.
+        """
+        try:
+            descriptor = open_own(guard, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            is_new = True
+        except FileExistsError:
+            try:
+                descriptor = open_own(guard, os.O_RDWR)
+            except FileNotFoundError:
+                return None
+            is_new = False
+        is_locked = try_lock(descriptor, exclusive=True)
+        if is_locked is None and not is_new and self._stays(holder, GRACE_SECONDS):
+            guard.unlink(missing_ok=True)  # There are no locks, and its run was probably killed just here.
+        with suppress(FileNotFoundError):
+            is_there = os.path.samestat(os.fstat(descriptor), guard.lstat())
+            if is_there and (is_locked or (is_locked is None and is_new)):
+                return descriptor
+        os.close(descriptor)
+        return None
 
     def _read(self) -> Holder | None:
         """Return what the lock file says now, None where there is none."""
