@@ -26,9 +26,10 @@ def work(spec: dict[str, Any]) -> None:
 
 
 def make_ours(spec: dict[str, Any], device: Any, dtype: Any) -> Callable[[Sequence[Path]], list[list[int]]]:
-    """Return captioning as the scripts do it, with their defaults; the adapter is merged in float32."""
+    """Return captioning as the scripts do it, with their defaults, and --cuda_graphs on a GPU."""
     from caption_train.adapters.record import read_adapter, resolve_base
     from caption_train.captioning.generate import caption_images, load_captioner, make_generation
+    from caption_train.captioning.graphs import DecodeGraphs
     from caption_train.config.captioning import CaptionOptions
     from caption_train.families import get_family
 
@@ -47,6 +48,8 @@ def make_ours(spec: dict[str, Any], device: Any, dtype: Any) -> Callable[[Sequen
     generation = make_generation(options, base.prompt)
     generation.settings["min_new_tokens"] = spec["tokens"]
 
+    graphs = DecodeGraphs(model) if device.type == "cuda" and family.has_recordable_steps else None
+
     def caption(images: Sequence[Path]) -> list[list[int]]:
         results = caption_images(
             family,
@@ -56,6 +59,7 @@ def make_ours(spec: dict[str, Any], device: Any, dtype: Any) -> Callable[[Sequen
             generation,
             batch_size=options.batch_size,
             num_workers=options.num_workers,
+            graphs=graphs,
         )
         return [result.generated.token_ids for result in results]
 

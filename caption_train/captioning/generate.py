@@ -128,6 +128,7 @@ def caption_images(
     worker_timeout: float = 0,
     prompts: Sequence[str] | None = None,
     keeping: Keeping | None = None,
+    graphs: DecodeGraphs | None = None,
 ) -> Iterator[CaptionResult | Unreadable]:
     """Caption images.
 
@@ -142,6 +143,7 @@ def caption_images(
         worker_timeout: seconds to wait for a batch of theirs; 0 waits for ever.
         prompts: that of each image, where they differ from `generation`'s.
         keeping: what the model's vision tower keeps of images; by default nothing.
+        graphs: records the model's decoding steps, if that is wanted.
 
     Yields:
         A result for each image, in order, as soon as its batch is done.
@@ -150,7 +152,7 @@ def caption_images(
         CaptionTrainError: out of memory with a single image, or a worker died or does not answer; names the
             flags that help.
     """
-    run = _Run(family, model, processor, generation, num_workers, worker_timeout, keeping)
+    run = _Run(family, model, processor, generation, num_workers, worker_timeout, keeping, graphs)
     done = 0
     while done < len(images):
         try:
@@ -165,7 +167,8 @@ def caption_images(
         else:
             return
         # Outside of the except block, where the traceback would keep the batch's tensors alive.
-        run.graphs and run.graphs.free()
+        if graphs:
+            graphs.free()
         free_memory(model.device)
         print(line, file=sys.stderr)
 
@@ -181,11 +184,7 @@ class _Run:
     num_workers: int
     worker_timeout: float
     keeping: Keeping | None
-    graphs: DecodeGraphs | None = None
-
-    def __post_init__(self) -> None:
-        if self.model.device.type == "cuda" and self.family.has_recordable_steps:
-            self.graphs = DecodeGraphs(self.model)
+    graphs: DecodeGraphs | None
 
     def caption(
         self, images: Sequence[Path | Image.Image], prompts: Sequence[str] | None, batch_size: int, first: int

@@ -1,8 +1,9 @@
 """Decodes on a GPU by CUDA graphs: a step is recorded once and then replayed as one launch.
 
-A decoding step of a captioner is some hundred small kernels, and a GPU waits for Python between them. A graph needs
-tensors that stay where they are, so the keys and values of earlier tokens go into a `StaticCache` of transformers,
-which is kept from batch to batch: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
+A decoding step of a captioner is some hundred small kernels, and a GPU waits for Python between them. A graph
+needs tensors that stay where they are, so the keys and values of earlier tokens go into a `StaticCache` of
+transformers, which is kept from batch to batch.
+https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from caption_train.system.console import print_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -144,15 +147,18 @@ class DecodeGraphs:
         try:
             replay, output = self.capture(lambda: plain(**own))
         except RuntimeError as error:
-            self.failure = str(error).splitlines()[0]
-            return plain(**keywords)
+            return self._give_up(str(error).splitlines()[0], plain, keywords)
         replay()
         if not self._is_right(output, plain, keywords):
-            self.failure = "a recorded step gives other scores"
-            return plain(**keywords)
+            return self._give_up("a recorded step gives other scores", plain, keywords)
         self._graph = _Graph(key, kept, replay, output)
         self.recorded += 1
         return output
+
+    def _give_up(self, reason: str, plain: Callable, keywords: dict[str, Any]) -> Any:
+        self.failure = reason
+        print_line(f"--cuda_graphs: going on without, {reason}")
+        return plain(**keywords)
 
     def _is_right(self, output: Any, plain: Callable, keywords: dict[str, Any]) -> bool:
         """Tell whether the plain step gives the same scores as the recorded one, which was just replayed."""

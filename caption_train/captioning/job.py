@@ -16,7 +16,7 @@ from caption_train.captioning.plan import CaptionResult, Unreadable, make_plan, 
 from caption_train.captioning.prompts import Task
 from caption_train.captioning.summary import CaptioningSummary, describe_meanwhile
 from caption_train.config.captioning import CaptionOptions
-from caption_train.errors import CaptionTrainError
+from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families.base import Family
 from caption_train.metrics.output_health import find_remarks
 from caption_train.system.console import (
@@ -145,12 +145,15 @@ class CaptionJob:
             load_captioner,
             make_generation,
         )
+        from caption_train.captioning.graphs import DecodeGraphs
         from caption_train.system.devices import choose_device
 
         main = self.processes.is_main
         device = choose_device(
             self.options.device, local_rank=self.processes.local_rank, processes=self.processes.count
         )
+        if self.options.cuda_graphs and device.type != "cuda":
+            raise UsageError(f"--cuda_graphs: needs an NVIDIA GPU, and this runs on {device}: leave it out")
         if main:
             print_line(self._describe(device, find_dtype(self.options, device)))
         model, processor = load_captioner(self.family, self.plan.base, self.options, device)
@@ -166,6 +169,7 @@ class CaptionJob:
             num_workers=self.options.num_workers,
             worker_timeout=self.options.worker_timeout,
             prompts=[task.prompt for task in share],
+            graphs=DecodeGraphs(model) if self.options.cuda_graphs else None,
         )
 
     def _ask_endpoint(self, share: Sequence[Task]) -> Iterator[CaptionResult | Unreadable]:

@@ -92,6 +92,11 @@ class CaptionOptions:
     seed: int = _captions(42, "seed of sampling; a caption depends on it and its image alone")
     batch_size: int = _captions(4, "images captioned at once, in every process")
     num_workers: int = _captions(2, "processes that read and resize images ahead of the model")
+    cuda_graphs: bool = _captions(
+        False,
+        "on an NVIDIA GPU, record a decoding step once and replay it (experimental)",
+        recorded="if given",
+    )
     worker_timeout: int = _captions(600, "seconds to wait for a batch of --num_workers; 0 waits for ever")
 
     save_captions: bool = _output(False, "write every caption to a file beside its image")

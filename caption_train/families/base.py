@@ -99,7 +99,7 @@ class Family(ABC):
     keeps_features = False
     """Whether `find_image_encoder` finds the vision tower, so that `--cache_features` is allowed."""
     has_recordable_steps = False
-    """Whether `generate` hands its arguments to transformers' own, so that a GPU may record its decoding steps."""
+    """Whether `generate` hands its arguments to that of transformers, so that `--cuda_graphs` is allowed."""
     image_inputs: Sequence[str] = ("pixel_values",)
     """The entries of a batch that the image encoder takes, in its order."""
     plans_without_weights = False
@@ -118,6 +118,7 @@ class Family(ABC):
         absent = {
             "task": not self.tasks,
             "preset": not self.presets,
+            "cuda_graphs": not self.has_recordable_steps,
             "visualize": not self.draws_answers,
             "cache_converted": not self.converts_checkpoints,
             **dict.fromkeys(("cache_features", "cache_limit"), not self.keeps_features),

@@ -1,13 +1,17 @@
-"""Who holds a lock file, and whether that process lives. Standard library only, but for psutil."""
+"""Who holds a lock file, whether that process lives, and how it shows that. Needs psutil only."""
 
 import os
 import socket
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event, Lock, Thread
+from typing import Any
+from weakref import WeakSet
 
 from caption_train.system.files import fcntl, open_own, parse_json
 
+BEAT_SECONDS = 10.0
 _MOST_BYTES = 4096
 
 
@@ -79,3 +83,57 @@ def is_running(process_id: int) -> bool:
         return False
     except psutil.Error:
         return True
+
+
+class Beats:
+    """The locks that this process holds, and one thread that touches their files."""
+
+    def __init__(self) -> None:
+        self._locks: WeakSet[Any] = WeakSet()
+        self._process_id = os.getpid()
+        self._guard, self._wake = Lock(), Event()
+        self._thread: Thread | None = None
+
+    def hold(self, path: Path) -> bool:
+        """Tell whether this process holds the lock at a path, which the system would not refuse it."""
+        self._forget_parent()
+        with suppress(OSError):
+            there = path.lstat()
+            return any(os.path.samestat(os.fstat(lock.descriptor), there) for lock in list(self._locks))
+        return False
+
+    def add(self, lock: Any) -> None:
+        self._forget_parent()
+        with self._guard:
+            self._locks.add(lock)
+            self._wake.set()
+            if self._thread is None:
+                self._thread = Thread(target=self._run, name="locks", daemon=True)
+                self._thread.start()
+
+    def remove(self, lock: Any) -> None:
+        with self._guard:
+            self._locks.discard(lock)
+            self._wake.set()
+
+    def _forget_parent(self) -> None:
+        if self._process_id != os.getpid():
+            self.__init__()
+
+    def _touch_all(self) -> None:
+        # A method of its own, whose variables end with it: this thread keeps no lock alive while it waits.
+        for lock in list(self._locks):
+            lock.touch()
+
+    def _run(self) -> None:
+        while True:
+            self._wake.wait(BEAT_SECONDS)
+            self._wake.clear()
+            with self._guard:
+                self._touch_all()
+                if not self._locks:
+                    self._thread = None
+                    return
+
+
+beats = Beats()

@@ -15,18 +15,15 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from threading import Event, Lock, Thread
-from weakref import WeakSet
 
 from caption_train.errors import CaptionTrainError
 from caption_train.system.console import print_line
 from caption_train.system.exclusive import move_to_free_name
 from caption_train.system.files import TEMPORARY, mode_of, open_own
-from caption_train.system.holder import Holder, fcntl, is_running, try_lock
+from caption_train.system.holder import Holder, beats, fcntl, is_running, try_lock
 
 LOCK_FILE = ".lock"
 
-BEAT_SECONDS = 10.0
 SILENCE_SECONDS = 45.0
 """A holder touches its file every BEAT_SECONDS. On another host, one that does not for this long is dead."""
 GRACE_SECONDS = 1.0
@@ -75,9 +72,9 @@ class OutputLock:
         """
         self.made_folder = not self.path.parent.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if _beats.hold(self.path):
+        if beats.hold(self.path):
             gc.collect()  # A run of this process that was dropped unfinished holds nothing.
-        if _beats.hold(self.path):
+        if beats.hold(self.path):
             raise CaptionTrainError(self._refusal(f"process {os.getpid()} on {socket.gethostname()}"))
         left, holder = None, None
         while not self._create(instead_of=holder):
@@ -87,14 +84,14 @@ class OutputLock:
             elif holder is not None and holder.host:
                 left = f"{self.path}: left behind by {holder}; taken over"
         self._process_id = os.getpid()
-        _beats.add(self)
+        beats.add(self)
         return left
 
     def release(self) -> None:
         """Let the next run in."""
         if self.descriptor is None or self._process_id != os.getpid():
             return
-        _beats.remove(self)
+        beats.remove(self)
         descriptor, self.descriptor = self.descriptor, None
         # By its inode: opening the file once more would end the record lock before the file is gone.
         with suppress(OSError):
@@ -187,8 +184,8 @@ class OutputLock:
     def _open_guard(self, guard: Path, holder: Holder) -> int | None:
         """Return the guard's descriptor, None where another run has it.
 
-        That of a run that was killed holding it is locked, not removed: by the time that a file is removed by its
-        name, it may be another run's.
+        That of a run that was killed holding it is locked, not removed: by the time that a file is removed
+        by its name, it may be another run's.
         """
         try:
             descriptor = open_own(guard, os.O_RDWR | os.O_CREAT | os.O_EXCL)
@@ -264,60 +261,6 @@ class OutputLock:
             f"{self.output}: another run, {holder}, is writing there; {self.instead} "
             f"(or delete {self.path} if that run is gone)"
         )
-
-
-class _Beats:
-    """The locks that this process holds, and one thread that touches their files."""
-
-    def __init__(self) -> None:
-        self._locks: WeakSet[OutputLock] = WeakSet()
-        self._process_id = os.getpid()
-        self._guard, self._wake = Lock(), Event()
-        self._thread: Thread | None = None
-
-    def hold(self, path: Path) -> bool:
-        """Tell whether this process holds the lock at a path, which the system would not refuse it."""
-        self._forget_parent()
-        with suppress(OSError):
-            there = path.lstat()
-            return any(os.path.samestat(os.fstat(lock.descriptor), there) for lock in list(self._locks))
-        return False
-
-    def add(self, lock: OutputLock) -> None:
-        self._forget_parent()
-        with self._guard:
-            self._locks.add(lock)
-            self._wake.set()
-            if self._thread is None:
-                self._thread = Thread(target=self._run, name="locks", daemon=True)
-                self._thread.start()
-
-    def remove(self, lock: OutputLock) -> None:
-        with self._guard:
-            self._locks.discard(lock)
-            self._wake.set()
-
-    def _forget_parent(self) -> None:
-        if self._process_id != os.getpid():
-            self.__init__()
-
-    def _touch_all(self) -> None:
-        # A method of its own, whose variables end with it: this thread keeps no lock alive while it waits.
-        for lock in list(self._locks):
-            lock.touch()
-
-    def _run(self) -> None:
-        while True:
-            self._wake.wait(BEAT_SECONDS)
-            self._wake.clear()
-            with self._guard:
-                self._touch_all()
-                if not self._locks:
-                    self._thread = None
-                    return
-
-
-_beats = _Beats()
 
 
 def _close_and_open(descriptor: int, path: Path) -> int:

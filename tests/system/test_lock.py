@@ -122,7 +122,7 @@ def test_the_lock_of_another_host_that_is_let_go_is_taken_at_once(tmp_path):
 
 
 def test_a_holder_shows_other_hosts_that_it_lives(tmp_path, monkeypatch):
-    monkeypatch.setattr("caption_train.system.lock.BEAT_SECONDS", 0.01)
+    monkeypatch.setattr("caption_train.system.holder.BEAT_SECONDS", 0.01)
     lock = OutputLock(tmp_path)
     lock.acquire()
     os.utime(tmp_path / LOCK_FILE, (0, 0))
