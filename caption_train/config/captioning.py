@@ -97,6 +97,19 @@ class CaptionOptions:
         "on an NVIDIA GPU, record a decoding step once and replay it (experimental)",
         recorded="if given",
     )
+    engine: str = _captions(
+        "local",
+        "what runs the model: this process (or those of torchrun), or actors on a Ray cluster: that of "
+        "RAY_ADDRESS, else one on this machine",
+        choices=("local", "ray"),
+        recorded="if given",
+    )
+    actors: int | None = _captions(
+        None, "processes that hold the model with --engine ray (default: one a GPU)", recorded="if given"
+    )
+    gpus_per_actor: float | None = _captions(
+        None, "GPUs, or part of one, of each of them (default: 1 where there are any)", recorded="if given"
+    )
     worker_timeout: int = _captions(600, "seconds to wait for a batch of --num_workers; 0 waits for ever")
 
     save_captions: bool = _output(False, "write every caption to a file beside its image")

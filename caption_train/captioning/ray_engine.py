@@ -1,0 +1,247 @@
+"""Captions images on a Ray cluster: tasks decode and encode, actors hold the model. Needs `ray[data]`.
+
+Ray Data plans, moves and repeats the work: https://docs.ray.io/en/latest/data/data.html. What is captioned,
+and where captions are written, stays with the process that was started.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import caption_train
+from caption_train.adapters.record import Base
+from caption_train.captioning.plan import CaptionResult, Unreadable
+from caption_train.captioning.prompts import Task
+from caption_train.config.captioning import CaptionOptions
+from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.families import get_family
+from caption_train.families.base import Family
+
+BATCHES_IN_BLOCK = 4
+"""What is repeated at most when a node is lost, for each actor and each task."""
+SECONDS_TO_ANSWER = 10
+PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN", "TOKENIZERS_PARALLELISM", "NVIDIA_TF32_OVERRIDE")
+"""Variables of the environment that the cluster's processes get."""
+
+
+@dataclass(frozen=True)
+class RayWork:
+    """What tasks and actors need to know; it is sent to them.
+
+    Attributes:
+        family: its name.
+        base: the base and its prompt.
+        options: the flags; paths in them are absolute.
+    """
+
+    family: str
+    base: Base
+    options: CaptionOptions
+
+
+class RayEngine:
+    """A Ray cluster for the length of a run: that of `RAY_ADDRESS`, else one on this machine.
+
+    Args:
+        family: the model's family.
+        base: the base and its prompt.
+        options: `actors`, `gpus_per_actor`, and what captioning takes.
+
+    Attributes:
+        lines: what the processor says of its inputs.
+
+    Raises:
+        UsageError: Ray is not installed, or the cluster has not what an actor needs.
+        CaptionTrainError: there is no such cluster, or the model cannot be loaded there.
+    """
+
+    def __init__(self, family: Family, base: Base, options: CaptionOptions) -> None:
+        self._ray = _import_ray()
+        with explaining_ray():
+            self._join()
+        try:
+            self.gpus, self.actors = self._choose(options)
+            peft_model = options.peft_model and options.peft_model.absolute()
+            local = Path(base.model_id).absolute()
+            base = replace(base, model_id=str(local) if local.is_dir() else base.model_id)
+            self.work = RayWork(family.name, base, replace(options, peft_model=peft_model))
+            with explaining_ray():
+                probe = self._ray.remote(num_cpus=1, max_retries=2)(_load_processor)
+                self._processor, self.lines = self._ray.get(probe.remote(self.work))
+        except BaseException:
+            self.close()
+            raise
+
+    def caption(self, tasks: Sequence[Task]) -> Iterator[CaptionResult | Unreadable]:
+        """Yield a result for each task, in order, as soon as it and all before it are there.
+
+        Raises:
+            CaptionTrainError: as `caption_images`; or the cluster is lost.
+        """
+        import ray.data
+        from ray.data import ActorPoolStrategy, DataContext
+
+        size = self.work.options.batch_size
+        batches = [_absolute(tasks[start : start + size]) for start in range(0, len(tasks), size)]
+        rows = [{"tasks": pickle.dumps(batch)} for batch in batches]
+        context = DataContext.get_current()
+        context.enable_progress_bars = False
+        context.execution_options.preserve_order = True
+        context.max_errored_blocks = 0
+        # A row is a batch already, and its tensors are large.
+        data = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // BATCHES_IN_BLOCK))
+        data = data.map(_encode, fn_args=(self.work, self._ray.put(self._processor)), num_cpus=1)
+        data = data.map(
+            CaptionActor,
+            fn_constructor_args=(self.work,),
+            compute=ActorPoolStrategy(size=self.actors),
+            num_gpus=self.gpus,
+            num_cpus=1,
+        )
+        with explaining_ray():
+            for row in data.iter_rows():
+                results = pickle.loads(row["results"])
+                if isinstance(results, Exception):
+                    raise results
+                yield from results
+
+    def close(self) -> None:
+        """Leave the cluster; one that was started for this run ends."""
+        self._ray.shutdown()
+
+    def _join(self) -> None:
+        address = os.environ.get("RAY_ADDRESS", "")
+        host, separator, port = address.rpartition(":")
+        if separator and port.isdigit() and "/" not in address:
+            # Ray itself tries for minutes.
+            socket.create_connection((host, int(port)), timeout=SECONDS_TO_ANSWER).close()
+        package = Path(caption_train.__file__).parent
+        environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+        self._ray.init(
+            address=os.environ.get("RAY_ADDRESS"),
+            runtime_env={"py_modules": [str(package)], "env_vars": environment},
+            log_to_driver=False,
+            logging_level="error",
+        )
+
+    def _choose(self, options: CaptionOptions) -> tuple[float, int]:
+        """Return the GPUs of an actor, and how many actors there are."""
+        has = self._ray.cluster_resources()
+        gpus = options.gpus_per_actor
+        if gpus is None:
+            gpus = 1.0 if has.get("GPU") and (options.device or "cuda").startswith("cuda") else 0.0
+        if gpus > has.get("GPU", 0):
+            raise UsageError(f"--gpus_per_actor {gpus:g}: the cluster has {has.get('GPU', 0):g} GPUs")
+        most = int(has.get("GPU", 0) / gpus) if gpus else max(int(has.get("CPU", 1)) // 2, 1)
+        actors = options.actors or most
+        if actors > (most if gpus else has.get("CPU", 1)):
+            raise UsageError(f"--actors {actors}: the cluster has room for {most}")
+        return gpus, actors
+
+
+class CaptionActor:
+    """Holds the model, in a process of its own."""
+
+    def __init__(self, work: RayWork) -> None:
+        from caption_train.captioning.generate import load_captioner, make_generation
+        from caption_train.system.devices import choose_device
+
+        self.work, self.family = work, get_family(work.family)
+        device = choose_device(work.options.device)
+        model, processor = load_captioner(self.family, work.base, work.options, device)
+        self._loaded = self.family, model, processor
+        self._generation = make_generation(work.options, work.base.prompt)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Caption an encoded batch; see `_encode`."""
+        from caption_train.captioning.generate import OutOfMemoryError, _Run, caption_images
+
+        tasks, batch = pickle.loads(row["tasks"]), pickle.loads(row["batch"])
+        size = self.work.options.batch_size
+        try:
+            run = _Run(*self._loaded, self._generation, 0, 0, None, None)
+            results = run._caption_batch(batch, size)
+        except OutOfMemoryError as error:
+            results = error if size == 1 else None
+        except CaptionTrainError as error:
+            results = error
+        if results is None:
+            results = list(
+                caption_images(
+                    *self._loaded,
+                    [task.image for task in tasks],
+                    self._generation,
+                    batch_size=max(size // 2, 1),
+                    prompts=[task.prompt for task in tasks],
+                )
+            )
+        return {"results": pickle.dumps(results)}
+
+
+def _encode(row: dict[str, Any], work: RayWork, processor: Any) -> dict[str, Any]:
+    """Open and encode the images of a batch of tasks."""
+    import ray
+
+    from caption_train.captioning.encoding import Encode, ImageFiles
+
+    if isinstance(processor, ray.ObjectRef):
+        processor = ray.get(processor)
+    tasks = pickle.loads(row["tasks"])
+    files = ImageFiles([task.image for task in tasks], [task.prompt for task in tasks])
+    encode = Encode(get_family(work.family), processor, work.base.prompt)
+    return row | {"batch": pickle.dumps(encode([files[index] for index in range(len(files))]))}
+
+
+def _load_processor(work: RayWork) -> tuple[Any, list[str]]:
+    """Return the processor, and what it says of its inputs; on any node, to see early that the model loads."""
+    family, base = get_family(work.family), work.base
+    _, processor = family.load(base.model_id, revision=base.revision)
+    family.set_up(processor, base.model_id, base.settings, [base.prompt])
+    return processor, family.describe_inputs(processor)
+
+
+def _absolute(tasks: Sequence[Task]) -> list[Task]:
+    return [replace(task, image=task.image.absolute()) for task in tasks]
+
+
+def _import_ray() -> Any:
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise UsageError(
+            f'--engine ray needs Ray Data ({error}): pip install "ray[data]", or leave --engine out'
+        ) from None
+    return ray
+
+
+@contextmanager
+def explaining_ray() -> Iterator[None]:
+    """Turn what Ray raises into one line."""
+    import ray.exceptions
+
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        while isinstance(cause, ray.exceptions.RayTaskError):
+            cause = cause.cause
+        if isinstance(cause, CaptionTrainError):
+            raise cause from None
+        raise CaptionTrainError(f"--engine ray: {_last_line(cause or error)}") from error
+    except (ray.exceptions.RayError, OSError) as error:
+        address = os.environ.get("RAY_ADDRESS")
+        where = f"the cluster at RAY_ADDRESS={address}" if address else "a cluster on this machine"
+        raise CaptionTrainError(f"--engine ray: {where}: {_last_line(error)}") from error
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__
