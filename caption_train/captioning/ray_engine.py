@@ -200,7 +200,7 @@ def _encode(row: dict[str, Any], work: RayWork, processor: Any) -> dict[str, Any
 
 
 def _load_processor(work: RayWork) -> tuple[Any, list[str]]:
-    """Return the processor, and what it says of its inputs; on any node, to see early that the model loads."""
+    """Return the processor and what it says of its inputs; shows early whether nodes can load the model."""
     family, base = get_family(work.family), work.base
     _, processor = family.load(base.model_id, revision=base.revision)
     family.set_up(processor, base.model_id, base.settings, [base.prompt])
