@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -45,32 +46,32 @@ def make_options(spec: dict[str, Any]) -> Any:
 def make_gate(spec: dict[str, Any], device: Any) -> tuple[Gate, Callable[[float], None]]:
     """Return the gate, and what is called after each step with the loss.
 
-    Random numbers begin anew for each step, so that dropout falls alike on all sides.
+    Each side seeds its random numbers with the step's number first, so that dropout falls alike.
     """
     import torch
-    from accelerate.utils import set_seed
 
-    gate, steps = Gate(device, torch.bfloat16 if spec["precision"] == "bf16" else torch.float32), [0]
+    gate = Gate(device, torch.bfloat16 if spec["precision"] == "bf16" else torch.float32)
     gate.watch_loaders()
 
     def after_step(loss: float | None = None) -> None:
         gate.wait(**({} if loss is None else {"loss": loss}))
-        steps[0] += 1
-        set_seed(steps[0])
 
     return gate, after_step
 
 
 def train_ours(spec: dict[str, Any], options: Any) -> None:
     """Train as the scripts do, data checks, log and all."""
+    from accelerate.utils import set_seed
+
     from caption_train.families import get_family
     from caption_train.training.prepare import prepare_training
 
     trainer = prepare_training(options, get_family(spec["family"]))
     _, after_step = make_gate(spec, trainer.run.accelerator.device)
-    update = trainer.update
+    update, steps = trainer.update, count(1)
 
     def update_and_wait(micro_batches: Any) -> tuple[float, float]:
+        set_seed(next(steps))
         result = update(micro_batches)
         after_step(result[0])
         return result
@@ -138,6 +139,9 @@ def train_with_trainer(spec: dict[str, Any], options: Any) -> None:
     _, after_step = make_gate(spec, parts.device)
 
     class Gated(transformers.TrainerCallback):
+        def on_step_begin(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
+            transformers.set_seed(state.global_step + 1)
+
         def on_step_end(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
             after_step(trainer.seen.item())
 
@@ -182,6 +186,7 @@ def train_in_a_loop(spec: dict[str, Any], options: Any) -> None:
     import torch
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.utils import set_seed
 
     parts = prepare_parts(spec, options)
     _, after_step = make_gate(spec, parts.device)
@@ -192,7 +197,8 @@ def train_in_a_loop(spec: dict[str, Any], options: Any) -> None:
     model, optimizer, loader = accelerator.prepare(parts.model, optimizer, parts.make_loader())
     model.train()
     after_step()
-    for batch in loader:
+    for step, batch in enumerate(loader, 1):
+        set_seed(step)
         loss = model(**batch).loss
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(trained, CLIP)

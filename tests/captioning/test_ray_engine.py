@@ -87,7 +87,7 @@ def test_what_a_cluster_cannot_do_is_one_line(in_cluster, tiny_base, tmp_path):
 def test_a_cluster_that_is_not_there_is_one_line(monkeypatch, tiny_base):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(
-        CaptionTrainError, match="--engine ray: the cluster at RAY_ADDRESS=127.0.0.1:1: "
+        CaptionTrainError, match=r"--engine ray: the cluster at RAY_ADDRESS=127\.0\.0\.1:1: "
     ) as found:
         RayEngine(*make_work(tiny_base("blip")))
     assert "\n" not in str(found.value)
