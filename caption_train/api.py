@@ -148,7 +148,7 @@ def caption(
 
 WRITING_FLAGS = {
     *("images", "recursive", "save_captions", "caption_extension", "output", "overwrite", "visualize"),
-    *("existing", "separator", "limit", "metadata", "prompts", "prompt_template"),
+    *("existing", "separator", "limit", "shard", "metadata", "prompts", "prompt_template"),
     *("endpoint", "model", "concurrency", "timeout", "retries"),
 }
 """Flags of the inference scripts that `caption` has no use for."""

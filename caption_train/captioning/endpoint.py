@@ -65,6 +65,9 @@ class Endpoint:
     options: CaptionOptions
     key: str | None = None
     stopped: threading.Event = field(default_factory=threading.Event)
+    asked: int = 0
+    failures: int = 0
+    """Images so far, and those in a row without an answer; of all calls of `caption_by_endpoint`."""
     extras: dict[str, Any] = field(
         default_factory=lambda: {"chat_template_kwargs": {"enable_thinking": False}}
     )
@@ -170,13 +173,15 @@ def caption_by_endpoint(
 
     Raises CaptionTrainError when the server answers no image, or several in a row get no answer.
     """
+    endpoint.stopped.clear()
+    endpoint.asked += len(tasks)
     queued: queue.SimpleQueue[tuple[Task, Future] | None] = queue.SimpleQueue()
     count = min(endpoint.options.concurrency, len(tasks))
     for _ in range(count):
         # Daemons: a request under way must not keep an interrupted command from ending.
         threading.Thread(target=_work, args=(queued, endpoint, family, base), daemon=True).start()
     waiting: deque[Future] = deque()
-    pending, failures = iter(tasks), 0
+    pending = iter(tasks)
     try:
         while True:
             while len(waiting) < 2 * count and (task := next(pending, None)) is not None:
@@ -188,11 +193,11 @@ def caption_by_endpoint(
                 result, is_unanswered = waiting.popleft().result(endpoint.longest_wait)
             except FutureTimeout:
                 raise CaptionTrainError(f"--endpoint {endpoint.url}: no answer, and no end of one") from None
-            failures = failures + 1 if is_unanswered else 0
+            endpoint.failures = endpoint.failures + 1 if is_unanswered else 0
             yield result
-            if failures >= min(MOST_FAILURES, len(tasks)):
+            if endpoint.failures >= min(MOST_FAILURES, endpoint.asked):
                 raise CaptionTrainError(
-                    f"--endpoint {endpoint.url}: {failures} in a row got no answer: "
+                    f"--endpoint {endpoint.url}: {endpoint.failures} in a row got no answer: "
                     f"{result.reason.partition(': ')[2]}"
                 )
     finally:

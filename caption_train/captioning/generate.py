@@ -6,7 +6,7 @@ import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,19 @@ class Generation:
     prompt: str
     settings: dict[str, Any]
     make_sampler: Callable[[Sequence[str]], Any] | None = None
+
+
+@dataclass
+class BatchSize:
+    """How many images are captioned at once, for several calls of `caption_images` after each other.
+
+    Attributes:
+        now: halved when memory does not suffice.
+        said: the lines that were printed.
+    """
+
+    now: int
+    said: set[str] = field(default_factory=set)
 
 
 def make_generation(options: CaptionOptions, prompt: str) -> Generation:
@@ -123,7 +136,7 @@ def caption_images(
     images: Sequence[Path | Image.Image],
     generation: Generation,
     *,
-    batch_size: int = 4,
+    batch_size: BatchSize | int = 4,
     num_workers: int = 0,
     worker_timeout: float = 0,
     prompts: Sequence[str] | None = None,
@@ -152,18 +165,19 @@ def caption_images(
         CaptionTrainError: out of memory with a single image, or a worker died or does not answer; names the
             flags that help.
     """
-    run = _Run(family, model, processor, generation, num_workers, worker_timeout, keeping, graphs)
+    size = BatchSize(batch_size) if isinstance(batch_size, int) else batch_size
+    run = _Run(family, model, processor, generation, num_workers, worker_timeout, keeping, graphs, size.said)
     done = 0
     while done < len(images):
         try:
-            for result in run.caption(images[done:], prompts and prompts[done:], batch_size, done):
+            for result in run.caption(images[done:], prompts and prompts[done:], size.now, done):
                 yield result
                 done += 1
         except OutOfMemoryError:
-            if batch_size == 1:
+            if size.now == 1:
                 raise
-            batch_size //= 2
-            line = f"out of memory with --batch_size {batch_size * 2}: going on with {batch_size}"
+            line = f"out of memory with --batch_size {size.now}: going on with {size.now // 2}"
+            size.now //= 2
         else:
             return
         # Outside of the except block, where the traceback would keep the batch's tensors alive.
@@ -185,6 +199,7 @@ class _Run:
     worker_timeout: float
     keeping: Keeping | None
     graphs: DecodeGraphs | None
+    said: set[str]
 
     def caption(
         self, images: Sequence[Path | Image.Image], prompts: Sequence[str] | None, batch_size: int, first: int
@@ -205,8 +220,9 @@ class _Run:
             min(self.num_workers, len(images) // batch_size),
             lambda: self.family.measure_inputs(self.processor, longest) * batch_size,
         )
-        if line:
+        if line and line not in self.said:
             print(line, file=sys.stderr)
+            self.said.add(line)
         return DataLoader(
             ImageFiles(images, prompts, self.keeping and self.keeping.source, first),
             batch_size=batch_size,

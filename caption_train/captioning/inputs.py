@@ -2,15 +2,30 @@
 
 import glob
 import os
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from fnmatch import translate
+from functools import cache
 from pathlib import Path
 
-from caption_train.data.formats import IMAGE_SUFFIXES, UNREAD_SUFFIXES, describe_unread, natural_key
-from caption_train.data.scan import scan_folder
+from caption_train.captioning.storage.database import encode_name
+from caption_train.captioning.storage.image_list import Entry, ImageList
+from caption_train.captioning.storage.names import FirstLines
+from caption_train.captioning.storage.shard import Shard
+from caption_train.data.formats import (
+    IMAGE_SUFFIXES,
+    UNREAD_SUFFIXES,
+    describe_unread,
+    natural_bytes,
+    natural_key,
+    sort_bytes,
+)
+from caption_train.data.scan import Folder, walk_folder
 from caption_train.errors import UsageError
 from caption_train.system.console import escape_unprintable
-from caption_train.system.files import read_regular_file
+from caption_train.system.files import opening_regular_file, read_text_lines
 
 LIST_SUFFIXES = frozenset({".txt", ".lst", ".list"})
 
@@ -23,15 +38,19 @@ class Inputs:
         images: each image once, in the order given; folders and globs in natural order.
         missing: one line per line of a list file that names no file, folder that cannot be read, and broken
             link with an image's name.
-        unread: images in folders of formats that are not read.
+        unread: images in folders of formats that are not read; of more than a thousand the suffix alone.
     """
 
-    images: list[Path] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
+    images: ImageList = field(default_factory=ImageList)
+    missing: FirstLines = field(default_factory=FirstLines)
     unread: list[str] = field(default_factory=list)
 
+    def note_unread(self, name: str) -> None:
+        """Remember an image of a format that is not read."""
+        self.unread.append(name if len(self.unread) < 1000 else name[name.rfind(".") :].lower())
 
-def find_inputs(patterns: Sequence[str], *, recursive: bool = False) -> Inputs:
+
+def find_inputs(patterns: Sequence[str], *, recursive: bool = False, shard: Shard | None = None) -> Inputs:
     """Find the images that `--images` names.
 
     >>> import tempfile
@@ -44,19 +63,24 @@ def find_inputs(patterns: Sequence[str], *, recursive: bool = False) -> Inputs:
     Args:
         patterns: files, folders, globs, and .txt files that list one image per line.
         recursive: whether to look into subfolders.
+        shard: the part of them to return; by default all.
 
     Raises:
         UsageError: a value names nothing, or no image is found.
     """
-    inputs = Inputs()
-    for pattern in _without_sidecars(patterns):
-        inputs.images += _resolve(pattern, recursive, inputs)
-    inputs.images = list({path.absolute(): path for path in inputs.images}.values())
-    if not inputs.images and not inputs.missing:
+    inputs = Inputs(ImageList(shard))
+    images, given = inputs.images, _without_sidecars(patterns)
+    is_folder = len(given) == 1 and os.path.isdir(_expand_home(given[0]))  # noqa: PTH112
+    for pattern in given:
+        _resolve(pattern, recursive, inputs, may_repeat=not is_folder)
+    if not is_folder:
+        images.drop_repeated()
+    if not images and not inputs.missing and not images.given_folders:
         folders = any(Path(pattern).is_dir() for pattern in patterns)
         hint = " (--recursive looks into the folders inside too)" if folders and not recursive else ""
         hint += "".join(f"; {line}" for line in describe_unread(inputs.unread))
         raise UsageError(f"--images {escape_unprintable(' '.join(patterns))}: no images there{hint}")
+    images.drop_other_shards()
     return inputs
 
 
@@ -77,32 +101,68 @@ def _is_sidecar(path: Path, captions: Collection[Path]) -> bool:
     return path.with_suffix("") in captions or any(image.is_file() for image in beside)
 
 
-def _resolve(pattern: str, recursive: bool, inputs: Inputs) -> list[Path]:
+def _resolve(pattern: str, recursive: bool, inputs: Inputs, *, may_repeat: bool) -> None:
     path = _expand_home(pattern)
     # os.path, because it returns False for a name that is too long, where Path raises.
     if os.path.isdir(path):  # noqa: PTH112
-        return _scan(path, recursive, inputs)
-    if os.path.isfile(path):  # noqa: PTH113
-        return _read_list(path, inputs.missing) if path.suffix.lower() in LIST_SUFFIXES else [path]
+        inputs.images.add(_scan(path, recursive, inputs), is_sorted=False, may_repeat=may_repeat)
+    elif os.path.isfile(path):  # noqa: PTH113
+        if path.suffix.lower() in LIST_SUFFIXES:
+            _read_list(path, inputs)
+        else:
+            inputs.images.add([_entry(path)])
     # Checked last, because the name of an existing file may contain brackets.
-    if glob.has_magic(pattern):
-        return _expand(str(path), recursive, inputs)
-    raise UsageError(f"--images {escape_unprintable(pattern)}: there is no such file or folder")
+    elif glob.has_magic(pattern):
+        inputs.images.add(_expand(str(path), recursive, inputs), is_sorted=False)
+    else:
+        raise UsageError(f"--images {escape_unprintable(pattern)}: there is no such file or folder")
 
 
-def _scan(root: Path, recursive: bool, inputs: Inputs) -> list[Path]:
-    folder = scan_folder(root, (), recursive=recursive, follow_symlinks=True)
-    inputs.unread += folder.unread
-    for problem in folder.unusable:
-        name, _, reason = problem.rpartition(": ")
-        path = root / name
-        if path.is_dir():
-            inputs.missing.append(f"{escape_unprintable(path)}: {reason}")
-        elif path.suffix.lower() in IMAGE_SUFFIXES:
-            inputs.missing.append(
-                f"{escape_unprintable(path)}: {'a link to nothing' if path.is_symlink() else reason}"
-            )
-    return [root / name for name in folder.images]
+class _Ignored(list):
+    """What nobody asks for: hidden files may be as many as images."""
+
+    def append(self, name: str) -> None:
+        pass
+
+
+def _scan(
+    root: Path, recursive: bool, inputs: Inputs, before: bytes = b"", label: str = ""
+) -> Iterator[Entry]:
+    """Yield the images of a folder, not in their order.
+
+    before, label: what their keys and labels begin with.
+    """
+    folder = Folder(root, hidden=_Ignored(), links=_Ignored())
+
+    @cache
+    def describe(inner: str) -> tuple[str, str, bytes]:
+        above = f"{inner}/" if inner else ""
+        return str(root / inner), above, before + sort_bytes(above)
+
+    for inner, name in walk_folder(folder, recursive=recursive, follow_symlinks=True):
+        stem, _, suffix = name.rpartition(".")
+        suffix = f".{suffix.lower()}"
+        path, above, key = describe(inner)
+        if suffix in IMAGE_SUFFIXES:
+            below = above + name
+            # The key of `natural_bytes(below)`, whose folder is looked at once for all its images.
+            key = b"%b%b\0%b" % (key, sort_bytes(stem), encode_name(below))
+            yield Entry(path, name, label + below, key)
+        elif suffix in UNREAD_SUFFIXES:
+            inputs.note_unread(above + name)
+    for problem in sorted(folder.unusable, key=natural_key):
+        _note_unusable(root, problem, inputs)
+
+
+def _note_unusable(root: Path, problem: str, inputs: Inputs) -> None:
+    name, _, reason = problem.rpartition(": ")
+    path = root / name
+    if path.is_dir():
+        inputs.missing.append(f"{escape_unprintable(path)}: {reason}")
+    elif path.suffix.lower() in IMAGE_SUFFIXES:
+        inputs.missing.append(
+            f"{escape_unprintable(path)}: {'a link to nothing' if path.is_symlink() else reason}"
+        )
 
 
 def _expand_home(name: str) -> Path:
@@ -113,37 +173,75 @@ def _expand_home(name: str) -> Path:
         return Path(name)
 
 
-def _expand(pattern: str, recursive: bool, inputs: Inputs) -> list[Path]:
-    images = []
-    # Not Path.glob, which accepts no absolute pattern.
-    for name in sorted(glob.glob(pattern, recursive=True), key=natural_key):  # noqa: PTH207
-        path = Path(name)
+def _entry(path: Path, label: str = "", key: bytes = b"") -> Entry:
+    return Entry(str(path.parent), path.name, label or path.name, key)
+
+
+def _expand(pattern: str, recursive: bool, inputs: Inputs) -> Iterator[Entry]:
+    """Yield the images that a glob matches, not in their order."""
+    fixed = len(_find_fixed(pattern))
+    for name in _iterate_glob(pattern):
+        path, label, key = Path(name), name[fixed:], natural_bytes(name)
         if path.is_dir() and recursive:
-            images += _scan(path, recursive, inputs)
+            yield from _scan(path, recursive, inputs, key + b"\0", f"{label}/")
         elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
-            images.append(path)
+            yield _entry(path, label, key)
         elif path.suffix.lower() in UNREAD_SUFFIXES and path.is_file():
-            inputs.unread.append(name)
-    return images
+            inputs.note_unread(name)
 
 
-def _read_list(path: Path, missing: list[str]) -> list[Path]:
-    """Return the files that a list names, relative to the current folder or to the folder of the list."""
+def _find_fixed(pattern: str) -> str:
+    """Return the folder that all matches of a glob begin with."""
+    fixed = pattern
+    while glob.has_magic(fixed):
+        fixed = os.path.dirname(fixed)  # noqa: PTH120
+    return os.path.join(fixed, "") if fixed else ""  # noqa: PTH118
+
+
+def _iterate_glob(pattern: str) -> Iterator[str]:
+    """Yield what `glob.glob` returns, without a list of a whole folder where its last part alone says which.
+
+    Not Path.glob, which accepts no absolute pattern.
+    """
+    head, tail = os.path.split(pattern)
+    if "**" in pattern or not glob.has_magic(tail):
+        yield from glob.iglob(pattern, recursive=True)  # noqa: PTH207
+        return
+    matches = re.compile(translate(os.path.normcase(tail))).match
+    folders = glob.iglob(os.path.join(head, "")) if glob.has_magic(head) else [head]  # noqa: PTH118, PTH207
+    for folder in folders:
+        with suppress(OSError), os.scandir(folder or os.curdir) as entries:
+            for entry in entries:
+                is_shown = tail.startswith(".") or not entry.name.startswith(".")
+                if is_shown and matches(os.path.normcase(entry.name)):
+                    yield os.path.join(folder, entry.name)  # noqa: PTH118
+
+
+def _read_list(path: Path, inputs: Inputs) -> None:
+    """Add the files that a list names, relative to the current folder or to the folder of the list."""
+    count, missing = len(inputs.images), inputs.missing.total
     try:
-        lines = read_regular_file(path).decode("utf-8-sig").splitlines()
+        inputs.images.add(_find_listed(path, inputs))
     except (OSError, ValueError) as error:
         raise UsageError(
             f"--images {escape_unprintable(path)}: cannot be read as a list of images: {error}"
         ) from error
-    images = []
-    for number, line in enumerate(lines, 1):
-        name = _expand_home(line.strip())
-        found = next((p for p in (name, path.parent / name) if os.path.isfile(p)), None)  # noqa: PTH113
-        if found:
-            images.append(found)
-        elif line.strip():
-            shown = escape_unprintable(name)[:200]
-            missing.append(f"{shown}: there is no such file ({escape_unprintable(path)}:{number})")
-    if not images and not missing:
+    if len(inputs.images) == count and inputs.missing.total == missing:
         raise UsageError(f"--images {escape_unprintable(path)}: the list is empty")
-    return images
+
+
+def _find_listed(path: Path, inputs: Inputs) -> Iterator[Entry]:
+    number = 0
+    with opening_regular_file(path) as file:
+        for piece in read_text_lines(file, path, "utf-8-sig"):
+            for line in piece.splitlines():
+                number += 1
+                name = _expand_home(line.strip())
+                found = next((p for p in (name, path.parent / name) if os.path.isfile(p)), None)  # noqa: PTH113
+                if found:
+                    yield _entry(found, name.as_posix())
+                elif line.strip():
+                    shown = escape_unprintable(name)[:200]
+                    inputs.missing.append(
+                        f"{shown}: there is no such file ({escape_unprintable(path)}:{number})"
+                    )

@@ -6,14 +6,27 @@ torch is imported only if there is an image to caption.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from caption_train.adapters.record import Base
 from caption_train.captioning.cleaning import clean_caption
+from caption_train.captioning.inputs import find_inputs
 from caption_train.captioning.outputs import Caption, wrap_caption
-from caption_train.captioning.plan import CaptionResult, Unreadable, make_plan, open_keyed_outputs
+from caption_train.captioning.plan import (
+    CHUNK,
+    CaptionPlan,
+    CaptionResult,
+    Chunk,
+    Planner,
+    Unreadable,
+    make_plan,
+    open_keyed_outputs,
+)
 from caption_train.captioning.prompts import Task
+from caption_train.captioning.storage.image_list import ImageList
+from caption_train.captioning.storage.shard import Shard
 from caption_train.captioning.summary import CaptioningSummary, describe_meanwhile
 from caption_train.config.captioning import CaptionOptions
 from caption_train.errors import CaptionTrainError, UsageError
@@ -72,28 +85,44 @@ class CaptionJob:
         self.processes = join_processes()
         notice_launcher(self.processes.count)
         self.outputs = open_keyed_outputs(options, family, self.processes.rank)
-        self.plan = self.processes.share(lambda: make_plan(options, family, self.outputs))
+        self.images = ImageList()
+        self.plan: CaptionPlan | None = None
+        self.planner: Planner | None = None
         self.lines: list[tuple[int, str]] = []
         self.summary = CaptioningSummary(adds=options.existing in ("append", "prepend"))
+        self.bar: ProgressBar | None = None
+        self.results: Callable[[Sequence[Task]], Iterator[CaptionResult | Unreadable]] | None = None
+        self.given = 0
+        """Captions of the chunks so far, of all processes."""
+        try:
+            self.base = self.processes.share(self._make_plan)
+            self.images.spread(self.processes)
+            self.chunk = self._take_chunk()
+        except BaseException:
+            self.outputs.close()
+            raise
         if self.processes.is_main:
-            self.summary.kept, self.summary.left = self.plan.kept, self.plan.left
-            self.summary.unreadable += self.plan.missing
             print_line(*self.plan.unread)
 
     def run(self) -> int:
         """Caption this process's share, wait for the others, write common files; return the exit code."""
-        share = self.plan.tasks[self.processes.rank :: self.processes.count]
-        if self.plan.tasks:
-            self.outputs.begin(self.plan.images)
-        if share:
-            self._caption(share)
-        total = sum(self.processes.gather(self.summary), CaptioningSummary())
-        lines = self.processes.gather(self.lines)
+        if self.chunk.tasks:
+            self.outputs.begin(self.images)
+        try:
+            self._caption_chunks()
+        finally:
+            if self.bar:
+                self.bar.close()
         if self.processes.is_main:
-            done = not (total.unreadable or self.plan.left)
-            total.note_meanwhile(self.outputs.finish(self.plan.images, done=done))
-            for _, line in sorted(line for part in lines for line in part):
-                print_result(line)
+            self.summary.left = self.planner.count_left()
+            self.summary.kept = self.planner.kept
+            self.summary.unreadable = self.planner.missing + self.summary.unreadable
+        total = sum(self.processes.gather(self.summary), CaptioningSummary())
+        if self.processes.is_main:
+            if not (self.chunk.is_last and self.given == len(self.chunk.tasks)):
+                print_line(*self.plan.prompts.describe())
+            done = not (total.unreadable or total.left)
+            total.note_meanwhile(self.outputs.finish(self.images, done=done))
             print_line(*total.lines("caption" if self.options.prompts else "image"))
             if is_quiet():
                 print_problem(*total.problems())
@@ -105,7 +134,7 @@ class CaptionJob:
         if self.processes.is_main and self.summary.written:
             with suppress(CaptionTrainError):
                 complete = self.processes.count == 1
-                kept = self.outputs.finish(self.plan.images, complete=complete, done=False)
+                kept = self.outputs.finish(self.images, complete=complete, done=False)
                 self.summary.note_meanwhile(kept)
 
     def say_interrupted(self) -> None:
@@ -115,31 +144,76 @@ class CaptionJob:
             how = "--overwrite" if self.options.overwrite else "--existing overwrite"
             kept = f"written; without {how} the same command captions those that have none yet"
         alone = self.processes.count == 1
-        count = f"{self.summary.written} of {len(self.plan.tasks)}" if alone else "finished"
+        most = f"{self.given}" if self.chunk.is_last else f"up to {self._count_most():,}"
+        count = f"{self.summary.written} of {most}" if alone else "finished"
         if self.processes.is_main:
             print_line(f"Interrupted: {count} captions are {kept}")
             print_line(*describe_meanwhile(self.summary.meanwhile))
 
+    def _make_plan(self) -> Base:
+        """Find images, model and prompts, and lock the outputs; in the main process."""
+        options = self.options
+        inputs = find_inputs(options.images, recursive=options.recursive, shard=Shard.parse(options.shard))
+        self.images, self.plan = inputs.images, make_plan(options, self.family, inputs)
+        self.outputs.open(self.images)
+        at_once = options.batch_size * self.processes.count
+        size = max(CHUNK // at_once, 1) * at_once
+        self.planner = Planner(self.images, self.outputs, self.plan, options.limit, size)
+        return self.plan.base
+
+    def _take_chunk(self) -> Chunk:
+        chunk = self.processes.share(lambda: self.planner.next_chunk())
+        self.given += len(chunk.tasks)
+        return chunk
+
+    def _count_most(self) -> int:
+        """Return how many captions there may be in the end, of all processes."""
+        before = self.given - len(self.chunk.tasks)
+        return before + self.chunk.most * max(len(self.options.prompts), 1)
+
+    def _caption_chunks(self) -> None:
+        while True:
+            if share := self.chunk.tasks[self.processes.rank :: self.processes.count]:
+                self._caption(share)
+            if not self.outputs.exist and self.processes.count > 1:
+                lines = self.processes.gather(self.lines)
+                self.lines = []
+                if self.processes.is_main:
+                    for _, line in sorted(line for part in lines for line in part):
+                        print_result(line)
+            if self.chunk.is_last:
+                return
+            self.chunk = self._take_chunk()
+
     def _caption(self, share: Sequence[Task]) -> None:
-        main = self.processes.is_main
+        count = self.processes.count
         results = self._ask_endpoint(share) if self.options.endpoint else self._generate(share)
-        start = time.monotonic()
-        bar = ProgressBar(len(share), "captioning", "image", shown=main)
-        with explaining_dead_worker(self.options.num_workers), bar:
+        if self.bar is None:
+            self.started = time.monotonic()
+            self.bar = ProgressBar(0, "captioning", "image", shown=self.processes.is_main)
+        most = self.given if self.chunk.is_last else self._count_most()
+        self.bar.set_total(self.bar.done + len(share) if self.chunk.is_last else -(-most // count))
+        with explaining_dead_worker(self.options.num_workers):
             for number, (task, result) in enumerate(zip(share, results, strict=True)):
                 line = self._handle(task, result)
-                self.summary.seconds = time.monotonic() - start
-                bar.update(escape_unprintable(result.image.name)[:40])
+                self.summary.seconds = time.monotonic() - self.started
+                self.bar.update(escape_unprintable(result.image.name)[:40])
                 if self.outputs.exist or isinstance(result, Unreadable):
                     continue
-                if self.processes.count == 1:
+                if count == 1:
                     print_result(line)
                 else:
-                    self.lines.append((number * self.processes.count + self.processes.rank, line))
+                    self.lines.append((number * count + self.processes.rank, line))
 
     def _generate(self, share: Sequence[Task]) -> Iterator[CaptionResult | Unreadable]:
-        """Load the model and caption with it."""
+        """Caption with the model, which the first call loads."""
+        if self.results is None:
+            self.results = self._load_model()
+        return self.results(share)
+
+    def _load_model(self) -> Callable[[Sequence[Task]], Iterator[CaptionResult | Unreadable]]:
         from caption_train.captioning.generate import (
+            BatchSize,
             caption_images,
             find_dtype,
             load_captioner,
@@ -156,16 +230,19 @@ class CaptionJob:
             raise UsageError(f"--cuda_graphs: needs an NVIDIA GPU, and this runs on {device}: leave it out")
         if main:
             print_line(self._describe(device, find_dtype(self.options, device)))
-        model, processor = load_captioner(self.family, self.plan.base, self.options, device)
+        model, processor = load_captioner(self.family, self.base, self.options, device)
         if main:
-            print_line(*self.plan.base.changes, *self.plan.lines, *self.family.describe_inputs(processor))
-        return caption_images(
+            lines = self.plan.prompts.describe() if self.chunk.is_last else []
+            print_line(*self.base.changes, *lines, *self.family.describe_inputs(processor))
+        # Across chunks: what did not fit once is not tried again.
+        batch_size = BatchSize(self.options.batch_size)
+        return lambda share: caption_images(
             self.family,
             model,
             processor,
             [task.image for task in share],
-            make_generation(self.options, self.plan.base.prompt),
-            batch_size=self.options.batch_size,
+            make_generation(self.options, self.base.prompt),
+            batch_size=batch_size,
             num_workers=self.options.num_workers,
             worker_timeout=self.options.worker_timeout,
             prompts=[task.prompt for task in share],
@@ -176,15 +253,18 @@ class CaptionJob:
         """Have a server caption."""
         from caption_train.captioning.endpoint import Endpoint, caption_by_endpoint
 
-        endpoint = Endpoint.from_options(self.options)
-        if self.processes.is_main:
-            print_line(
-                f"Captioning {len(self.plan.pending):,} of {len(self.plan.images):,} images with "
-                f"{endpoint.model} at {endpoint.url}{self._describe_prompt(always=True)}",
-                *self.plan.base.changes,
-                *self.plan.lines,
-            )
-        return caption_by_endpoint(endpoint, self.family, share, self.plan.base)
+        if self.results is None:
+            endpoint = Endpoint.from_options(self.options)
+            if self.processes.is_main:
+                lines = self.plan.prompts.describe() if self.chunk.is_last else []
+                print_line(
+                    f"Captioning {self.chunk.describe()} of {len(self.images):,} images with "
+                    f"{endpoint.model} at {endpoint.url}{self._describe_prompt(always=True)}",
+                    *self.base.changes,
+                    *lines,
+                )
+            self.results = lambda share: caption_by_endpoint(endpoint, self.family, share, self.base)
+        return self.results(share)
 
     def _handle(self, task: Task, result: CaptionResult | Unreadable) -> str:
         """Write and count the result of one image; return it as a line."""
@@ -201,7 +281,7 @@ class CaptionJob:
         answer = self.family.parse_answer(generated.text, task.prompt, result.size)
         remarks = find_remarks(generated)
         if not self.outputs.write(Caption(result.image, text, answer, remarks), task.key):
-            self.summary.meanwhile.append(escape_unprintable(result.image))
+            self.summary.note_meanwhile([str(result.image)], counted=False)
             return f"{escape_unprintable(result.image)}: has a caption by now, which stays"
         self.summary.count(str(result.image), remarks)
         key = f"[{task.key}] " if task.key else ""
@@ -212,8 +292,8 @@ class CaptionJob:
         quantized = f", the base in {self.options.quantize}" if self.options.quantize else ""
         precision = str(dtype).removeprefix("torch.") + quantized
         return (
-            f"Captioning {len(self.plan.pending):,} of {len(self.plan.images):,} images with "
-            f"{self.plan.base.model_id}{adapter} on {device} in {precision}{self._describe_prompt()}"
+            f"Captioning {self.chunk.describe()} of {len(self.images):,} images with "
+            f"{self.base.model_id}{adapter} on {device} in {precision}{self._describe_prompt()}"
         )
 
     def _describe_prompt(self, *, always: bool = False) -> str:
@@ -221,5 +301,5 @@ class CaptionJob:
         if options.prompts:
             return f", {len(options.prompts)} prompts"
         kind = "prompt" if options.prompt_template is None else "prompt template"
-        prompt = self.plan.base.prompt if options.prompt_template is None else options.prompt_template
+        prompt = self.base.prompt if options.prompt_template is None else options.prompt_template
         return f', {kind} "{escape_unprintable(prompt)}"' if prompt or always else ""

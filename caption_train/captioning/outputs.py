@@ -25,7 +25,9 @@ class Caption:
 
 
 class Sink(ABC):
-    """A place that captions are written to. Only the main process calls `pending` and `finish`.
+    """A place that captions are written to.
+
+    Only the main process calls `open`, `find_lacking` and `finish`.
 
     Attributes:
         keeps_captions: whether a later run finds the captions there and skips their images.
@@ -36,13 +38,24 @@ class Sink(ABC):
     was_complete = False
 
     @abstractmethod
-    def pending(self, images: Sequence[Path]) -> list[Path]:
-        """Lock the place against other runs and return the images that have no caption there.
+    def open(self, images: Sequence[Path]) -> None:
+        """Lock the place against other runs, and find what is there.
+
+        images: all images of the run.
 
         Raises:
             UsageError: nothing can be written there.
             CaptionTrainError: another run is writing there.
         """
+
+    @abstractmethod
+    def find_lacking(self, images: Sequence[Path]) -> list[Path]:
+        """Return those of these images that have no caption there; UsageError for one that cannot get any."""
+
+    def pending(self, images: Sequence[Path]) -> list[Path]:
+        """Open the place, and return the images that have no caption there; errors as of the two."""
+        self.open(images)
+        return self.find_lacking(images)
 
     def begin(self, images: Sequence[Path]) -> None:  # noqa: B027
         """Remember the captions that exist now. Every process calls this before its first caption."""
@@ -103,26 +116,40 @@ class Outputs:
         """Whether captions are written to files; if not, they are only printed."""
         return any(sink.keeps_captions for sink in self.sinks)
 
-    def find_pending(self, images: Sequence[Path]) -> list[Path]:
-        """Return the images without a caption, or all with `--overwrite`. Call it once, before writing.
-
-        A caption that only one of two sinks has is copied to the other.
+    def open(self, images: Sequence[Path]) -> None:
+        """Lock all sinks against other runs, and find what is there. Call it once, before writing.
 
         Raises:
             UsageError: a sink cannot be written; raised before any work is done.
             CaptionTrainError: another run is writing to a sink.
         """
         try:
-            # All sinks first: nothing is copied unless every sink can be written.
-            lacking = {sink: set(sink.pending(images)) for sink in self.sinks}
-            if self.was_complete:
-                return []
-            self._copy(images, {sink: names for sink, names in lacking.items() if sink.keeps_captions})
+            for sink in self.sinks:
+                sink.open(images)
         except BaseException:
             self.close()
             raise
-        keeping = [names for sink, names in lacking.items() if sink.keeps_captions]
-        return [image for image in images if all(image in names for names in keeping)]
+
+    def find_lacking(self, images: Sequence[Path]) -> list[Path]:
+        """Return those of these images that have no caption, or all with `--overwrite`.
+
+        A caption that only one of two sinks has is copied to the other.
+        """
+        if self.was_complete:
+            return []
+        lacking = {sink: set(sink.find_lacking(images)) for sink in self.sinks}
+        kept = {sink: names for sink, names in lacking.items() if sink.keeps_captions}
+        self._copy(images, kept)
+        return [image for image in images if all(image in names for names in kept.values())]
+
+    def find_pending(self, images: Sequence[Path]) -> list[Path]:
+        """Do both; errors as in `open`."""
+        self.open(images)
+        try:
+            return self.find_lacking(images)
+        except BaseException:
+            self.close()
+            raise
 
     def begin(self, images: Sequence[Path]) -> None:
         """Remember the captions that exist now, before the first one is made."""
@@ -185,16 +212,30 @@ class KeyedOutputs:
         """Whether captions are written to files; if not, they are only printed."""
         return any(outputs.exist for outputs in self._by_key.values())
 
-    def find_pending(self, images: Sequence[Path]) -> list[tuple[Path, str]]:
-        """Return (image, key) for what has no caption; errors as in `Outputs.find_pending`."""
+    def open(self, images: Sequence[Path]) -> None:
+        """Lock all outputs against other runs, and find what is there; errors as in `Outputs.open`."""
         try:
-            lacking = {key: set(outputs.find_pending(images)) for key, outputs in self._by_key.items()}
+            for outputs in self._by_key.values():
+                outputs.open(images)
         except BaseException:
             self.close()
             raise
+
+    def find_lacking(self, images: Sequence[Path]) -> list[tuple[Path, str]]:
+        """Return (image, key) for what has no caption of these images."""
         if any(outputs.was_complete for outputs in self._by_key.values()):
             return []
+        lacking = {key: set(outputs.find_lacking(images)) for key, outputs in self._by_key.items()}
         return [(image, key) for image in images for key, names in lacking.items() if image in names]
+
+    def find_pending(self, images: Sequence[Path]) -> list[tuple[Path, str]]:
+        """Do both; errors as in `open`."""
+        self.open(images)
+        try:
+            return self.find_lacking(images)
+        except BaseException:
+            self.close()
+            raise
 
     def begin(self, images: Sequence[Path]) -> None:
         """Remember the captions that exist now, before the first one is made."""

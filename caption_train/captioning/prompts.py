@@ -8,22 +8,24 @@ import os
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from caption_train.captioning.sinks.row_text import CsvTable, JsonLines
+from caption_train.captioning.sinks.row_text import make_table
 from caption_train.captioning.sinks.sidecars import Sidecars
+from caption_train.captioning.storage.mapping import DiskDict
 from caption_train.config.captioning import CaptionOptions
 from caption_train.data.formats import TEXT_COLUMNS
 from caption_train.data.text import join_lines, read_caption, refuse_odd_characters
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families.base import Family
 from caption_train.system.console import escape_unprintable
-from caption_train.system.files import read_regular_file
+from caption_train.system.files import opening_regular_file
 
 FIELDS = ("caption", "tags", "name", "folder")
 """Fields of a prompt template."""
-_MOST_BYTES = 1 << 30
+_MOST_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -95,11 +97,16 @@ class Prompts:
         if options.prompt_template is not None:
             self._templates[""] = Template("--prompt_template", options.prompt_template)
         self._sidecars = Sidecars(options.caption_extension)
-        self._rows: dict[str, Mapping[str, Any]] = {}
+        self._rows: DiskDict[Mapping[str, Any]] = DiskDict()
         source = options.metadata or options.output
         if source and (options.metadata or source.exists()):
             self._flag = f"--metadata {source}" if options.metadata else f"--output {source}"
-            self._rows = read_rows_by_image(source, self._flag)
+            fields = {field for template in self._templates.values() for field in template.fields}
+            columns = {"caption": TEXT_COLUMNS, "tags": ("tags",)}
+            wanted = ["prompt", *(column for field in fields for column in columns.get(field, ()))]
+            # The sink reads --output whole, and says what is wrong with it.
+            if options.metadata or _mentions(source, wanted):
+                self._rows = read_rows_by_image(source, self._flag, wanted)
         self.own = 0
         """How many images are asked what their row says."""
 
@@ -155,28 +162,46 @@ class Prompts:
         return join_lines(next((row[c] for c in TEXT_COLUMNS if isinstance(row.get(c), str)), ""))
 
 
-def read_rows_by_image(path: Path, flag: str) -> dict[str, Mapping[str, Any]]:
-    """Return image → its first row in a `.jsonl` or `.csv` file, whose names are relative to its folder.
+def read_rows_by_image(path: Path, flag: str, columns: Sequence[str]) -> DiskDict[Mapping[str, Any]]:
+    """Return image → these columns of its first row in a `.jsonl` or `.csv` file.
+
+    Names in it are relative to its folder.
 
     Raises:
         UsageError: the file cannot be read.
     """
-    make = CsvTable if path.suffix == ".csv" else JsonLines
+    rows: DiskDict[Mapping[str, Any]] = DiskDict()
     try:
-        table = make(read_regular_file(path, _MOST_BYTES).decode())
+        for row in make_table(path).open(path, _MOST_BYTES):
+            name = row.values.get("file_name") if isinstance(row.values, dict) else None
+            if (
+                isinstance(name, str)
+                and "\0" not in name
+                and (place := _place(path.parent / name)) not in rows
+            ):
+                rows[place] = {column: row.values[column] for column in columns if column in row.values}
     except (OSError, ValueError, csv.Error) as error:
         raise UsageError(f"{flag}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    rows: dict[str, Mapping[str, Any]] = {}
-    for row in table.rows:
-        name = row.values.get("file_name") if isinstance(row.values, dict) else None
-        if isinstance(name, str) and "\0" not in name:
-            rows.setdefault(_place(path.parent / name), row.values)
     return rows
+
+
+def _mentions(path: Path, columns: Sequence[str]) -> bool:
+    """Tell whether a row may have one of these columns, without reading the rows one by one."""
+    # JSON may spell any letter as an escape.
+    wanted = [b"\\u", *(column.encode() for column in columns)]
+    try:
+        with opening_regular_file(path) as file:
+            return any(word in line for line in file for word in wanted)
+    except (OSError, ValueError):
+        return False
 
 
 def _place(image: Path) -> str:
     """Return where an image is, however its folder is reached; an image that is a link is itself."""
-    return f"{os.path.realpath(image.parent)}/{image.name}"
+    return f"{_real_folder(image.parent)}/{image.name}"
+
+
+_real_folder = lru_cache(maxsize=1024)(os.path.realpath)
 
 
 def _tags(value: Any) -> str:

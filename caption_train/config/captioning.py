@@ -32,6 +32,12 @@ class CaptionOptions:
     )
     recursive: bool = _input(False, "look into the folders inside a folder too")
     limit: int | None = _input(None, "caption the first N of the images that are left, to try")
+    shard: str | None = _input(
+        None,
+        "caption part I of N, for N independent jobs with the same --images; merge_captions.py puts them "
+        "together",
+        metavar="I/N",
+    )
     metadata: Path | None = _input(
         None,
         "a .jsonl or .csv file whose columns prompt, text and tags say what images are asked (or --output)",
@@ -175,7 +181,17 @@ class CaptionOptions:
             problems.append(f"--existing {self.existing} adds to files: give --save_captions or --output")
         if self.separator is not None and self.existing not in ("append", "prepend"):
             problems.append("--separator only has a meaning with --existing append or prepend")
-        return problems + self._check_prompts() + self._check_endpoint()
+        return problems + self._check_shard() + self._check_prompts() + self._check_endpoint()
+
+    def _check_shard(self) -> list[str]:
+        if self.shard is None:
+            return []
+        match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", self.shard)
+        if not match or not 1 <= int(match[1]) <= int(match[2]):
+            return [f"--shard {self.shard} is not I/N with I from 1 to N, such as 2/8"]
+        if self.output and self.existing in ("append", "prepend"):
+            return [f"--existing {self.existing} with --shard adds to caption files alone: drop --output"]
+        return []
 
     def _check_prompts(self) -> list[str]:
         problems = [

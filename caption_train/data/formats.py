@@ -38,6 +38,34 @@ def natural_key(name: str) -> list[tuple[int, int | str]]:
     return [(1, int(part)) if i % 2 else (0, part) for i, part in enumerate(parts)] + [(0, name)]
 
 
+def natural_bytes(name: str) -> bytes:
+    """Return a sort key in bytes: in the order of `natural_key`, at a tenth of its memory.
+
+    >>> sorted(["b/10.png", "b/9.png", "a.png"], key=natural_bytes)
+    ['a.png', 'b/9.png', 'b/10.png']
+    """
+    return sort_bytes(_without_suffix(name)) + b"\0" + name.encode("utf-8", "surrogatepass")
+
+
+def sort_bytes(text: str) -> bytes:
+    """Return bytes in whose order text stands that is compared with numbers by value, `/` before all letters.
+
+    Those of `a` + "/" + `b` are those of `a`, a 2 and those of `b`.
+    """
+    if not text.isprintable():
+        text = _LOWEST.sub("\3\\g<0>", text)
+    return _DIGITS.sub(_sort_number, text.replace("/", "\2")).encode("utf-8", "surrogatepass")
+
+
+def _sort_number(match: re.Match) -> str:
+    # A number stands before all letters; of two the longer one is larger.
+    digits = match[0].lstrip("0")
+    return f"\1{chr(len(digits))}{digits}"
+
+
+_LOWEST = re.compile("[\1-\3]")
+
+
 def with_dot(extension: str) -> str:
     """Return `.txt` for `txt` and for `.txt`."""
     return extension if extension.startswith(".") else f".{extension}"

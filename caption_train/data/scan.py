@@ -77,7 +77,8 @@ def scan_folder(
     # The longest extension is tried first: `a.wd14.txt` ends with `.txt` too.
     extensions = sorted(map(with_dot, caption_extensions), key=len, reverse=True)
     captions: list[tuple[str, str]] = []
-    for name in _walk(folder, recursive, follow_symlinks):
+    for inner, base in walk_folder(folder, recursive=recursive, follow_symlinks=follow_symlinks):
+        name = f"{inner}/{base}" if inner else base
         if _suffix(name) in IMAGE_SUFFIXES:
             folder.images.append(name)
         elif extension := next((e for e in extensions if name.lower().endswith(e.lower())), None):
@@ -111,8 +112,14 @@ def _suffix(name: str) -> str:
     return name[name.rfind(".") :].lower()
 
 
-def _walk(folder: Folder, recursive: bool, follow_symlinks: bool) -> Iterator[str]:
-    """Yield the regular files below `folder.root`; record in `folder` what was left alone."""
+def walk_folder(folder: Folder, *, recursive: bool, follow_symlinks: bool) -> Iterator[tuple[str, str]]:
+    """Yield (folder relative to the root, name) of all regular files below `folder.root`, in no order.
+
+    Args:
+        folder: its `hidden`, `links` and `unusable` get what is left alone.
+        recursive: whether to look into subfolders.
+        follow_symlinks: whether to follow links that lead out of the folder; loops are walked once.
+    """
     real_root = os.path.realpath(folder.root)
     seen: set[tuple[int, int]] = set()
     # Links are followed last, so that a link to a folder inside the dataset does not list its files twice.
@@ -125,31 +132,32 @@ def _walk(folder: Folder, recursive: bool, follow_symlinks: bool) -> Iterator[st
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
-            entries = list(os.scandir(folder.root / inner))
+            # Not as a list: an entry takes 300 bytes, and a folder may have a million.
+            with os.scandir(folder.root / inner) as entries:
+                for entry in entries:
+                    kind = _kind(entry, real_root, follow_symlinks)
+                    if kind == "file" and not entry.name.startswith("."):
+                        yield inner, entry.name
+                        continue
+                    name = f"{inner}/{entry.name}" if inner else entry.name
+                    if entry.name.startswith("."):
+                        folder.hidden.append(name)
+                    elif kind == "folder" and recursive:
+                        (linked if entry.is_symlink() else pending).append(name)
+                    elif kind == "link":
+                        folder.links.append(name)
+                    elif kind == "other":
+                        folder.unusable.append(f"{name}: not a regular file")
         except OSError as error:
             folder.unusable.append(f"{inner or '.'}: {error.strerror}")
-            continue
-        for entry in entries:
-            name = f"{inner}/{entry.name}" if inner else entry.name
-            kind = _kind(entry, real_root, follow_symlinks)
-            if entry.name.startswith("."):
-                folder.hidden.append(name)
-            elif kind == "file":
-                yield name
-            elif kind == "folder" and recursive:
-                (linked if entry.is_symlink() else pending).append(name)
-            elif kind == "link":
-                folder.links.append(name)
-            elif kind == "other":
-                folder.unusable.append(f"{name}: not a regular file")
 
 
 def _kind(entry: os.DirEntry, real_root: str, follow_symlinks: bool) -> str:
     """Return "file", "folder", "link" (a link that is not followed) or "other"."""
     try:
-        if entry.is_symlink() and not follow_symlinks:
+        if not follow_symlinks and entry.is_symlink():
             inside = is_inside(os.path.realpath(entry.path), real_root)
             return "file" if inside and entry.is_file() else "link"
-        return "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
+        return "file" if entry.is_file() else "folder" if entry.is_dir() else "other"
     except OSError:  # a loop of links
         return "other"

@@ -132,7 +132,15 @@ class ProgressBar:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
         self.bar.close()
+
+    def set_total(self, total: int) -> None:
+        """Say anew how many units there are."""
+        self.total = self.bar.total = total
 
     def update(self, note: str = "", count: int = 1) -> None:
         """Count units as done; the note stands behind the bar, such as the loss."""

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 from caption_train.system.files import fcntl, finish_temporary, mode_of, open_temporary
 
@@ -41,14 +42,18 @@ class Signature:
         return cls(status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-def create_atomically(path: Path, content: bytes) -> bool:
+Content = bytes | Callable[[IO[bytes]], object]
+"""What a file is to hold, or what writes it: a file may be larger than memory."""
+
+
+def create_atomically(path: Path, content: Content) -> bool:
     """Write a file where there is none of that name, all of it or nothing.
 
     Returns:
         False, and nothing is changed, where the name exists, be it a link to nothing; whenever it came.
     """
     with open_temporary(path) as (file, temporary):
-        file.write(content)
+        _fill(file, content)
         finish_temporary(file, temporary, mode_of(path))
         try:
             move_to_free_name(temporary, path, content)
@@ -57,7 +62,7 @@ def create_atomically(path: Path, content: bytes) -> bool:
     return True
 
 
-def replace_unchanged(path: Path, content: bytes, was: Signature) -> bool:
+def replace_unchanged(path: Path, content: Content, was: Signature) -> bool:
     """Replace a file that is still what it was; False, and nothing is changed, where somebody has written it.
 
     A file that is gone is written anew.
@@ -68,7 +73,7 @@ def replace_unchanged(path: Path, content: bytes, was: Signature) -> bool:
         was: what `Signature.of` said when it was decided to replace the file.
     """
     with open_temporary(path) as (file, temporary):
-        file.write(content)
+        _fill(file, content)
         finish_temporary(file, temporary, mode_of(path))
         if Signature.of(path) not in (was, None):
             return False
@@ -106,14 +111,21 @@ def remove_unchanged(path: Path, was: Signature) -> bool:
     return False
 
 
-def _put_back(temporary: Path, path: Path, content: bytes) -> None:
+def _fill(file: IO[bytes], content: Content) -> None:
+    if isinstance(content, bytes):
+        file.write(content)
+    else:
+        content(file)
+
+
+def _put_back(temporary: Path, path: Path, content: Content) -> None:
     try:
         _rename(temporary, path, _EXCHANGE)
     except FileNotFoundError:
         move_to_free_name(temporary, path, content)
 
 
-def move_to_free_name(temporary: Path, path: Path, content: bytes) -> None:
+def move_to_free_name(temporary: Path, path: Path, content: Content) -> None:
     """Give a finished file its name; FileExistsError where there is one of that name."""
     if fcntl is None:
         temporary.rename(path)  # which fails on Windows where the name exists
@@ -123,8 +135,14 @@ def move_to_free_name(temporary: Path, path: Path, content: bytes) -> None:
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise
-        if not _rename(temporary, path, _NO_REPLACE):
+        if _rename(temporary, path, _NO_REPLACE):
+            return
+        if isinstance(content, bytes):
             _create_in_place(path, content, mode_of(path))
+        else:
+            # Too large for one call: the name is taken first, and a kill between the two leaves it empty.
+            _create_in_place(path, b"", mode_of(path))
+            temporary.replace(path)
 
 
 def _create_in_place(path: Path, content: bytes, mode: int) -> None:

@@ -175,6 +175,12 @@ def _is_being_written(temporary: Path) -> bool:
     return False
 
 
+def find_matching(folder: Path, pattern: re.Pattern) -> list[Path]:
+    """Return the files in a folder whose whole name a pattern matches, sorted, of millions perhaps."""
+    with os.scandir(folder) as entries:
+        return [folder / name for name in sorted(e.name for e in entries if pattern.fullmatch(e.name))]
+
+
 def find_free_name(path: Path) -> Path:
     """Return `path`, with a number appended if it exists."""
     names = itertools.chain([path], (path.with_name(f"{path.name}-{count}") for count in itertools.count(2)))
@@ -203,6 +209,25 @@ def read_regular_file(path: Path | str, limit: int = MAX_BYTES, *, is_own: bool 
         ValueError: it is a folder, a pipe or a device, which might never end, or has more than `limit` bytes.
         OSError: it cannot be read.
     """
+    descriptor, size = _open_regular_file(path, limit, is_own)
+    try:
+        # Without a file object, which costs more than reading a caption does.
+        left, pieces = min(limit, size + 1), []
+        while left and (piece := os.read(descriptor, left)):
+            pieces.append(piece)
+            left -= len(piece)
+        return b"".join(pieces)
+    finally:
+        os.close(descriptor)
+
+
+def opening_regular_file(path: Path | str, limit: int | None = None, *, is_own: bool = False) -> IO[bytes]:
+    """Open a file that may be larger than memory; arguments and errors as of `read_regular_file`."""
+    return open(_open_regular_file(path, limit, is_own)[0], "rb")  # noqa: PTH123
+
+
+def _open_regular_file(path: Path | str, limit: int | None, is_own: bool) -> tuple[int, int]:
+    """Return a file's descriptor and its size."""
     # Opened without blocking, since a named pipe would wait for a writer for ever.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     descriptor = open_own(path) if is_own else os.open(path, flags)
@@ -210,18 +235,28 @@ def read_regular_file(path: Path | str, limit: int = MAX_BYTES, *, is_own: bool 
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("not a regular file")
-        if status.st_size > limit:
+        if limit is not None and status.st_size > limit:
             raise TooLarge(
                 f"{status.st_size / 1e6:,.1f} MB, more than the {limit / 1e6:,.0f} MB that are read"
             )
-        # Without a file object, which costs more than reading a caption does.
-        left, pieces = min(limit, status.st_size + 1), []
-        while left and (piece := os.read(descriptor, left)):
-            pieces.append(piece)
-            left -= len(piece)
-        return b"".join(pieces)
-    finally:
+    except BaseException:
         os.close(descriptor)
+        raise
+    return descriptor, status.st_size
+
+
+def read_text_lines(file: IO[bytes], path: Path | str, encoding: str = "utf-8") -> Iterator[str]:
+    r"""Yield the lines of an open file as text; only \n ends one.
+
+    Raises:
+        UnicodeDecodeError: with the position in the whole file, as long as memory has room for that.
+    """
+    for number, line in enumerate(file):
+        try:
+            yield line.decode(encoding if not number else encoding.removesuffix("-sig"))
+        except UnicodeDecodeError:
+            read_regular_file(path).decode(encoding)
+            raise
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -3,22 +3,35 @@
 import csv
 import errno
 import io
+import itertools
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 from caption_train.captioning.outputs import Caption, Sink
 from caption_train.captioning.sinks.existing import KEEP, Added, AddedLog, Existing
-from caption_train.captioning.sinks.row_text import REPLACED, CsvTable, JsonLines, Row, Table
+from caption_train.captioning.sinks.merging import RowMerge
+from caption_train.captioning.sinks.row_text import REPLACED, Row, Table, TextRow, make_table
+from caption_train.captioning.storage.image_list import find_odd, folders_of
+from caption_train.captioning.storage.mapping import DiskDict
+from caption_train.captioning.storage.shard import Shard
 from caption_train.data.formats import TEXT_COLUMNS
 from caption_train.data.text import refuse_odd_characters
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.system.console import escape_unprintable, print_line
 from caption_train.system.exclusive import Signature, create_atomically, replace_unchanged
-from caption_train.system.files import behind_link, clear_temporary, open_own, parse_json, read_regular_file
+from caption_train.system.files import (
+    behind_link,
+    clear_temporary,
+    find_matching,
+    open_own,
+    opening_regular_file,
+    parse_json,
+)
 from caption_train.system.lock import OutputLock
 
 REPLACES = "replaces"
@@ -40,6 +53,8 @@ class CaptionFile(Sink):
         existing: what becomes of the captions that are there when the run begins.
         column: of the captions; where it is not `text`, rows have several captions of different prompts.
         locks: whether to lock the file; not for the second of several columns of one run.
+        shard: the part of the images that this job captions: then its rows go to a file of their own, and
+            captions in `path` are seen but not touched.
     """
 
     def __init__(
@@ -50,16 +65,18 @@ class CaptionFile(Sink):
         existing: Existing = KEEP,
         column: str = "text",
         locks: bool = True,
+        shard: Shard | None = None,
     ) -> None:
-        self.path = path
         self.is_dataset = path.name == "metadata.jsonl"
+        self._whole, path = path, shard.path_of(path) if shard else path
+        self.path = path
         self._existing = existing
         self._column = column
         self._holds_lock = locks
         name = path.name if column == "text" else f"{path.name}.{column}"
         self._log = AddedLog(path.parent, name, rank, f"--output {path}")
         self._journal_pattern = re.compile(rf"\.{re.escape(name)}\.\d+\.part", re.DOTALL)
-        self._added: dict[str, Added] = {}
+        self._added: DiskDict[tuple] = DiskDict()
         self._folder = path.parent.resolve()
         self._journal_path = path.with_name(f".{name}.{rank}.part")
         self._journal: io.FileIO | None = None
@@ -67,12 +84,12 @@ class CaptionFile(Sink):
             path.parent, f".{path.name}.lock", f"--output {path}", instead="choose another file"
         )
         self._prefixes: dict[Path, str] = {}
-        self._captions: dict[str, str] = {}
-        self._before: dict[str, list[str]] = {}
-        self._theirs: dict[str, str] = {}
+        self._captions: DiskDict[str | None] = DiskDict()
+        self._before: DiskDict[list[str]] = DiskDict()
+        self._theirs: DiskDict[str] = DiskDict()
         self._seen: Signature | None = None
 
-    def pending(self, images: Sequence[Path]) -> list[Path]:
+    def open(self, images: Sequence[Path]) -> None:
         """Lock the file, and find the captions in it and in the journals of killed runs.
 
         Raises:
@@ -86,33 +103,45 @@ class CaptionFile(Sink):
             raise UsageError(f"--output {self.path}: cannot be written there")
         if self.path.is_symlink() and not self.path.exists():
             raise UsageError(f"--output {self.path}: is a link to nothing: delete it, or name another file")
-        names = {image: self.name_of(image) for image in images}
+        for image in [*(folder / "_" for folder in folders_of(images)), *find_odd(images)]:
+            self.name_of(image)
         if self._holds_lock:
             self._acquire()
         clear_temporary(folder)
         if self._existing.replaces:
             self._take_over()
             if self._existing.adds:
-                return self._resume(names)
-            self._log.discard()
-            return list(images)
-        if any(isinstance(row.get(REPLACES), dict) for row in self._read_journals().values()):
+                self.begin(images)
+                self._added = self._log.read(self._existing.run)
+                self.was_complete = self._log.is_complete
+            else:
+                self._log.discard()
+            return
+        if any(isinstance(row.get(REPLACES), dict) for row in self._read_journals()):
             self._take_over()  # What a run adds is a part of a caption: the file has to say which.
-        self._captions = self.captions()
-        return [image for image, name in names.items() if name not in self._captions]
+        self._captions = self._load()
+
+    def find_lacking(self, images: Sequence[Path]) -> list[Path]:
+        """Return those of these images that have no caption here, or are captioned again."""
+        if self._existing.adds:
+            return self._resume(images)
+        if self._existing.replaces:
+            return list(images)
+        return [image for image in images if self._captions.get(self.name_of(image)) is None]
 
     def begin(self, images: Sequence[Path]) -> None:
         """Remember the captions that are there, to notice those that somebody else writes from now on."""
         self._seen = Signature.of(behind_link(self.path))
-        self._before = {}
-        for row in self._read_table().rows:
+        self._before = DiskDict()
+        for row in self._read_rows():
             if (text := self._text_of(row.values)) is not None:
-                self._before.setdefault(row.values["file_name"], []).append(text)
+                name = row.values["file_name"]
+                self._before[name] = [*self._before.get(name, ()), text]
 
     def read(self, image: Path) -> str:
         """Return the caption in an image's row; of a run that adds, what it has added."""
         if self._existing.adds:
-            return self._added[self.name_of(image)].text
+            return self._added[self.name_of(image)][1]
         return self._captions[self.name_of(image)]
 
     def write(self, caption: Caption) -> Caption:
@@ -137,17 +166,15 @@ class CaptionFile(Sink):
         """Return the caption that somebody else has put into the image's row since the run began."""
         now = Signature.of(behind_link(self.path))
         if now != self._seen:
+            theirs: DiskDict[str] = DiskDict()
             try:
-                rows = [row.values for row in self._read_table().rows]
+                for row in self._read_rows():
+                    name, text = row.values["file_name"], self._text_of(row.values)
+                    if _is_text(text) and text not in self._before.get(name, ()):
+                        theirs[name] = text
             except UsageError:
                 return None  # Perhaps half of it is saved at this moment; `finish` reads it again.
-            self._seen = now
-            texts = [(row["file_name"], self._text_of(row)) for row in rows]
-            self._theirs = {
-                name: text
-                for name, text in texts
-                if _is_text(text) and text not in self._before.get(name, ())
-            }
+            self._seen, self._theirs = now, theirs
         text = self._theirs.get(self.name_of(caption.image))
         return None if text is None else replace(caption, text=text, answer=None, remarks=())
 
@@ -179,9 +206,7 @@ class CaptionFile(Sink):
 
     def captions(self) -> dict[str, str]:
         """Return the captions that exist by `file_name`: the file's, then those that killed runs left."""
-        rows = [row.values for row in self._read_table().rows] + list(self._read_journals().values())
-        found = {row["file_name"]: self._text_of(row) for row in rows}
-        return {name: text for name, text in found.items() if text is not None}
+        return {name: text for name, text in self._load().items() if text is not None}
 
     def name_of(self, image: Path) -> str:
         """Return what `file_name` says: relative to the file's folder for images in it, else absolute."""
@@ -220,18 +245,23 @@ class CaptionFile(Sink):
             ) from error
 
     def _merge(self, images: Sequence[Path]) -> list[str]:
-        new = self._read_journals()
-        places = {name: place for place, name in enumerate(map(self.name_of, images))}
+        merge = RowMerge(map(self.name_of, images))
+        merge.add_new(self._read_journals())
         target = behind_link(self.path)
         for _ in range(_MOST_TRIES):
             was = Signature.of(target)
-            if was is not None and not new:
+            if was is not None and not merge.has_new:
                 return []
-            table = self._read_table()
-            others = self._put_captions(table, new, places)
-            kept = [str(images[places[name]]) if name in places else name for name in others]
-            content = table.render().encode()
-            if create_atomically(target, content) if was is None else replace_unchanged(target, content, was):
+            table = self._read_table(merge)
+            others = self._put_captions(table, merge)
+            places = [(merge.place_of(name), name) for name in others]
+            kept = [str(images[place]) if place >= 0 else name for place, name in places]
+
+            def write(file: IO[bytes], table: Table = table) -> None:
+                for text in table.render_rows(merge.in_order()):
+                    file.write(text.encode())
+
+            if create_atomically(target, write) if was is None else replace_unchanged(target, write, was):
                 return kept
             # Somebody has written it at this moment: their rows are read again.
         raise CaptionTrainError(
@@ -244,16 +274,17 @@ class CaptionFile(Sink):
         if self._journals():
             self.finish()
 
-    def _resume(self, names: Mapping[Path, str]) -> list[Path]:
+    def _resume(self, images: Sequence[Path]) -> list[Path]:
         """Return the images that nothing was added to; complete what was only noted down."""
-        self.begin(list(names))
-        self._added = self._log.read(self._existing.run)
-        self.was_complete = self._log.is_complete
-        for image, name in names.items():
+        lacking = []
+        for image in images:
+            name = self.name_of(image)
             added = self._added.get(name)
-            if added and list(added.was) == self._before.get(name, []):
-                self.write(Caption(image, added.text))
-        return [image for image, name in names.items() if name not in self._added]
+            if added is None:
+                lacking.append(image)
+            elif list(added[0]) == self._before.get(name, []):
+                self.write(Caption(image, added[1]))
+        return lacking
 
     def _discard_journals(self) -> None:
         if self._journal is not None:
@@ -276,65 +307,75 @@ class CaptionFile(Sink):
         return folder.as_posix().rstrip("/") + "/"
 
     def _journals(self) -> list[Path]:
-        return sorted(
-            path for path in self.path.parent.iterdir() if self._journal_pattern.fullmatch(path.name)
-        )
+        return find_matching(self.path.parent, self._journal_pattern)
 
-    def _read_journals(self) -> dict[str, Row]:
-        rows = {}
+    def _read_journals(self) -> Iterator[Row]:
         for journal in self._journals():
             try:
-                content = read_regular_file(journal, _MOST_BYTES, is_own=True)
+                with opening_regular_file(journal, _MOST_BYTES, is_own=True) as file:
+                    yield from filter(None, map(_parse_row, file))
             except (OSError, ValueError) as error:
                 raise CaptionTrainError(
                     f"--output {self.path}: {journal}: {getattr(error, 'strerror', None) or error}, where a "
                     "killed run's captions would be; move it away"
                 ) from error
-            for line in content.split(b"\n"):
-                try:
-                    row = parse_json(line)
-                except ValueError:
-                    continue  # The last line of a killed process, cut within a character perhaps.
-                if isinstance(row, dict) and isinstance(row.get("file_name"), str):
-                    rows[row["file_name"]] = row
-        return rows
 
-    def _read_table(self) -> Table:
-        make = CsvTable if self.path.suffix == ".csv" else JsonLines
+    def _load(self) -> DiskDict[str | None]:
+        """Return the captions of all rows by their names, None where a row has none."""
+        found: DiskDict[str | None] = DiskDict()
+        for values in itertools.chain((row.values for row in self._read_rows()), self._read_journals()):
+            found[values["file_name"]] = self._text_of(values)
+        if self._whole != self.path:
+            for row in self._read_rows(self._whole):
+                if found.get(row.values["file_name"]) is None:
+                    found[row.values["file_name"]] = self._text_of(row.values)
+        return found
+
+    def _read_rows(self, path: Path | None = None, table: Table | None = None) -> Iterator[TextRow]:
+        """Yield the rows of the file, or of that at `path`; none where there is no such file."""
+        path = path or self.path
+        table = table or make_table(path)
         try:
-            table = make(read_regular_file(self.path, _MOST_BYTES).decode())
+            for number, row in enumerate(table.open(path, _MOST_BYTES), 1):
+                if not isinstance(row.values, dict) or not isinstance(row.values.get("file_name"), str):
+                    raise UsageError(
+                        f"--output {path}: row {number} of that file has no file_name: name another file"
+                    )
+                yield row
         except FileNotFoundError:
-            return make("")
+            return
         except (OSError, ValueError, csv.Error) as error:
             reason = getattr(error, "strerror", None) or error
-            raise UsageError(f"--output {self.path}: the file there cannot be continued: {reason}") from error
-        for number, row in enumerate(table.rows, 1):
-            if not isinstance(row.values, dict) or not isinstance(row.values.get("file_name"), str):
-                raise UsageError(
-                    f"--output {self.path}: row {number} of that file has no file_name: name another file"
-                )
+            raise UsageError(f"--output {path}: the file there cannot be continued: {reason}") from error
+
+    def _read_table(self, merge: RowMerge) -> Table:
+        """Take in the rows of the file, and return what it is made of beside them."""
+        table = make_table(self.path)
+        merge.read(self._read_rows(table=table))
         return table
 
-    def _put_captions(self, table: Table, new: Mapping[str, Row], places: Mapping[str, int]) -> list[str]:
-        """Put new captions into a table and sort it; return the names whose rows others have written."""
-        kept, known, column = [], set(), self._column
+    def _put_captions(self, table: Table, merge: RowMerge) -> list[str]:
+        """Put new captions into the rows; return the names of those that others have written."""
+        kept: dict[str, None] = {}
+        merge.change(self._change_rows(table, merge, kept))
+        merge.append(table.make(_without_marks(new)) for new in merge.find_unmet())
+        return list(kept)
+
+    def _change_rows(
+        self, table: Table, merge: RowMerge, kept: dict[str, None]
+    ) -> Iterator[tuple[int, TextRow]]:
+        column = self._column
         replaceable = REPLACED if column == "text" else (column,)
-        for row in table.rows:
-            name = row.values["file_name"]
-            known.add(name)
-            if name in new:
-                caption = {key: value for key, value in new[name].items() if key != REPLACES}
-                text, replaced = self._text_of(row.values), new[name].get(REPLACES, ())
-                joined = replaced if isinstance(replaced, dict) else {}
-                if text is None or text in replaced:
-                    caption |= {column: joined[text]} if text in joined else {}
-                    table.change(row, caption, replaceable)
-                elif text not in (caption.get(column), *joined.values()):
-                    kept.append(name)
-        for name in sorted(new.keys() - known, key=lambda name: places.get(name, -1)):
-            table.add({key: value for key, value in new[name].items() if key != REPLACES})
-        table.sort(lambda row: places.get(row["file_name"], -1))
-        return list(dict.fromkeys(kept))
+        for number, content, new in merge.find_met():
+            row, caption = table.parse(content), _without_marks(new)
+            text, replaced = self._text_of(row.values), new.get(REPLACES, ())
+            joined = replaced if isinstance(replaced, dict) else {}
+            if text is None or text in replaced:
+                caption |= {column: joined[text]} if text in joined else {}
+                table.change(row, caption, replaceable)
+                yield number, row
+            elif text not in (caption.get(column), *joined.values()):
+                kept[new["file_name"]] = None
 
     def _text_of(self, row: Row) -> str | None:
         if self._column == "text":
@@ -342,6 +383,18 @@ class CaptionFile(Sink):
         text = row.get(self._column)
         # A table has an empty cell where there is no caption yet.
         return text if isinstance(text, str) and (text or self.path.suffix != ".csv") else None
+
+
+def _parse_row(line: bytes) -> Row | None:
+    try:
+        row = parse_json(line)
+    except ValueError:
+        return None  # The last line of a killed process, cut within a character perhaps.
+    return row if isinstance(row, dict) and isinstance(row.get("file_name"), str) else None
+
+
+def _without_marks(row: Row) -> Row:
+    return {key: value for key, value in row.items() if key != REPLACES}
 
 
 def _is_text(text: str | None) -> bool:

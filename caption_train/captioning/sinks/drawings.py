@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caption_train.captioning.outputs import Caption, Sink
+from caption_train.captioning.storage.image_list import ImageList, folders_of
 from caption_train.data.formats import IMAGE_SUFFIXES
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.system.console import escape_unprintable
@@ -31,22 +32,30 @@ class Drawings(Sink):
         self._draw = draw
         self._root = Path("/")
 
-    def pending(self, images: Sequence[Path]) -> list[Path]:
-        """Return all images, since old drawings are replaced; raise UsageError if an image would be."""
+    def open(self, images: Sequence[Path]) -> None:
+        """Find the folder that holds all images; raise UsageError if a drawing would replace one of them."""
         self.begin(images)
         real = cache(os.path.realpath)
+        folders = {real(folder) for folder in folders_of(images)}
+        drawn = (self.path(image) for image in images)
+        if all(real(self.path(folder / "_.png").parent) not in folders for folder in folders_of(images)):
+            return
         originals = {(real(image.parent), image.name) for image in images}
-        for path in map(self.path, images):
+        for path in drawn:
             if (real(path.parent), path.name) in originals:
                 raise UsageError(
                     f"--visualize {self.folder}: would replace the images there, such as "
                     f"{escape_unprintable(path)}; name another folder"
                 )
+
+    def find_lacking(self, images: Sequence[Path]) -> list[Path]:
+        """Return all images, since old drawings are replaced."""
         return list(images)
 
     def begin(self, images: Sequence[Path]) -> None:
         """Find the folder that holds all images."""
-        self._root = Path(os.path.commonpath([image.absolute().parent for image in images] or ["/"]))
+        folders = images.given_folders if isinstance(images, ImageList) else folders_of(images)
+        self._root = Path(os.path.commonpath([folder.absolute() for folder in folders] or ["/"]))
 
     def read(self, image: Path) -> str:
         """Raise NotImplementedError: a drawing is no caption."""

@@ -10,15 +10,16 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from caption_train.captioning.storage.mapping import DiskDict
 from caption_train.config.captioning import CaptionOptions
 from caption_train.errors import CaptionTrainError
 from caption_train.system.console import escape_unprintable, print_line
-from caption_train.system.files import open_own, parse_json, read_regular_file
+from caption_train.system.files import find_matching, open_own, opening_regular_file, parse_json
 
 _MOST_BYTES = 1 << 30
 _SENTENCE_ENDS = tuple(".!?:;,。！？、，；：")
@@ -108,20 +109,27 @@ class AddedLog:
         self.is_complete = False
         """Whether the run was killed at its very end, when all was added and its logs were being deleted."""
 
-    def read(self, run: str) -> dict[str, Added]:
-        """Return what runs like this one have added, by name; forget what others had not finished."""
-        entries: dict[str, Added] = {}
+    def read(self, run: str) -> DiskDict[tuple[tuple[str, ...], str]]:
+        """Return (what was there, what is added) of what runs like this one have added, by name.
+
+        What others had not finished is forgotten.
+        """
+        entries: DiskDict[tuple[tuple[str, ...], str]] = DiskDict()
         abandoned = 0
         for path in self._find():
-            rows = [row for row in map(_parse, self._read(path).split(b"\n")) if row]
-            if rows and all(row["run"] != run for row in rows):
-                abandoned += len(rows)
+            count, is_ours = 0, False
+            for row in self._read(path):
+                count += 1
+                if row["run"] != run:
+                    continue
+                is_ours = True
+                if "done" in row:
+                    self.is_complete = True
+                else:
+                    entries[row["name"]] = tuple(row["was"]), row["text"]
+            if count and not is_ours:
+                abandoned += count
                 path.unlink(missing_ok=True)
-            else:
-                ours = [row for row in rows if row["run"] == run]
-                self.is_complete = self.is_complete or any("done" in row for row in ours)
-                added = (row for row in ours if "done" not in row)
-                entries |= {row["name"]: Added(tuple(row["was"]), row["text"]) for row in added}
         if abandoned:
             print_line(
                 f"{self._where}: a run with other settings was cut short after it had added to {abandoned} "
@@ -166,11 +174,12 @@ class AddedLog:
             path.unlink(missing_ok=True)
 
     def _find(self) -> list[Path]:
-        return sorted(path for path in self._folder.iterdir() if self._pattern.fullmatch(path.name))
+        return find_matching(self._folder, self._pattern)
 
-    def _read(self, path: Path) -> bytes:
+    def _read(self, path: Path) -> Iterator[Mapping[str, Any]]:
         try:
-            return read_regular_file(path, _MOST_BYTES, is_own=True)
+            with opening_regular_file(path, _MOST_BYTES, is_own=True) as file:
+                yield from filter(None, map(_parse, file))
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise CaptionTrainError(

@@ -6,14 +6,16 @@ beyond the header, and lone surrogates, which no file can hold but as `\\ud83d`.
 
 import csv
 import io
+import itertools
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from json.decoder import scanstring
+from pathlib import Path
 from typing import Any
 
-from caption_train.system.files import parse_json
+from caption_train.system.files import opening_regular_file, parse_json, read_text_lines
 
 Row = dict[str, Any]
 """`file_name`, `text`, where there are any `answer` (boxes) and `remarks`; other columns stay as found"""
@@ -36,24 +38,49 @@ class TextRow:
 class Table(ABC):
     """All rows of a file, and what is not of a row: a byte order mark, a header."""
 
-    _end = "\n"
+    _newline: str
+    """What ends a line, as `open` takes it."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str = "") -> None:
         """
         Args:
-            text: all that the file holds.
+            text: all that the file holds; for one that is larger than memory nothing, see `read`.
 
         Raises:
             ValueError: a row cannot be read.
         """
-        self._mark = "\ufeff" if text.startswith("\ufeff") else ""
-        self.rows = list(self._read(text.removeprefix("\ufeff")))
+        self._mark = ""
+        self.rows = list(self.read(io.StringIO(text, newline=self._newline)))
+
+    def read(self, lines: Iterable[str]) -> Iterator[TextRow]:
+        """Yield the rows of a file, which are not kept in `rows`.
+
+        lines: the text of the file in pieces that end with `\\n`, the last one perhaps without.
+
+        Raises:
+            ValueError: a row cannot be read.
+        """
+        yield from self._read(self._take_mark(lines))
+
+    def open(self, path: Path, limit: int) -> Iterator[TextRow]:
+        """Yield the rows of a file, as they are asked for.
+
+        Raises:
+            OSError, ValueError, csv.Error: it cannot be read.
+        """
+        with opening_regular_file(path, limit) as file:
+            yield from self.read(read_text_lines(file, path))
 
     def render(self) -> str:
         """Return all that the file is to hold."""
-        texts = [self._head(), *map(self._text_of, self.rows)]
-        # The last line of a file need not end; between others it must.
-        return self._mark + "".join(t + self._end if t and t[-1] not in "\r\n" else t for t in texts)
+        return "".join(self.render_rows(self.rows))
+
+    def render_rows(self, rows: Iterable[TextRow]) -> Iterator[str]:
+        """Yield what a file of these rows is to hold, piece by piece."""
+        yield self._mark
+        for text in itertools.chain([self._head()], map(self._text_of, rows)):
+            # The last line of a file need not end; between others it must.
+            yield text + self._end if text and text[-1] not in "\r\n" else text
 
     def sort(self, key: Callable[[Row], int]) -> None:
         """Put the rows in order."""
@@ -63,12 +90,31 @@ class Table(ABC):
     def change(self, row: TextRow, caption: Row, replaceable: Sequence[str] = REPLACED) -> None:
         """Give a row another caption; all else in it but `replaceable` stays as it is."""
 
-    @abstractmethod
     def add(self, caption: Row) -> None:
         """Add a row."""
+        self.rows.append(self.make(caption))
 
     @abstractmethod
-    def _read(self, text: str) -> Iterator[TextRow]: ...
+    def make(self, caption: Row) -> TextRow:
+        """Return a new row."""
+
+    @abstractmethod
+    def parse(self, text: str) -> TextRow:
+        """Return a row that was read before."""
+
+    @abstractmethod
+    def _read(self, lines: Iterable[str]) -> Iterator[TextRow]: ...
+
+    @property
+    def _end(self) -> str:
+        return "\n"
+
+    def _take_mark(self, lines: Iterable[str]) -> Iterator[str]:
+        for number, line in enumerate(lines):
+            if not number and line.startswith("\ufeff"):
+                self._mark = "\ufeff"
+                line = line.removeprefix("\ufeff")
+            yield line
 
     def _head(self) -> str:
         return ""
@@ -80,6 +126,9 @@ class Table(ABC):
 class JsonLines(Table):
     """A JSON object a line."""
 
+    # JSON may hold other line ends within a row.
+    _newline = "\n"
+
     def change(self, row: TextRow, caption: Row, replaceable: Sequence[str] = REPLACED) -> None:
         line = row.text.rstrip("\r\n")
         end = row.text[len(line) :] or "\n"
@@ -88,13 +137,16 @@ class JsonLines(Table):
         row.text = "{" + ", ".join(kept + new) + "}" + end
         row.values = {name: value for name, value in row.values.items() if name not in replaceable} | caption
 
-    def add(self, caption: Row) -> None:
+    def make(self, caption: Row) -> TextRow:
         members = (_dump_member(name, value) for name, value in caption.items())
-        self.rows.append(TextRow("{" + ", ".join(members) + "}\n", caption))
+        return TextRow("{" + ", ".join(members) + "}\n", caption)
 
-    def _read(self, text: str) -> Iterator[TextRow]:
+    def parse(self, text: str) -> TextRow:
+        return TextRow(text, parse_json(text))
+
+    def _read(self, lines: Iterable[str]) -> Iterator[TextRow]:
         blank = ""
-        for number, line in enumerate(_lines(text), 1):
+        for number, line in enumerate(lines, 1):
             if not line.strip():
                 blank += line
                 continue
@@ -109,23 +161,31 @@ class JsonLines(Table):
 class CsvTable(Table):
     """A table with a header."""
 
-    def __init__(self, text: str) -> None:
+    _newline = ""
+
+    def __init__(self, text: str = "") -> None:
         self._columns: list[str] = []
         self._header = ""
         self._width = 0
         super().__init__(text)
-        self._end = "\n" if self._header.endswith("\n") and not self._header.endswith("\r\n") else "\r\n"
+
+    @property
+    def _end(self) -> str:
+        return "\n" if self._header.endswith("\n") and not self._header.endswith("\r\n") else "\r\n"
 
     def change(self, row: TextRow, caption: Row, replaceable: Sequence[str] = REPLACED) -> None:
-        cells = next(csv.reader(io.StringIO(row.text.lstrip("\r\n"), newline="")))
+        cells = _read_cells(row.text)
         replaced = [name for name in replaceable if name in caption or name in self._columns]
         self._put(row, cells, {name: caption.get(name) for name in replaced})
         row.values |= caption
 
-    def add(self, caption: Row) -> None:
+    def make(self, caption: Row) -> TextRow:
         row = TextRow("", caption)
         self._put(row, [], caption)
-        self.rows.append(row)
+        return row
+
+    def parse(self, text: str) -> TextRow:
+        return TextRow(text, dict(zip(self._columns, _read_cells(text), strict=False)))
 
     def _put(self, row: TextRow, cells: list[str], values: Mapping[str, Any]) -> None:
         self._add_columns([name for name in values if name not in self._columns])
@@ -152,15 +212,17 @@ class CsvTable(Table):
             return row.text
         return _write_cells(row.cells + [""] * (len(self._columns) - len(row.cells)), self._end)
 
-    def _read(self, text: str) -> Iterator[TextRow]:
+    def _read(self, lines: Iterable[str]) -> Iterator[TextRow]:
         taken: list[str] = []
 
-        def lines() -> Iterator[str]:
-            for line in io.StringIO(text, newline=""):
-                taken.append(line)
-                yield line
+        def take() -> Iterator[str]:
+            for text in lines:
+                # A line may end in \r alone, too.
+                for line in io.StringIO(text, newline="") if "\r" in text else (text,):
+                    taken.append(line)
+                    yield line
 
-        for cells in csv.reader(lines(), strict=True):
+        for cells in csv.reader(take(), strict=True):
             if not cells:
                 continue  # A blank line, which the next row begins with.
             record, self._width = "".join(taken), max(self._width, len(cells))
@@ -171,9 +233,13 @@ class CsvTable(Table):
                 self._columns, self._header = cells, record
 
 
-def _lines(text: str) -> Iterator[str]:
-    r"""Yield the lines of a text, ended by \n alone: JSON may hold other line ends within a row."""
-    return iter(io.StringIO(text, newline="\n"))
+def make_table(path: Path) -> Table:
+    """Return the empty table that a file is read into, by the ending of its name."""
+    return CsvTable() if path.suffix == ".csv" else JsonLines()
+
+
+def _read_cells(text: str) -> list[str]:
+    return next(csv.reader(io.StringIO(text.lstrip("\r\n"), newline="")))
 
 
 def _members(line: str) -> Iterator[tuple[str, str]]:

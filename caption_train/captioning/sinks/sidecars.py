@@ -2,13 +2,16 @@
 
 import errno
 import os
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from array import array
+from collections.abc import Collection, Sequence
+from dataclasses import astuple, replace
 from pathlib import Path
 
 from caption_train.captioning.outputs import Caption, Sink
 from caption_train.captioning.sinks.existing import KEEP, Added, AddedLog, Existing
+from caption_train.captioning.storage.image_list import folders_of
+from caption_train.captioning.storage.mapping import DiskDict
+from caption_train.captioning.storage.shard import Shard
 from caption_train.data.formats import IMAGE_SUFFIXES, MAX_CAPTION_BYTES
 from caption_train.data.text import read_caption, refuse_odd_characters
 from caption_train.errors import CaptionTrainError, UsageError
@@ -32,28 +35,35 @@ class Sidecars(Sink):
     """
 
     def __init__(
-        self, extension: str, *, existing: Existing = KEEP, rank: int = 0, locks: bool = True
+        self,
+        extension: str,
+        *,
+        existing: Existing = KEEP,
+        rank: int = 0,
+        locks: bool = True,
+        shard: Shard | None = None,
     ) -> None:
+        self._shard = shard
         self._holds_locks = locks
         self._extension = "." + extension.lstrip(".")
         self._existing = existing
         self._rank = rank
         self._logs: dict[Path, AddedLog] = {}
-        self._added: dict[Path, Added] = {}
+        self._added: DiskDict[tuple] = DiskDict()
         self._twins = _Twins()
         self._locks: list[OutputLock] = []
-        self._found: dict[Path, Signature | None] = {}
+        self._found: DiskDict[tuple] = DiskDict()
 
-    def pending(self, images: Sequence[Path]) -> list[Path]:
-        """Lock the images' folders, delete what killed runs have left there, and find the captions.
+    def open(self, images: Sequence[Path]) -> None:
+        """Lock the images' folders, and delete what killed runs have left there.
 
         Raises:
-            UsageError: a folder cannot be written to, or a caption's name is a link to nothing.
+            UsageError: a folder cannot be written to.
             CaptionTrainError: another run is writing to a folder.
         """
         if self._extension.lower() in IMAGE_SUFFIXES:
             raise UsageError(f"--caption_extension {self._extension} would write over images")
-        folders = list(dict.fromkeys(image.parent for image in images))
+        folders = folders_of(images)
         for folder in folders:
             if not os.access(folder, os.W_OK):
                 shown = escape_unprintable(folder)
@@ -62,22 +72,37 @@ class Sidecars(Sink):
             self._lock(folders)
         for folder in folders:
             clear_temporary(folder)
-        lacking = [image for image in images if self._lacks(image) or self._existing.replaces]
-        if self._existing.mode == "overwrite":
-            for folder in folders:
+            if self._existing.mode == "overwrite":
                 self._log(folder).discard()
+        if self._existing.adds:
+            self.begin(images)
+            for folder in folders:
+                for name, added in self._log(folder).read(self._existing.run).items():
+                    self._added[str(folder / name)] = added
+            self.was_complete = any(log.is_complete for log in self._logs.values())
+
+    def find_lacking(self, images: Sequence[Path]) -> list[Path]:
+        """Return those of these images that have no caption file, or are captioned again.
+
+        Raises:
+            UsageError: a caption's name is a link to nothing, or of what cannot be replaced or added to.
+        """
+        lacking = [image for image in images if self._lacks(image) or self._existing.replaces]
         return self._resume(images) if self._existing.adds else lacking
 
     def begin(self, images: Sequence[Path]) -> None:
         """Remember the caption files that may be replaced, to notice if somebody writes to them."""
         if self._existing.replaces:
-            paths = {self.caption_path(image) for image in images}
-            self._found = {path: Signature.of(behind_link(path)) for path in paths}
+            self._found = DiskDict()
+            for image in images:
+                path = self.caption_path(image)
+                if (found := Signature.of(behind_link(path))) is not None:
+                    self._found[str(path)] = astuple(found)
 
     def read(self, image: Path) -> str:
         """Return the text of an image's caption file; of a run that adds, what it has added."""
         if self._existing.adds:
-            return self._added[self.caption_path(image)].text
+            return self._added[str(self.caption_path(image))][1]
         path = self.find(image)
         return "" if path is None else read_caption(path)
 
@@ -91,7 +116,7 @@ class Sidecars(Sink):
         try:
             if text is None:
                 done = False
-            elif there is None and (found := self._found.get(path)) is not None:
+            elif there is None and (found := self._find_signature(path)) is not None:
                 done = replace_unchanged(behind_link(path), encode_caption(path, text), found)
             else:
                 done = there is None and create_atomically(path, encode_caption(path, text))
@@ -142,7 +167,7 @@ class Sidecars(Sink):
 
     def _add(self, path: Path, text: str) -> str | None:
         """Return the new text of a caption file, which the log knows by now; None if it has changed."""
-        found, source = self._found.get(path), behind_link(path)
+        found, source = self._find_signature(path), behind_link(path)
         old = "" if found is None else _read_text(path)
         if Signature.of(source) != found:
             return None
@@ -153,21 +178,21 @@ class Sidecars(Sink):
 
     def _resume(self, images: Sequence[Path]) -> list[Path]:
         """Return the images that nothing was added to; complete what was only noted down."""
-        self.begin(images)
-        logs = {folder: self._log(folder).read(self._existing.run) for folder in {i.parent for i in images}}
-        self.was_complete = any(log.is_complete for log in self._logs.values())
-        pending = []
+        lacking = []
         for image in images:
             path = self.caption_path(image)
-            old = _read_text(path) if self._found[path] else ""
-            added = logs[image.parent].get(path.name)
+            old = _read_text(path) if str(path) in self._found else ""
+            added = self._added.get(str(path))
             if added is None:
-                pending.append(image)
-                continue
-            self._added[path] = added
-            if added.was == ((old,) if old else ()):
-                self.write(Caption(image, added.text))
-        return pending
+                lacking.append(image)
+            elif added[0] == ((old,) if old else ()):
+                self.write(Caption(image, added[1]))
+        return lacking
+
+    def _find_signature(self, path: Path) -> Signature | None:
+        """Return what `begin` saw of a caption file, None where there was none."""
+        found = self._found.get(str(path))
+        return None if found is None else Signature(*found)
 
     def _log(self, folder: Path) -> AddedLog:
         if folder not in self._logs:
@@ -208,26 +233,43 @@ class Sidecars(Sink):
 
 
 class _Twins:
-    """Finds images that share their stem with another image in their folder. Each folder is listed once."""
+    """Finds images that share their stem with another image in their folder. Each folder is listed once.
+
+    Of a folder only those are remembered, by hashes of 64 bits: of a million images none, as a rule.
+    """
 
     def __init__(self) -> None:
-        self._images: dict[Path, tuple[set[str], Counter[str]]] = {}
+        self._found: dict[str, tuple[Collection[int], Collection[int]]] = {}
 
     def has(self, image: Path) -> bool:
         """Tell whether another image has this stem, or this stem as its full name."""
-        _, stems = self._list(image.parent)
-        return stems[image.stem] > 1 or self.is_named_as_another(image)
+        shared, names = self._find(image.parent)
+        stem = hash(image.stem)
+        return stem in shared or stem in names
 
     def is_named_as_another(self, image: Path) -> bool:
         """Tell whether the stem is another image's full name, as for `a.png.webp` beside `a.png`."""
-        names, _ = self._list(image.parent)
-        return image.stem in names
+        return hash(image.stem) in self._find(image.parent)[1]
 
-    def _list(self, folder: Path) -> tuple[set[str], Counter[str]]:
-        if folder not in self._images:
-            images = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
-            self._images[folder] = {path.name for path in images}, Counter(path.stem for path in images)
-        return self._images[folder]
+    def _find(self, folder: Path) -> tuple[Collection[int], Collection[int]]:
+        """Return the stems that several images have, and those that are another's full name."""
+        key = str(folder)
+        if key not in self._found:
+            import numpy as np
+
+            stems, names = array("q"), array("q")
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    stem, _, suffix = entry.name.rpartition(".")
+                    if f".{suffix.lower()}" in IMAGE_SUFFIXES and stem:
+                        stems.append(hash(stem))
+                        names.append(hash(entry.name))
+            found = np.frombuffer(stems, np.int64) if stems else np.empty(0, np.int64)
+            found.sort()
+            shared = np.unique(found[1:][found[1:] == found[:-1]])
+            named = np.intersect1d(found, np.frombuffer(names, np.int64)) if stems else shared
+            self._found[key] = frozenset(shared.tolist()), frozenset(named.tolist())
+        return self._found[key]
 
 
 def _read_text(path: Path) -> str:

@@ -278,8 +278,8 @@ def test_what_is_saved_at_the_moment_of_merging_is_read_again(tmp_path, monkeypa
     file.write(Caption(tmp_path / "a.png", "new"))
     read = CaptionFile._read_table
 
-    def read_then_save(self):
-        table = read(self)
+    def read_then_save(self, merge):
+        table = read(self, merge)
         monkeypatch.undo()
         path.write_text('{"file_name": "z.png", "text": "by hand"}\n')
         return table
