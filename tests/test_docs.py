@@ -12,6 +12,7 @@ from caption_train.cli.commands import (
     compile_main,
     evaluate_main,
     export_main,
+    merge_main,
     review_main,
     train_main,
 )
@@ -23,6 +24,7 @@ MAINS = {
     "compile_captions.py": compile_main,
     "evaluate_captions.py": evaluate_main,
     "export_adapter.py": export_main,
+    "merge_captions.py": merge_main,
     "review_captions.py": review_main,
     "train_blip_network.py": lambda argv: train_main("blip", argv),
     "train_florence_lora.py": lambda argv: train_main("florence", argv),

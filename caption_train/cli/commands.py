@@ -15,6 +15,7 @@ from caption_train.errors import UsageError
 from caption_train.families import FAMILIES, get_family
 from caption_train.system.console import print_result, set_quiet
 from caption_train.system.launcher import program_name, start_command
+from caption_train.system.processes import refuse_several_processes
 from caption_train.version import __version__
 
 TRAIN = """Train a LoRA for {title} on your own captions.
@@ -72,6 +73,15 @@ The images are those that the adapter's run held out, if it held some out of dat
 report.html, to look at, evaluation.json and evaluation.md; captions are kept there, so the same command goes
 on after a stop, and makes only those again that another model, prompt or setting makes."""
 
+MERGE = """Put together what several jobs with --shard have captioned, and check that nothing is missing.
+
+  {start} --images photos/ --output captions.jsonl
+  {start} --images photos/ --save_captions
+
+The jobs write captions.shard-1-of-8.jsonl and so on; this makes captions.jsonl of them, in the order of
+the images, as one job would have written it. Caption files are only looked for. Images without a caption
+are named, and the exit code is 1. One with captions in two shards is named too, and nothing is written."""
+
 REVIEW = """Go through a folder of images and captions on a local page: read, correct, accept.
 
   {start} images/                                  a page at http://127.0.0.1:7860
@@ -87,6 +97,7 @@ MAIN = """Teach image captioners your own style.
   caption-train compile images/                                      images with captions become a dataset
   caption-train train {families} --dataset_dir images/ --output_dir loras/my-style
   caption-train caption {families} --images photos/ --peft_model loras/my-style
+  caption-train merge --images photos/ --output captions.jsonl       one file of what several jobs wrote
   caption-train evaluate images/ evaluation/ --peft_model loras/my-style
   caption-train review images/                                       read and correct them on a local page
   caption-train export loras/my-style merged/ --merge
@@ -101,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for_family = {"train": train_main, "caption": caption_main}
     alone = {
         "compile": compile_main,
+        "merge": merge_main,
         "evaluate": evaluate_main,
         "review": review_main,
         "export": export_main,
@@ -125,7 +137,8 @@ def _refuse_command(verb: str, rest: Sequence[str]) -> int:
         named = f"{verb} {rest[0]}: no such family" if rest else f"{verb}: name a family"
         raise UsageError(f"{named}; the families are {', '.join(FAMILIES)}")
     raise UsageError(
-        f"{verb}: no such command; there are compile, train, caption, evaluate, review, export (see --help)"
+        f"{verb}: no such command; there are compile, train, caption, merge, evaluate, review, export "
+        "(see --help)"
     )
 
 
@@ -216,6 +229,28 @@ def compile_main(argv: Sequence[str] | None = None, prog: str | None = None) -> 
         return compile_captions(options)
 
     return run(work, lambda: "Close other programs, or leave out --check_images.")
+
+
+def merge_main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run merge_captions.py; return the exit code."""
+
+    def work() -> int:
+        from caption_train.config.merging import MergeOptions
+
+        options = parse_options(
+            MergeOptions,
+            argv,
+            prog=prog or program_name(),
+            description=MERGE.format(start=_start("python", prog or program_name())),
+            positionals=("images",),
+        )
+        set_quiet(options.quiet)
+        refuse_several_processes("merge_captions.py")
+        from caption_train.merging.merge import merge_captions
+
+        return merge_captions(options)
+
+    return run(work)
 
 
 def export_main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
@@ -83,7 +83,7 @@ class CaptionFile(Sink):
         self._lock = OutputLock(
             path.parent, f".{path.name}.lock", f"--output {path}", instead="choose another file"
         )
-        self._prefixes: dict[Path, str] = {}
+        self._prefixes: dict[str, str] = {}
         self._captions: DiskDict[str | None] = DiskDict()
         self._before: DiskDict[list[str]] = DiskDict()
         self._theirs: DiskDict[str] = DiskDict()
@@ -133,7 +133,7 @@ class CaptionFile(Sink):
         """Remember the captions that are there, to notice those that somebody else writes from now on."""
         self._seen = Signature.of(behind_link(self.path))
         self._before = DiskDict()
-        for row in self._read_rows():
+        for row in self.read_rows():
             if (text := self._text_of(row.values)) is not None:
                 name = row.values["file_name"]
                 self._before[name] = [*self._before.get(name, ()), text]
@@ -168,7 +168,7 @@ class CaptionFile(Sink):
         if now != self._seen:
             theirs: DiskDict[str] = DiskDict()
             try:
-                for row in self._read_rows():
+                for row in self.read_rows():
                     name, text = row.values["file_name"], self._text_of(row.values)
                     if _is_text(text) and text not in self._before.get(name, ()):
                         theirs[name] = text
@@ -210,9 +210,11 @@ class CaptionFile(Sink):
 
     def name_of(self, image: Path) -> str:
         """Return what `file_name` says: relative to the file's folder for images in it, else absolute."""
-        if image.parent not in self._prefixes:
-            self._prefixes[image.parent] = self._prefix_of(image.parent)
-        name = self._prefixes[image.parent] + image.name
+        # As text: paths are compared part by part, and this is asked four times an image.
+        folder, name = os.path.split(str(image))
+        if folder not in self._prefixes:
+            self._prefixes[folder] = self._prefix_of(image.parent)
+        name = self._prefixes[folder] + name
         try:
             name.encode()
         except UnicodeEncodeError:
@@ -244,30 +246,51 @@ class CaptionFile(Sink):
                 f"--output {self.path}: {self._journal_path} cannot be written: {error.strerror or error}"
             ) from error
 
-    def _merge(self, images: Sequence[Path]) -> list[str]:
-        merge = RowMerge(map(self.name_of, images))
-        merge.add_new(self._read_journals())
+    def write_merged(self, merge: RowMerge, change: Callable[[Table], Iterable[tuple[int, TextRow]]]) -> None:
+        """Write the file from its old rows and new ones, whatever is written there meanwhile.
+
+        Args:
+            merge: the new rows.
+            change: yields (number, new content) of the rows of the file that change; called again where
+                somebody else has written the file at this moment.
+        """
         target = behind_link(self.path)
         for _ in range(_MOST_TRIES):
             was = Signature.of(target)
-            if was is not None and not merge.has_new:
-                return []
             table = self._read_table(merge)
-            others = self._put_captions(table, merge)
-            places = [(merge.place_of(name), name) for name in others]
-            kept = [str(images[place]) if place >= 0 else name for place, name in places]
+            merge.change(change(table))
+            merge.append(table.make(_without_marks(new)) for new in merge.find_unmet())
 
             def write(file: IO[bytes], table: Table = table) -> None:
                 for text in table.render_rows(merge.in_order()):
                     file.write(text.encode())
 
             if create_atomically(target, write) if was is None else replace_unchanged(target, write, was):
-                return kept
-            # Somebody has written it at this moment: their rows are read again.
+                return
         raise CaptionTrainError(
             f"--output {self.path}: something else writes it all the time; the captions wait in "
             f"{self._journal_path} for the next run"
         )
+
+    def take(self) -> None:
+        """Lock the file, and put what killed runs have left into it."""
+        self._acquire()
+        self._take_over()
+
+    def _merge(self, images: Sequence[Path]) -> list[str]:
+        merge = RowMerge(map(self.name_of, images))
+        merge.add_new(self._read_journals())
+        if not merge.has_new and Signature.of(behind_link(self.path)) is not None:
+            return []
+        kept: dict[str, None] = {}
+
+        def change(table: Table) -> Iterator[tuple[int, TextRow]]:
+            kept.clear()
+            return self._change_rows(table, merge, kept)
+
+        self.write_merged(merge, change)
+        places = [(merge.place_of(name), name) for name in kept]
+        return [str(images[place]) if place >= 0 else name for place, name in places]
 
     def _take_over(self) -> None:
         """Merge what runs that were cut short have left, and remove their journals."""
@@ -323,16 +346,20 @@ class CaptionFile(Sink):
     def _load(self) -> DiskDict[str | None]:
         """Return the captions of all rows by their names, None where a row has none."""
         found: DiskDict[str | None] = DiskDict()
-        for values in itertools.chain((row.values for row in self._read_rows()), self._read_journals()):
+        for values in itertools.chain((row.values for row in self.read_rows()), self._read_journals()):
             found[values["file_name"]] = self._text_of(values)
         if self._whole != self.path:
-            for row in self._read_rows(self._whole):
+            for row in self.read_rows(self._whole):
                 if found.get(row.values["file_name"]) is None:
                     found[row.values["file_name"]] = self._text_of(row.values)
         return found
 
-    def _read_rows(self, path: Path | None = None, table: Table | None = None) -> Iterator[TextRow]:
-        """Yield the rows of the file, or of that at `path`; none where there is no such file."""
+    def read_rows(self, path: Path | None = None, table: Table | None = None) -> Iterator[TextRow]:
+        """Yield the rows of the file, or of that at `path`; none where there is no such file.
+
+        Raises:
+            UsageError: it cannot be read.
+        """
         path = path or self.path
         table = table or make_table(path)
         try:
@@ -351,15 +378,8 @@ class CaptionFile(Sink):
     def _read_table(self, merge: RowMerge) -> Table:
         """Take in the rows of the file, and return what it is made of beside them."""
         table = make_table(self.path)
-        merge.read(self._read_rows(table=table))
+        merge.read(self.read_rows(table=table))
         return table
-
-    def _put_captions(self, table: Table, merge: RowMerge) -> list[str]:
-        """Put new captions into the rows; return the names of those that others have written."""
-        kept: dict[str, None] = {}
-        merge.change(self._change_rows(table, merge, kept))
-        merge.append(table.make(_without_marks(new)) for new in merge.find_unmet())
-        return list(kept)
 
     def _change_rows(
         self, table: Table, merge: RowMerge, kept: dict[str, None]
@@ -378,11 +398,19 @@ class CaptionFile(Sink):
                 kept[new["file_name"]] = None
 
     def _text_of(self, row: Row) -> str | None:
-        if self._column == "text":
-            return next((row[column] for column in TEXT_COLUMNS if isinstance(row.get(column), str)), None)
-        text = row.get(self._column)
-        # A table has an empty cell where there is no caption yet.
-        return text if isinstance(text, str) and (text or self.path.suffix != ".csv") else None
+        return find_caption(row, self._column, self.path)
+
+
+def find_caption(row: Row, column: str, path: Path) -> str | None:
+    """Return the caption in a row of a file, None where it has none.
+
+    column: of the captions; `text` may be called `caption`.
+    """
+    if column == "text":
+        return next((row[name] for name in TEXT_COLUMNS if isinstance(row.get(name), str)), None)
+    text = row.get(column)
+    # A table has an empty cell where there is no caption yet.
+    return text if isinstance(text, str) and (text or path.suffix != ".csv") else None
 
 
 def _parse_row(line: bytes) -> Row | None:

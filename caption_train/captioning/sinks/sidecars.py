@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from array import array
 from collections.abc import Collection, Sequence
 from dataclasses import astuple, replace
@@ -17,11 +18,12 @@ from caption_train.data.text import read_caption, refuse_odd_characters
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.system.console import escape_unprintable, print_line
 from caption_train.system.exclusive import Signature, create_atomically, replace_unchanged
-from caption_train.system.files import behind_link, clear_temporary, read_regular_file
+from caption_train.system.files import behind_link, clear_temporary, find_matching, read_regular_file
 from caption_train.system.lock import OutputLock
 from caption_train.system.processes import allow_open_files
 
-FOLDER_LOCK = ".caption-train.lock"
+_SHARD = r"\.shard-[0-9]+-of-([0-9]+)"
+_LOCKS = re.compile(rf"\.caption-train(?:{_SHARD})?\.lock")
 
 
 class Sidecars(Sink):
@@ -32,6 +34,7 @@ class Sidecars(Sink):
         existing: what becomes of the caption files that exist when the run begins.
         rank: the rank of this process, which names its logs.
         locks: whether to lock the folders; not for the second of several kinds of captions of one run.
+        shard: the part of the images that this job captions; others of the same count may be at work.
     """
 
     def __init__(
@@ -72,6 +75,8 @@ class Sidecars(Sink):
             self._lock(folders)
         for folder in folders:
             clear_temporary(folder)
+            if self._existing.replaces:
+                self._settle_other_logs(folder)
             if self._existing.mode == "overwrite":
                 self._log(folder).discard()
         if self._existing.adds:
@@ -197,23 +202,56 @@ class Sidecars(Sink):
     def _log(self, folder: Path) -> AddedLog:
         if folder not in self._logs:
             where = f"--save_captions: {escape_unprintable(folder)}"
-            self._logs[folder] = AddedLog(folder, f"caption-train{self._extension}", self._rank, where)
+            self._logs[folder] = AddedLog(folder, self._name_of_log(), self._rank, where)
         return self._logs[folder]
+
+    def _name_of_log(self) -> str:
+        return f"caption-train{self._extension}" + (f".{self._shard.name}" if self._shard else "")
+
+    def _settle_other_logs(self, folder: Path) -> None:
+        """Delete or refuse what runs with another --shard, that were cut short, say that they have added."""
+        name = re.escape(f".caption-train{self._extension}")
+        for log in find_matching(folder, re.compile(rf"{name}(?:{_SHARD})?\.\d+\.added", re.DOTALL)):
+            split = re.search(_SHARD, log.name)
+            if (split and int(split[1])) == (self._shard and self._shard.count):
+                continue
+            if self._shard is None and self._existing.mode == "overwrite":
+                log.unlink(missing_ok=True)  # Of captions that are all replaced now.
+                continue
+            whose = f"with --shard I/{split[1]}" if split else "without --shard"
+            raise CaptionTrainError(
+                f"--save_captions: {escape_unprintable(log)}: a run {whose} that adds to captions was cut "
+                "short there: finish it first, or delete that file and see what it has added"
+            )
 
     def _lock(self, folders: Sequence[Path]) -> None:
         real = list(dict.fromkeys(Path(os.path.realpath(folder)) for folder in folders))
         allow_open_files(len(real))
+        name = f".caption-train{f'.{self._shard.name}' if self._shard else ''}.lock"
         for folder in real:
-            where = f"--save_captions: {escape_unprintable(folder)}"
-            lock = OutputLock(folder, FOLDER_LOCK, where, instead="wait until it is done")
-            try:
-                line = lock.acquire()
-            except OSError as error:
-                many = f"; {len(real):,} folders at once are too many" if error.errno == errno.EMFILE else ""
-                raise CaptionTrainError(f"{where}: {error.strerror or error}{many}") from error
+            lock = self._acquire(folder, name, len(real))
             self._locks.append(lock)
-            if line:
-                print_line(line)
+        # Only now: of two runs that start at once, at least one finds the other's locks.
+        for folder in real:
+            for path in find_matching(folder, _LOCKS):
+                split = _LOCKS.fullmatch(path.name)[1]
+                if path.name != name and (
+                    split is None or self._shard is None or int(split) != self._shard.count
+                ):
+                    self._acquire(folder, path.name, len(real)).release()
+
+    def _acquire(self, folder: Path, name: str, count: int) -> OutputLock:
+        """Take a lock in a folder, of `count` that are taken; CaptionTrainError where a run has it."""
+        where = f"--save_captions: {escape_unprintable(folder)}"
+        lock = OutputLock(folder, name, where, instead="wait until it is done")
+        try:
+            line = lock.acquire()
+        except OSError as error:
+            many = f"; {count:,} folders at once are too many" if error.errno == errno.EMFILE else ""
+            raise CaptionTrainError(f"{where}: {error.strerror or error}{many}") from error
+        if line:
+            print_line(line)
+        return lock
 
     def _lacks(self, image: Path) -> bool:
         path = self.find(image) or self.caption_path(image)

@@ -32,6 +32,11 @@ class FirstLines(list):
         else:
             self.more += 1
 
+    def clear(self) -> None:
+        """Forget all lines."""
+        super().clear()
+        self.more = 0
+
     def extend(self, lines: Iterable[str]) -> None:
         """Keep lines, or count them."""
         for line in lines:
