@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from caption_train.captioning.storage.database import encode_name
-from caption_train.captioning.storage.image_list import Entry, ImageList
+from caption_train.captioning.storage.image_list import ImageList
 from caption_train.captioning.storage.names import FirstLines
 from caption_train.captioning.storage.shard import Shard
 from caption_train.data.formats import (
@@ -73,14 +73,12 @@ def find_inputs(patterns: Sequence[str], *, recursive: bool = False, shard: Shar
     is_folder = len(given) == 1 and os.path.isdir(_expand_home(given[0]))  # noqa: PTH112
     for pattern in given:
         _resolve(pattern, recursive, inputs, may_repeat=not is_folder)
-    if not is_folder:
-        images.drop_repeated()
     if not images and not inputs.missing and not images.given_folders:
         folders = any(Path(pattern).is_dir() for pattern in patterns)
         hint = " (--recursive looks into the folders inside too)" if folders and not recursive else ""
         hint += "".join(f"; {line}" for line in describe_unread(inputs.unread))
         raise UsageError(f"--images {escape_unprintable(' '.join(patterns))}: no images there{hint}")
-    images.drop_other_shards()
+    images.finish()
     return inputs
 
 
@@ -105,17 +103,22 @@ def _resolve(pattern: str, recursive: bool, inputs: Inputs, *, may_repeat: bool)
     path = _expand_home(pattern)
     # os.path, because it returns False for a name that is too long, where Path raises.
     if os.path.isdir(path):  # noqa: PTH112
-        inputs.images.add(_scan(path, recursive, inputs), is_sorted=False, may_repeat=may_repeat)
+        inputs.images.add_sorted(str(path), _scan(path, recursive, inputs), may_repeat=may_repeat)
     elif os.path.isfile(path):  # noqa: PTH113
         if path.suffix.lower() in LIST_SUFFIXES:
             _read_list(path, inputs)
         else:
-            inputs.images.add([_entry(path)])
+            inputs.images.add([_describe(path)])
     # Checked last, because the name of an existing file may contain brackets.
     elif glob.has_magic(pattern):
-        inputs.images.add(_expand(str(path), recursive, inputs), is_sorted=False)
+        fixed = len(_find_fixed(str(path)))
+        inputs.images.add_sorted("", _expand(str(path), recursive, inputs), fixed, may_repeat=True)
     else:
         raise UsageError(f"--images {escape_unprintable(pattern)}: there is no such file or folder")
+
+
+def _describe(path: Path, label: str = "") -> tuple[str, str, str]:
+    return str(path.parent), path.name, label or path.name
 
 
 class _Ignored(list):
@@ -126,32 +129,33 @@ class _Ignored(list):
 
 
 def _scan(
-    root: Path, recursive: bool, inputs: Inputs, before: bytes = b"", label: str = ""
-) -> Iterator[Entry]:
-    """Yield the images of a folder, not in their order.
+    root: Path, recursive: bool, inputs: Inputs, before: bytes = b"", above: str = ""
+) -> Iterator[bytes]:
+    """Yield the images of a folder, not in their order: a sort key, a 0 and the path below the folder.
 
-    before, label: what their keys and labels begin with.
+    before, above: what keys and paths begin with.
     """
     folder = Folder(root, hidden=_Ignored(), links=_Ignored())
-
-    @cache
-    def describe(inner: str) -> tuple[str, str, bytes]:
-        above = f"{inner}/" if inner else ""
-        return str(root / inner), above, before + sort_bytes(above)
-
+    inside, key, path = None, b"", b""
+    kinds = cache(_kind_of)
     for inner, name in walk_folder(folder, recursive=recursive, follow_symlinks=True):
-        stem, _, suffix = name.rpartition(".")
-        suffix = f".{suffix.lower()}"
-        path, above, key = describe(inner)
-        if suffix in IMAGE_SUFFIXES:
-            below = above + name
-            # The key of `natural_bytes(below)`, whose folder is looked at once for all its images.
-            key = b"%b%b\0%b" % (key, sort_bytes(stem), encode_name(below))
-            yield Entry(path, name, label + below, key)
-        elif suffix in UNREAD_SUFFIXES:
-            inputs.note_unread(above + name)
+        dot = name.rfind(".")
+        kind = kinds(name[dot:])
+        if kind == "image":
+            if inner != inside:
+                below = f"{inner}/" if inner else ""
+                inside, key, path = inner, before + sort_bytes(below), encode_name(above + below)
+            # The key of `natural_bytes`; that of the folder is made once for all its images.
+            yield key + sort_bytes(name[:dot]) + b"\0" + path + encode_name(name)
+        elif kind == "unread":
+            inputs.note_unread(f"{inner}/{name}" if inner else name)
     for problem in sorted(folder.unusable, key=natural_key):
         _note_unusable(root, problem, inputs)
+
+
+def _kind_of(suffix: str) -> str:
+    suffix = suffix.lower()
+    return "image" if suffix in IMAGE_SUFFIXES else "unread" if suffix in UNREAD_SUFFIXES else ""
 
 
 def _note_unusable(root: Path, problem: str, inputs: Inputs) -> None:
@@ -173,19 +177,14 @@ def _expand_home(name: str) -> Path:
         return Path(name)
 
 
-def _entry(path: Path, label: str = "", key: bytes = b"") -> Entry:
-    return Entry(str(path.parent), path.name, label or path.name, key)
-
-
-def _expand(pattern: str, recursive: bool, inputs: Inputs) -> Iterator[Entry]:
-    """Yield the images that a glob matches, not in their order."""
-    fixed = len(_find_fixed(pattern))
+def _expand(pattern: str, recursive: bool, inputs: Inputs) -> Iterator[bytes]:
+    """Yield the images that a glob matches, not in their order: a sort key, a 0 and the path."""
     for name in _iterate_glob(pattern):
-        path, label, key = Path(name), name[fixed:], natural_bytes(name)
+        path, key, shown = Path(name), natural_bytes(name) + b"\0", name.replace(os.sep, "/")
         if path.is_dir() and recursive:
-            yield from _scan(path, recursive, inputs, key + b"\0", f"{label}/")
+            yield from _scan(path, recursive, inputs, key, shown.rstrip("/") + "/")
         elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
-            yield _entry(path, label, key)
+            yield key + encode_name(shown)
         elif path.suffix.lower() in UNREAD_SUFFIXES and path.is_file():
             inputs.note_unread(name)
 
@@ -230,7 +229,7 @@ def _read_list(path: Path, inputs: Inputs) -> None:
         raise UsageError(f"--images {escape_unprintable(path)}: the list is empty")
 
 
-def _find_listed(path: Path, inputs: Inputs) -> Iterator[Entry]:
+def _find_listed(path: Path, inputs: Inputs) -> Iterator[tuple[str, str, str]]:
     number = 0
     with opening_regular_file(path) as file:
         for piece in read_text_lines(file, path, "utf-8-sig"):
@@ -239,7 +238,7 @@ def _find_listed(path: Path, inputs: Inputs) -> Iterator[Entry]:
                 name = _expand_home(line.strip())
                 found = next((p for p in (name, path.parent / name) if os.path.isfile(p)), None)  # noqa: PTH113
                 if found:
-                    yield _entry(found, name.as_posix())
+                    yield _describe(found, name.as_posix())
                 elif line.strip():
                     shown = escape_unprintable(name)[:200]
                     inputs.missing.append(

@@ -52,14 +52,18 @@ def sort_bytes(text: str) -> bytes:
 
     Those of `a` + "/" + `b` are those of `a`, a 2 and those of `b`.
     """
+    if text.isascii() and text.isdigit():
+        return _sort_number(text).encode()
     if not text.isprintable():
         text = _LOWEST.sub("\3\\g<0>", text)
-    return _DIGITS.sub(_sort_number, text.replace("/", "\2")).encode("utf-8", "surrogatepass")
+    return _DIGITS.sub(lambda match: _sort_number(match[0]), text.replace("/", "\2")).encode(
+        "utf-8", "surrogatepass"
+    )
 
 
-def _sort_number(match: re.Match) -> str:
+def _sort_number(digits: str) -> str:
     # A number stands before all letters; of two the longer one is larger.
-    digits = match[0].lstrip("0")
+    digits = digits.lstrip("0")
     return f"\1{chr(len(digits))}{digits}"
 
 

@@ -84,7 +84,9 @@ class ShardFiles:
             rf"{re.escape(output.stem)}\.shard-([0-9]+)-of-([0-9]+){re.escape(output.suffix)}", re.DOTALL
         )
         names = (
-            [path.name for path in find_matching(output.parent, pattern)] if output.parent.is_dir() else []
+            [path.name for path in find_matching(output.parent, output.stem, pattern)]
+            if output.parent.is_dir()
+            else []
         )
         shards = {Shard(*map(int, pattern.fullmatch(name).groups())) for name in names}
         shards = sorted((s for s in shards if s.path_of(output).name in names), key=lambda s: s.index)

@@ -14,7 +14,7 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import UnionType
@@ -150,14 +150,18 @@ def follow_pointer(path: Path) -> Path:
         return path
 
 
-def clear_temporary(folder: Path) -> None:
-    """Delete what writes that were cut short have left in `folder`, and no file that is being written."""
-    with suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            if _IS_TEMPORARY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+def clear_temporary(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Delete what writes that were cut short have left in `folder`, and no file that is being written.
+
+    names: what is in the folder, where it was listed already.
+    """
+    with suppress(OSError):
+        for name in _list_names(folder) if names is None else names:
+            path = folder / name if name[0] == "." and _IS_TEMPORARY.fullmatch(name) else None
+            if path and path.is_file() and not path.is_symlink():
                 with suppress(OSError):
-                    if not _is_being_written(Path(entry.path)):
-                        Path(entry.path).unlink()
+                    if not _is_being_written(path):
+                        path.unlink()
 
 
 def _is_being_written(temporary: Path) -> bool:
@@ -175,10 +179,19 @@ def _is_being_written(temporary: Path) -> bool:
     return False
 
 
-def find_matching(folder: Path, pattern: re.Pattern) -> list[Path]:
-    """Return the files in a folder whose whole name a pattern matches, sorted, of millions perhaps."""
+def _list_names(folder: Path) -> Iterator[str]:
     with os.scandir(folder) as entries:
-        return [folder / name for name in sorted(e.name for e in entries if pattern.fullmatch(e.name))]
+        for entry in entries:
+            yield entry.name
+
+
+def find_matching(folder: Path, start: str, pattern: re.Pattern) -> list[Path]:
+    """Return the files in a folder, of millions perhaps, whose whole name a pattern matches, sorted.
+
+    start: what their names begin with.
+    """
+    names = (name for name in _list_names(folder) if name.startswith(start))
+    return [folder / name for name in sorted(filter(pattern.fullmatch, names))]
 
 
 def find_free_name(path: Path) -> Path:

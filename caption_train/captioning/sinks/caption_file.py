@@ -330,7 +330,7 @@ class CaptionFile(Sink):
         return folder.as_posix().rstrip("/") + "/"
 
     def _journals(self) -> list[Path]:
-        return find_matching(self.path.parent, self._journal_pattern)
+        return find_matching(self.path.parent, ".", self._journal_pattern)
 
     def _read_journals(self) -> Iterator[Row]:
         for journal in self._journals():

@@ -174,7 +174,7 @@ class AddedLog:
             path.unlink(missing_ok=True)
 
     def _find(self) -> list[Path]:
-        return find_matching(self._folder, self._pattern)
+        return find_matching(self._folder, ".", self._pattern)
 
     def _read(self, path: Path) -> Iterator[Mapping[str, Any]]:
         try:

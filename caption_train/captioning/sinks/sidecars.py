@@ -6,6 +6,7 @@ import re
 from array import array
 from collections.abc import Collection, Sequence
 from dataclasses import astuple, replace
+from functools import cache
 from pathlib import Path
 
 from caption_train.captioning.outputs import Caption, Sink
@@ -18,7 +19,7 @@ from caption_train.data.text import read_caption, refuse_odd_characters
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.system.console import escape_unprintable, print_line
 from caption_train.system.exclusive import Signature, create_atomically, replace_unchanged
-from caption_train.system.files import behind_link, clear_temporary, find_matching, read_regular_file
+from caption_train.system.files import behind_link, clear_temporary, read_regular_file
 from caption_train.system.lock import OutputLock
 from caption_train.system.processes import allow_open_files
 
@@ -74,9 +75,13 @@ class Sidecars(Sink):
         if self._holds_locks:
             self._lock(folders)
         for folder in folders:
-            clear_temporary(folder)
+            hidden = self._twins.list_folder(str(folder))
+            # Only now: of two runs that start at once, at least one finds the other's locks.
+            if self._holds_locks:
+                self._refuse_other_locks(folder, hidden)
+            clear_temporary(folder, hidden)
             if self._existing.replaces:
-                self._settle_other_logs(folder)
+                self._settle_other_logs(folder, hidden)
             if self._existing.mode == "overwrite":
                 self._log(folder).discard()
         if self._existing.adds:
@@ -208,10 +213,11 @@ class Sidecars(Sink):
     def _name_of_log(self) -> str:
         return f"caption-train{self._extension}" + (f".{self._shard.name}" if self._shard else "")
 
-    def _settle_other_logs(self, folder: Path) -> None:
+    def _settle_other_logs(self, folder: Path, hidden: Sequence[str]) -> None:
         """Delete or refuse what runs with another --shard, that were cut short, say that they have added."""
         name = re.escape(f".caption-train{self._extension}")
-        for log in find_matching(folder, re.compile(rf"{name}(?:{_SHARD})?\.\d+\.added", re.DOTALL)):
+        pattern = re.compile(rf"{name}(?:{_SHARD})?\.\d+\.added", re.DOTALL)
+        for log in (folder / name for name in hidden if pattern.fullmatch(name)):
             split = re.search(_SHARD, log.name)
             if (split and int(split[1])) == (self._shard and self._shard.count):
                 continue
@@ -227,20 +233,23 @@ class Sidecars(Sink):
     def _lock(self, folders: Sequence[Path]) -> None:
         real = list(dict.fromkeys(Path(os.path.realpath(folder)) for folder in folders))
         allow_open_files(len(real))
-        name = f".caption-train{f'.{self._shard.name}' if self._shard else ''}.lock"
         for folder in real:
-            lock = self._acquire(folder, name, len(real))
-            self._locks.append(lock)
-        # Only now: of two runs that start at once, at least one finds the other's locks.
-        for folder in real:
-            for path in find_matching(folder, _LOCKS):
-                split = _LOCKS.fullmatch(path.name)[1]
-                if path.name != name and (
-                    split is None or self._shard is None or int(split) != self._shard.count
-                ):
-                    self._acquire(folder, path.name, len(real)).release()
+            self._locks.append(self._acquire(folder, self._lock_name, len(real)))
 
-    def _acquire(self, folder: Path, name: str, count: int) -> OutputLock:
+    @property
+    def _lock_name(self) -> str:
+        return f".caption-train.{self._shard.name}.lock" if self._shard else ".caption-train.lock"
+
+    def _refuse_other_locks(self, folder: Path, hidden: Sequence[str]) -> None:
+        """Raise CaptionTrainError where a run is at work that may caption the same images."""
+        for name in hidden:
+            found = _LOCKS.fullmatch(name)
+            if not found or name == self._lock_name:
+                continue
+            if not (found[1] and self._shard and int(found[1]) == self._shard.count):
+                self._acquire(Path(os.path.realpath(folder)), name).release()
+
+    def _acquire(self, folder: Path, name: str, count: int = 1) -> OutputLock:
         """Take a lock in a folder, of `count` that are taken; CaptionTrainError where a run has it."""
         where = f"--save_captions: {escape_unprintable(folder)}"
         lock = OutputLock(folder, name, where, instead="wait until it is done")
@@ -254,60 +263,81 @@ class Sidecars(Sink):
         return lock
 
     def _lacks(self, image: Path) -> bool:
-        path = self.find(image) or self.caption_path(image)
         # os.path, because it returns False for a name that is too long, where Path raises.
-        exists, shown = os.path.exists(path), escape_unprintable(path)  # noqa: PTH110
-        if not exists and os.path.islink(path):  # noqa: PTH114
-            raise UsageError(f"--save_captions: {shown} is a link to nothing: delete it, or use --output")
-        if self._existing.replaces and exists and not path.is_file():
-            raise UsageError(f"--save_captions: {shown} is no file: move it away")
-        return not exists
+        if (path := self.find(image)) is None:
+            path = self._free_path(image)
+            if os.path.islink(path):  # noqa: PTH114
+                shown = escape_unprintable(path)
+                raise UsageError(f"--save_captions: {shown} is a link to nothing: delete it, or use --output")
+            return True
+        if self._existing.replaces and not path.is_file():
+            raise UsageError(f"--save_captions: {escape_unprintable(path)} is no file: move it away")
+        return False
 
     def find(self, image: Path) -> Path | None:
         """Return an image's caption file if it exists."""
-        stems = [image.name] if self._twins.is_named_as_another(image) else [image.name, image.stem]
-        paths = (image.with_name(stem + self._extension) for stem in stems)
-        return next((path for path in paths if os.path.exists(path)), None)  # noqa: PTH110
+        path, name, stem = _split(image)
+        if os.path.exists(full := path + name + self._extension):  # noqa: PTH110
+            return Path(full)
+        if not os.path.exists(short := path + stem + self._extension):  # noqa: PTH110
+            return None
+        return None if _is_named_as_another(path, stem) else Path(short)
+
+    def _free_path(self, image: Path) -> str:
+        """Return the path of an image's caption file where there is none yet."""
+        path, name, stem = _split(image)
+        return path + (name if self._twins.has(image) else stem) + self._extension
 
 
 class _Twins:
     """Finds images that share their stem with another image in their folder. Each folder is listed once.
 
-    Of a folder only those are remembered, by hashes of 64 bits: of a million images none, as a rule.
+    Of a folder only shared stems are remembered, by hashes of 64 bits: of a million images none, as a rule.
     """
 
     def __init__(self) -> None:
-        self._found: dict[str, tuple[Collection[int], Collection[int]]] = {}
+        self._shared: dict[str, Collection[int]] = {}
 
     def has(self, image: Path) -> bool:
         """Tell whether another image has this stem, or this stem as its full name."""
-        shared, names = self._find(image.parent)
-        stem = hash(image.stem)
-        return stem in shared or stem in names
+        path, _, stem = _split(image)
+        folder = path[:-1] or path or os.curdir
+        if folder not in self._shared:
+            self.list_folder(folder)
+        return hash(stem) in self._shared[folder] or _is_named_as_another(path, stem)
 
-    def is_named_as_another(self, image: Path) -> bool:
-        """Tell whether the stem is another image's full name, as for `a.png.webp` beside `a.png`."""
-        return hash(image.stem) in self._find(image.parent)[1]
+    def list_folder(self, folder: str) -> list[str]:
+        """Look which stems several images in a folder have; return the names there that begin with a dot."""
+        import numpy as np
 
-    def _find(self, folder: Path) -> tuple[Collection[int], Collection[int]]:
-        """Return the stems that several images have, and those that are another's full name."""
-        key = str(folder)
-        if key not in self._found:
-            import numpy as np
+        stems, hidden = array("q"), []
+        is_image = cache(lambda suffix: suffix.lower() in IMAGE_SUFFIXES)
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name = entry.name
+                if name[0] == ".":
+                    hidden.append(name)
+                dot = name.rfind(".")
+                if dot > 0 and is_image(name[dot:]):
+                    stems.append(hash(name[:dot]))
+        found = np.frombuffer(stems, np.int64) if stems else np.empty(0, np.int64)
+        found.sort()
+        self._shared[folder] = frozenset(found[1:][found[1:] == found[:-1]].tolist())
+        return hidden
 
-            stems, names = array("q"), array("q")
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    stem, _, suffix = entry.name.rpartition(".")
-                    if f".{suffix.lower()}" in IMAGE_SUFFIXES and stem:
-                        stems.append(hash(stem))
-                        names.append(hash(entry.name))
-            found = np.frombuffer(stems, np.int64) if stems else np.empty(0, np.int64)
-            found.sort()
-            shared = np.unique(found[1:][found[1:] == found[:-1]])
-            named = np.intersect1d(found, np.frombuffer(names, np.int64)) if stems else shared
-            self._found[key] = frozenset(shared.tolist()), frozenset(named.tolist())
-        return self._found[key]
+
+def _split(image: Path) -> tuple[str, str, str]:
+    """Return an image's folder with its separator, its name and its stem, as text: paths are slow."""
+    text = str(image)
+    start = text.rfind(os.sep) + 1
+    dot = text.rfind(".", start + 1, -1)
+    return text[:start], text[start:], text[start:] if dot < 0 else text[start:dot]
+
+
+def _is_named_as_another(path: str, stem: str) -> bool:
+    """Tell whether a stem is another image's full name, as for `a.png.webp` beside `a.png`."""
+    is_images = stem[stem.rfind(".") :].lower() in IMAGE_SUFFIXES
+    return is_images and os.path.lexists(path + stem)
 
 
 def _read_text(path: Path) -> str:

@@ -22,11 +22,11 @@ class DiskDict(Generic[V]):
     A value is what was stored: changing one that was read changes nothing here.
 
     Args:
-        most: how many entries are in memory at once.
+        most: how many entries are in memory at once; by default MOST_IN_MEMORY.
     """
 
-    def __init__(self, most: int = MOST_IN_MEMORY) -> None:
-        self._most = most
+    def __init__(self, most: int | None = None) -> None:
+        self._most = MOST_IN_MEMORY if most is None else most
         self._recent: dict[str, V] = {}
         self._database: Database | None = None
 
