@@ -33,10 +33,10 @@ class ShardFiles:
         self._files: dict[Shard, CaptionFile] = {}
         shards = self._find()
         try:
-            self._output.take()
+            self._take(self._output)
             for shard in shards:
                 self._files[shard] = CaptionFile(options.output, shard=shard)
-                self._files[shard].take()
+                self._take(self._files[shard], shard)
         except BaseException:
             self.close()
             raise
@@ -77,19 +77,28 @@ class ShardFiles:
             )
         return {"without a caption": lacking} if lacking else {}
 
+    def _take(self, file: CaptionFile, shard: Shard | None = None) -> None:
+        """Lock a file, and put what killed jobs have left of all columns into it."""
+        file.lock()
+        for column in dict.fromkeys(["text", *self._options.columns]):
+            CaptionFile(self._options.output, column=column, shard=shard).take_over()
+
     def _find(self) -> list[Shard]:
         """Return the shards that have files; say which have none."""
         output = self._options.output
+        # A job that was killed in its first run has left a journal alone.
         pattern = re.compile(
-            rf"{re.escape(output.stem)}\.shard-([0-9]+)-of-([0-9]+){re.escape(output.suffix)}", re.DOTALL
+            rf"\.?{re.escape(output.stem)}\.shard-([0-9]+)-of-([0-9]+){re.escape(output.suffix)}"
+            r"((\.\w+)?\.[0-9]+\.part)?",
+            re.DOTALL | re.ASCII,
         )
-        names = (
-            [path.name for path in find_matching(output.parent, output.stem, pattern)]
-            if output.parent.is_dir()
-            else []
-        )
-        shards = {Shard(*map(int, pattern.fullmatch(name).groups())) for name in names}
-        shards = sorted((s for s in shards if s.path_of(output).name in names), key=lambda s: s.index)
+        found = set()
+        if output.parent.is_dir():
+            for path in find_matching(output.parent, (output.stem, f".{output.stem}"), pattern):
+                shard = Shard(*map(int, pattern.fullmatch(path.name).groups()[:2]))
+                if 1 <= shard.index <= shard.count and f"{shard.name}{output.suffix}" in path.name:
+                    found.add(shard)
+        shards = sorted(found, key=lambda shard: shard.index)
         if not shards:
             like = Shard(1, 8).path_of(output)
             raise UsageError(

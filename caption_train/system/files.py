@@ -185,7 +185,7 @@ def _list_names(folder: Path) -> Iterator[str]:
             yield entry.name
 
 
-def find_matching(folder: Path, start: str, pattern: re.Pattern) -> list[Path]:
+def find_matching(folder: Path, start: str | tuple[str, ...], pattern: re.Pattern) -> list[Path]:
     """Return the files in a folder, of millions perhaps, whose whole name a pattern matches, sorted.
 
     start: what their names begin with.

@@ -106,10 +106,10 @@ class CaptionFile(Sink):
         for image in [*(folder / "_" for folder in folders_of(images)), *find_odd(images)]:
             self.name_of(image)
         if self._holds_lock:
-            self._acquire()
+            self.lock()
         clear_temporary(folder)
         if self._existing.replaces:
-            self._take_over()
+            self.take_over()
             if self._existing.adds:
                 self.begin(images)
                 self._added = self._log.read(self._existing.run)
@@ -118,7 +118,7 @@ class CaptionFile(Sink):
                 self._log.discard()
             return
         if any(isinstance(row.get(REPLACES), dict) for row in self._read_journals()):
-            self._take_over()  # What a run adds is a part of a caption: the file has to say which.
+            self.take_over()  # What a run adds is a part of a caption: the file has to say which.
         self._captions = self._load()
 
     def find_lacking(self, images: Sequence[Path]) -> list[Path]:
@@ -224,7 +224,8 @@ class CaptionFile(Sink):
             ) from None
         return name
 
-    def _acquire(self) -> None:
+    def lock(self) -> None:
+        """Lock the file; CaptionTrainError where another run writes to it."""
         try:
             line = self._lock.acquire()
         except OSError as error:
@@ -272,11 +273,6 @@ class CaptionFile(Sink):
             f"{self._journal_path} for the next run"
         )
 
-    def take(self) -> None:
-        """Lock the file, and put what killed runs have left into it."""
-        self._acquire()
-        self._take_over()
-
     def _merge(self, images: Sequence[Path]) -> list[str]:
         merge = RowMerge(map(self.name_of, images))
         merge.add_new(self._read_journals())
@@ -292,7 +288,7 @@ class CaptionFile(Sink):
         places = [(merge.place_of(name), name) for name in kept]
         return [str(images[place]) if place >= 0 else name for place, name in places]
 
-    def _take_over(self) -> None:
+    def take_over(self) -> None:
         """Merge what runs that were cut short have left, and remove their journals."""
         if self._journals():
             self.finish()
