@@ -1,5 +1,6 @@
 """Several processes caption a folder as one would."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,20 +10,22 @@ import pytest
 from PIL import Image
 from torch import distributed
 
+from caption_train.captioning.inputs import find_inputs
+from caption_train.captioning.storage.shard import Shard
 from caption_train.system.processes import Processes
+from tests.fixtures.caption_on_ranks import main as caption_alone
 from tests.fixtures.forked import start_ranks
 from tests.fixtures.paths import REPOSITORY
 
 WORKER = REPOSITORY / "tests" / "fixtures" / "caption_on_ranks.py"
 
 
-def start(*arguments, ranks):
-    """Run the worker; with several ranks under torchrun."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    launcher = torchrun if ranks > 1 else []
+def start(*arguments, ranks, **environment):
+    """Run the worker under torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return subprocess.run(
         [sys.executable, *launcher, str(WORKER), *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
         timeout=120,
@@ -70,8 +73,8 @@ def test_a_group_that_is_left_is_not_freed(tmp_path):
 
 
 def test_two_processes_write_what_one_writes(folder):
-    assert start(folder, folder / "one.jsonl", ranks=1).returncode == 0
-    done = start(folder, folder / "two.jsonl", "save", ranks=2)
+    assert caption_alone(str(folder), str(folder / "one.jsonl")) == 0
+    done = start(folder, folder / "two.jsonl", "save", ranks=2, TEST_CHUNK="4")
     assert done.returncode == 0, done.stderr
     assert (folder / "two.jsonl").read_text() == (folder / "one.jsonl").read_text()
     assert len(list(folder.glob("*.txt"))) == 7
@@ -82,13 +85,22 @@ def test_two_processes_write_what_one_writes(folder):
 def test_two_processes_print_in_order_and_name_unreadable_images_once(folder):
     for name in ("3.png", "4.png"):
         (folder / name).write_bytes(b"no image")
-    done = start(folder, "-", ranks=2)
+    done = start(folder, "-", ranks=2, TEST_CHUNK="4")
     assert done.returncode == 1
     assert [line.split(": ")[1] for line in done.stdout.splitlines()] == [
         *("say dark", "say dark", "say grey"),
         *("say bright", "say white"),
     ]
     assert done.stderr.count("4.png: not an image") == 1
+
+
+def test_a_shard_is_divided_between_processes(folder):
+    done = start(folder, folder / "a.jsonl", ranks=2, TEST_SHARD="1/2")
+    assert done.returncode == 0, done.stderr
+    images = find_inputs([str(folder)], shard=Shard(1, 2)).images
+    rows = map(json.loads, (folder / "a.shard-1-of-2.jsonl").read_text().splitlines())
+    assert [row["file_name"] for row in rows] == [image.name for image in images]
+    assert f"{len(images)} images captioned" in done.stderr and 0 < len(images) < 7
 
 
 def test_a_single_process_shares_with_itself():
