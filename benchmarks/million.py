@@ -3,9 +3,9 @@
     python benchmarks/million.py --images 1000000
     python benchmarks/million.py --images 5000000 --folders 5000 --output --save_captions
 
-The images are hard links to one PNG of a pixel, nobody opens them, and what captions them needs no torch: what is
-measured is all that captioning does besides. `--again` adds a run that is killed half-way and one that goes on.
-The tree is made in --folder (some minutes for a million) and deleted.
+The images are hard links to one PNG of a pixel, nobody opens them, and what captions them needs no torch:
+what is measured is all that captioning does besides. `--again` measures a run that is killed half-way, and
+the one that goes on. The tree is made in --folder and deleted. CODE is another checkout to measure.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PIXEL = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55"
-    "0000000a49444154789c6360000000020001e221bc330000000049454e44ae426082"
+    "0000000a49444154789c636000000002000148afa4710000000049454e44ae426082"
 )
 LINKS = 30_000
 """Hard links to one file; ext4 has at most 65,000."""
@@ -75,9 +75,20 @@ def caption(arguments: list[str]) -> None:
         save_captions=bool(save),
         **json.loads(more[0] if more else "{}"),
     )
+    if "PROFILE" in os.environ:
+        import cProfile
+
+        profile = cProfile.Profile()
+        profile.enable()
+    if "UNSYNCED" in os.environ:
+        os.fsync = lambda descriptor: None
     code = job.caption_folder(options, StandIn())
+    if "PROFILE" in os.environ:
+        profile.disable()
+        profile.dump_stats(os.environ["PROFILE"])
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     result = {"exit code": code, "first caption s": first and round(first[0], 1)}
+    result["CPU s"] = round(time.process_time(), 1)
     print(json.dumps(result | {"peak MB": round(int(status["VmHWM"].split()[0]) / 1000)}))
 
 
@@ -87,7 +98,8 @@ def measure(arguments: list[str], kill_after: int = 0) -> dict:
     command = [sys.executable, __file__, "--measure", *arguments]
     environment = os.environ | {"STARTED": str(began)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    journal = Path(arguments[1]).with_name(f".{Path(arguments[1]).name}.0.part")
+    output = Path(arguments[1] or "none")
+    journal = output.with_name(f".{output.name}.0.part")
     peak = 0
     while process.poll() is None:
         try:
@@ -114,21 +126,27 @@ def main() -> None:
     parser.add_argument("--output", action="store_true", help="write captions.jsonl")
     parser.add_argument("--save_captions", action="store_true", help="write caption files")
     parser.add_argument("--again", action="store_true", help="kill a run half-way, and go on")
+    parser.add_argument("--keep", action="store_true", help="use the tree of an earlier run, and leave it")
+    parser.add_argument("--unsynced", action="store_true", help="do not wait for the disk after each file")
     parser.add_argument("--options", default="{}", help="further options of captioning, in JSON")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         caption(args.measure)
         return
+    if args.unsynced:
+        os.environ["UNSYNCED"] = "1"
     try:
-        make_tree(args.folder / "images", args.images, args.folders)
+        if not (args.folder / "images").exists():
+            make_tree(args.folder / "images", args.images, args.folders)
         output = str(args.folder / "captions.jsonl") if args.output or args.again else ""
         arguments = [str(args.folder / "images"), output, "save" if args.save_captions else "", args.options]
         if args.again:
             print(json.dumps(measure(arguments, kill_after=60 * args.images)), flush=True)
         print(json.dumps(measure(arguments)), flush=True)
     finally:
-        shutil.rmtree(args.folder)
+        if not args.keep:
+            shutil.rmtree(args.folder)
 
 
 if __name__ == "__main__":
