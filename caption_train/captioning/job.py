@@ -234,8 +234,9 @@ class CaptionJob:
         if main:
             lines = self.plan.prompts.describe() if self.chunk.is_last else []
             print_line(*self.base.changes, *lines, *self.family.describe_inputs(processor))
-        # Across chunks: what did not fit once is not tried again.
+        # For all chunks: what did not fit once is not tried again, what is recorded is replayed.
         batch_size = BatchSize(self.options.batch_size)
+        graphs = DecodeGraphs(model) if self.options.cuda_graphs else None
         return lambda share: caption_images(
             self.family,
             model,
@@ -246,7 +247,7 @@ class CaptionJob:
             num_workers=self.options.num_workers,
             worker_timeout=self.options.worker_timeout,
             prompts=[task.prompt for task in share],
-            graphs=DecodeGraphs(model) if self.options.cuda_graphs else None,
+            graphs=graphs,
         )
 
     def _ask_endpoint(self, share: Sequence[Task]) -> Iterator[CaptionResult | Unreadable]:
