@@ -149,6 +149,7 @@ def caption(
 WRITING_FLAGS = {
     *("images", "recursive", "save_captions", "caption_extension", "output", "overwrite", "visualize"),
     *("existing", "separator", "limit", "metadata", "prompts", "prompt_template"),
+    *("output_shards", "output_format"),
     *("endpoint", "model", "concurrency", "timeout", "retries"),
 }
 """Flags of the inference scripts that `caption` has no use for."""

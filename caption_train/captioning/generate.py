@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from caption_train.adapters.quantization import quantization_config
 from caption_train.adapters.record import Base, read_adapter
@@ -152,11 +152,12 @@ def caption_images(
         CaptionTrainError: out of memory with a single image, or a worker died or does not answer; names the
             flags that help.
     """
-    run = _Run(family, model, processor, generation, num_workers, worker_timeout, keeping, graphs)
+    run = CaptionRun(family, model, processor, generation, num_workers, worker_timeout, keeping, graphs)
     done = 0
     while done < len(images):
         try:
-            for result in run.caption(images[done:], prompts and prompts[done:], batch_size, done):
+            loader = run.load(images[done:], prompts and prompts[done:], batch_size, done)
+            for result in run.caption(loader, batch_size):
                 yield result
                 done += 1
         except OutOfMemoryError:
@@ -174,7 +175,7 @@ def caption_images(
 
 
 @dataclass
-class _Run:
+class CaptionRun:
     """What is the same for all batches of `caption_images`, which explains it."""
 
     family: Family
@@ -186,10 +187,9 @@ class _Run:
     keeping: Keeping | None
     graphs: DecodeGraphs | None
 
-    def caption(
-        self, images: Sequence[Path | Image.Image], prompts: Sequence[str] | None, batch_size: int, first: int
-    ) -> Iterator[CaptionResult | Unreadable]:
-        with reading(self._load(images, prompts, batch_size, first)) as batches:
+    def caption(self, loader: DataLoader, batch_size: int) -> Iterator[CaptionResult | Unreadable]:
+        """Yield a result for each image of a loader that `load` or `load_batches` made, in order."""
+        with reading(loader) as batches:
             for number, batch in enumerate(batches):
                 # What is wrong with a checkpoint's generation_config.json shows when it first generates.
                 explained = explaining_damage("the model cannot caption: is it damaged?")
@@ -197,24 +197,40 @@ class _Run:
                     results = self._caption_batch(batch, batch_size)
                 yield from results
 
-    def _load(
+    def load(
         self, images: Sequence[Path | Image.Image], prompts: Sequence[str] | None, batch_size: int, first: int
     ) -> DataLoader:
+        """Return a loader of these images; `first` is the number of the first one in memory."""
         longest = max(prompts or [self.generation.prompt], key=len)
+        workers = min(self.num_workers, len(images) // batch_size)
+        files = ImageFiles(images, prompts, self.keeping and self.keeping.source, first)
+        return self.load_batches(files, batch_size, workers, longest, batch_size=batch_size)
+
+    def load_batches(
+        self, images: Dataset, most: int, workers: int, longest: str, **batching: Any
+    ) -> DataLoader:
+        """Return a loader.
+
+        Args:
+            images: gives items as ImageFiles does.
+            most: images in a batch.
+            workers: processes that are asked for.
+            longest: the longest prompt.
+            batching: arguments of DataLoader that say what a batch is.
+        """
         workers, line = limit_workers(
-            min(self.num_workers, len(images) // batch_size),
-            lambda: self.family.measure_inputs(self.processor, longest) * batch_size,
+            workers, lambda: self.family.measure_inputs(self.processor, longest) * most
         )
         if line:
             print(line, file=sys.stderr)
         return DataLoader(
-            ImageFiles(images, prompts, self.keeping and self.keeping.source, first),
-            batch_size=batch_size,
+            images,
             collate_fn=Encode(self.family, self.processor, self.generation.prompt),
             num_workers=workers,
             timeout=self.worker_timeout if workers else 0,
             worker_init_fn=ignore_in_worker,
             pin_memory=self.model.device.type == "cuda",
+            **batching,
         )
 
     def _caption_batch(self, batch: dict[str, Any], batch_size: int) -> list[CaptionResult | Unreadable]:

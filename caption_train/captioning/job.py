@@ -19,6 +19,7 @@ from caption_train.config.captioning import CaptionOptions
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families.base import Family
 from caption_train.metrics.output_health import find_remarks
+from caption_train.shards.places import names_shards
 from caption_train.system.console import (
     ProgressBar,
     escape_unprintable,
@@ -47,6 +48,15 @@ def caption_folder(options: CaptionOptions, family: Family) -> int:
         UsageError: the options cannot work; raised before a model is loaded.
         CaptionTrainError: the model cannot be loaded, or a caption cannot be written.
     """
+    if options.output_shards is not None:
+        from caption_train.captioning.shards.job import caption_shards
+
+        return caption_shards(options, family)
+    if names_shards(options.images) and not options.recursive:
+        raise UsageError(
+            f"--images {escape_unprintable(' '.join(options.images)[:200])}: these are shards: say with "
+            "--output_shards FOLDER where their captioned copies go"
+        )
     job = CaptionJob(options, family)
     try:
         with raising_terminated():

@@ -28,7 +28,9 @@ class CaptionOptions:
     """The flags of an inference script."""
 
     images: list[str] = _input(
-        [], "images to caption: files, folders, globs, or a .txt file that lists one image a line"
+        [],
+        "images to caption: files, folders, globs, a .txt file that lists one image a line, or shards (.tar, "
+        ".parquet)",
     )
     recursive: bool = _input(False, "look into the folders inside a folder too")
     limit: int | None = _input(None, "caption the first N of the images that are left, to try")
@@ -115,6 +117,14 @@ class CaptionOptions:
     save_captions: bool = _output(False, "write every caption to a file beside its image")
     caption_extension: str = _output(".txt", "extension of those files")
     output: Path | None = _output(None, "write all captions to this .jsonl, metadata.jsonl or .csv file")
+    output_shards: str | None = _output(
+        None, "folder, or URL of one, for the captioned copies of shards that --images names", metavar="PATH"
+    )
+    output_format: str | None = _output(
+        None,
+        "write them as tars, or as rows without images (default: as they are)",
+        choices=("webdataset", "parquet", "jsonl"),
+    )
     existing: str = _output(
         "keep",
         "what becomes of captions that are there: kept, or what is new replaces, follows or precedes them",
@@ -149,7 +159,7 @@ class CaptionOptions:
         problems = [] if self.images else ["--images is required"]
         problems += ["--images is empty; is a variable not set?"] if "" in self.images else []
         # Images and what is written beside them may have any name.
-        problems += find_not_utf8(self, "images", "output", "visualize", "metadata")
+        problems += find_not_utf8(self, "images", "output", "output_shards", "visualize", "metadata")
         problems += find_above(self, LARGEST_SEED, "seed")
         problems += find_below(
             self, 1, "limit", "beams", "max_token_length", "batch_size", "max_pixels", "concurrency"
@@ -171,11 +181,25 @@ class CaptionOptions:
             problems.append(f"--output {self.output} must end in .jsonl or .csv")
         if self.overwrite and self.existing not in ("keep", "overwrite"):
             problems.append(f"--overwrite and --existing {self.existing} say two things: give one")
-        if self.existing in ("append", "prepend") and not (self.save_captions or self.output):
+        if self.existing in ("append", "prepend") and not (
+            self.save_captions or self.output or self.output_shards
+        ):
             problems.append(f"--existing {self.existing} adds to files: give --save_captions or --output")
         if self.separator is not None and self.existing not in ("append", "prepend"):
             problems.append("--separator only has a meaning with --existing append or prepend")
-        return problems + self._check_prompts() + self._check_endpoint()
+        return problems + self._check_prompts() + self._check_endpoint() + self._check_shards()
+
+    def _check_shards(self) -> list[str]:
+        if self.output_shards is None:
+            return ["--output_format is of shards: give --output_shards too"] if self.output_format else []
+        if not self.output_shards:
+            return ["--output_shards is empty; is a variable not set?"]
+        others = ("save_captions", "output", "visualize", "metadata", "prompts", "endpoint", "recursive")
+        return [
+            f"--{name} does not go with --output_shards, which writes shards"
+            for name in others
+            if getattr(self, name)
+        ]
 
     def _check_prompts(self) -> list[str]:
         problems = [
