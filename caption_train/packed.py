@@ -90,7 +90,7 @@ class PackedFile(type(Path())):
         content: the bytes themselves.
     """
 
-    __slots__ = ("_container", "_content", "_offset", "_size")
+    __slots__ = ("_container", "_content", "_folder", "_offset", "_size")
 
     def __new__(
         cls,
@@ -103,7 +103,7 @@ class PackedFile(type(Path())):
     ) -> PackedFile:
         if sys.version_info >= (3, 12):
             return super().__new__(cls)
-        return super().__new__(cls, folder, _tame(name))._set(container, offset, size, content)
+        return super().__new__(cls, folder, _tame(name))._set(folder, container, offset, size, content)
 
     if sys.version_info >= (3, 12):
 
@@ -117,7 +117,7 @@ class PackedFile(type(Path())):
             content: bytes | None = None,
         ) -> None:
             super().__init__(folder, _tame(name))
-            self._set(container, offset, size, content)
+            self._set(folder, container, offset, size, content)
 
         def with_segments(self, *segments: Any) -> Path:
             """Return a plain path: what is made from this one is no file in the container."""
@@ -129,16 +129,22 @@ class PackedFile(type(Path())):
         def _from_parsed_parts(cls, drive: str, root: str, parts: list[str]) -> Path:
             return type(Path())._from_parsed_parts(drive, root, parts)
 
-    def _set(self, container: Container | None, offset: int, size: int, content: bytes | None) -> PackedFile:
-        self._container, self._offset, self._content = container, offset, content
+    def _set(
+        self, folder: Path | str, container: Container | None, offset: int, size: int, content: bytes | None
+    ) -> PackedFile:
+        self._folder, self._container, self._offset, self._content = folder, container, offset, content
         self._size = size if content is None else len(content)
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PackedFile, (
-            *(str(self.parent), self.name),
-            *(self._container, self._offset, self._size, self._content),
-        )
+        name = str(self.relative_to(self._folder))
+        return PackedFile, (self._folder, name, self._container, self._offset, self._size, self._content)
+
+    @property
+    def unpacked(self) -> str:
+        """The path that the file would have in a folder of the container's name: `shards/00000/a.jpg`."""
+        folder = str(Path(self._folder))
+        return os.path.splitext(folder)[0] + str(self)[len(folder) :]  # noqa: PTH122 - for a million pairs
 
     def stat(self, *, follow_symlinks: bool = True) -> Any:
         """Return size and times; of a file whose bytes are in memory, all times are 0."""

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+from typing import IO
 
 from caption_train.errors import CaptionTrainError
 from caption_train.shards.places import Shard, explain_remote, open_filesystem
@@ -73,17 +74,35 @@ def fetch(shard: Shard, folder: Path) -> Path:
     """
     copy = folder / f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}{shard.kind}"
     try:
-        system, path, _ = open_filesystem(shard.place, "--images")
-        with copy.open("wb") as file, system.open(path, "rb") as remote:
-            while piece := remote.read(_PIECE):
-                file.write(piece)
-    except BaseException as error:
+        with copy.open("wb") as file:
+            read_remote(shard, file, "--images")
+    except BaseException:
         copy.unlink(missing_ok=True)
-        # fsspec's plugins raise errors of many types.
-        if isinstance(error, Exception) and not isinstance(error, CaptionTrainError):
-            raise ShardError(f"{escape_unprintable(shard.place)}: {explain_remote(error)}") from error
         raise
     return copy
+
+
+def read_remote(shard: Shard, file: IO[bytes], flag: str) -> None:
+    """Write the bytes of a remote shard to a file.
+
+    Args:
+        shard: the shard.
+        file: where to write.
+        flag: that names the shard, for messages.
+
+    Raises:
+        ShardError: it cannot be fetched.
+    """
+    try:
+        system, path, _ = open_filesystem(shard.place, flag)
+        with system.open(path, "rb") as remote:
+            while piece := remote.read(_PIECE):
+                file.write(piece)
+    except CaptionTrainError:
+        raise
+    # fsspec's plugins raise errors of many types.
+    except Exception as error:
+        raise ShardError(f"{escape_unprintable(shard.place)}: {explain_remote(error)}") from error
 
 
 def _clear_copies(folder: Path) -> None:

@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import IO, Any
 
+from caption_train.data.formats import IMAGE_SUFFIXES
 from caption_train.errors import CaptionTrainError
 from caption_train.packed import PackedFile, open_regular
 from caption_train.shards.records import Merged, NewCaption, Record, ShardReader
@@ -62,9 +63,9 @@ def write_samples(file: IO[bytes], records: Iterator[Record], extension: str = "
                     content = image.read()
             except (OSError, ValueError):
                 continue
-            suffix = record.image.suffix.lower() or next(
-                (suffix for magic, suffix in _MAGIC.items() if content.startswith(magic)), ".png"
-            )
+            suffix = record.image.suffix.lower()
+            if suffix not in IMAGE_SUFFIXES:
+                suffix = next((s for magic, s in _MAGIC.items() if content.startswith(magic)), ".png")
             _add(tar, record.key + suffix, content)
             if record.caption is not None:
                 _add(tar, f"{record.key}.{extension.lstrip('.')}", f"{record.caption}\n".encode())

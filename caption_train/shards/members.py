@@ -108,8 +108,10 @@ class _SlowHeaders:
         if not block or not block.strip(b"\0"):
             if len(block) == BLOCK:
                 return None
-            raise DamagedTar(f"ends without the mark of its end, after {total:,} bytes: it may be cut off")
-        if len(block) == BLOCK and chr(block[156]) in "LKxgX" and _read_size(block) > _MOST_EXTENSION_BYTES:
+            raise DamagedTar(f"ends without the mark of its end: perhaps it is cut off after {total:,} bytes")
+        if len(block) < BLOCK:
+            raise DamagedTar(f"cut off after {total:,} bytes")
+        if chr(block[156]) in "LKxgX" and _read_size(block) > _MOST_EXTENSION_BYTES:
             raise DamagedTar(f"damaged at byte {offset:,}: a header of {_read_size(block):,} bytes")
         self._file.seek(offset)
         self._tar.fileobj = self._file

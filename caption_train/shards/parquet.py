@@ -38,6 +38,7 @@ class ParquetReader(ShardReader):
     Attributes:
         image_column: the column of images.
         caption_column: that of captions; None if there is none.
+        holds_bytes: whether images are in the file, and not only their paths.
     """
 
     def __init__(self, path: Path, name: str | None = None, caption_extensions: Sequence[str] = ()) -> None:
@@ -52,6 +53,7 @@ class ParquetReader(ShardReader):
                 f"{', '.join(map(escape_unprintable, schema.names[:12])) or 'none'}"
             )
         self.image_column = found
+        self.holds_bytes = "binary" in str(schema.field(found).type)
         self.caption_column = _find_text_column(schema, self.extensions)
 
     @property
