@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 BYTES_COLUMNS = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "content")
 _ROWS_AT_ONCE = 64
 _ROWS_WRITTEN_AT_ONCE = 256
-_BUFFER = 1 << 20
-"""Parquet pages are read in pieces of this size, instead of a whole column of a row group at once."""
 
 
 class ParquetReader(ShardReader):
@@ -172,7 +170,8 @@ class ParquetReader(ShardReader):
             ) from error
         if not self.path.is_file():
             raise ShardError(f"{escape_unprintable(self.name)}: not a regular file")
-        return parquet.ParquetFile(self.path, buffer_size=_BUFFER, pre_buffer=False)
+        # Mapped: a page of images, which may be as large as a row group, need not be copied.
+        return parquet.ParquetFile(self.path, memory_map=True, pre_buffer=False)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 import posixpath
 import re
@@ -79,25 +80,21 @@ def expand_braces(pattern: str) -> list[str]:
     Raises:
         UsageError: it stands for more than a million names.
     """
-    done, left = [], [pattern]
-    while left:
-        text = left.pop()
-        match = next((m for m in _BRACES.finditer(text) if _list_choices(m[1]) is not None), None)
-        if match is None:
-            done.append(text)
-            continue
-        choices = _list_choices(match[1]) or []
-        if len(done) + len(left) + len(choices) > MOST_EXPANDED:
+    parts, end, count = [], 0, 1
+    for match in _BRACES.finditer(pattern):
+        choices = _list_choices(match[1])
+        if choices is not None:
+            parts += [[pattern[end : match.start()]], choices]
+            end, count = match.end(), count * len(choices)
+        if count > MOST_EXPANDED:
             raise UsageError(f"{escape_unprintable(pattern)}: stands for more than {MOST_EXPANDED:,} names")
-        left += [text[: match.start()] + choice + text[match.end() :] for choice in reversed(choices)]
-    return done
+    return ["".join(chosen) for chosen in itertools.product(*parts, [pattern[end:]])]
 
 
 def _list_choices(inside: str) -> list[str] | None:
     if numbers := _RANGE.fullmatch(inside):
         first, last = int(numbers[1]), int(numbers[2])
-        if last - first >= MOST_EXPANDED:
-            raise UsageError(f"{{{inside}}}: stands for more than {MOST_EXPANDED:,} names")
+        last = min(last, first + MOST_EXPANDED)  # One more than are allowed.
         width = max(len(numbers[1]), len(numbers[2])) if numbers[1].startswith("0") else 0
         return [f"{number:0{width}}" for number in range(first, last + 1)]
     return inside.split(",") if "," in inside else None

@@ -57,6 +57,7 @@ def caption_stream(
         else:
             return
         # Outside of the except block, where the traceback would keep the batch's tensors alive.
+        run.graphs and run.graphs.free()
         free_memory(run.model.device)
         print(line, file=sys.stderr)
 
