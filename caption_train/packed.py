@@ -137,14 +137,32 @@ class PackedFile(type(Path())):
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        name = str(self.relative_to(self._folder))
-        return PackedFile, (self._folder, name, self._container, self._offset, self._size, self._content)
+        return PackedFile, (
+            self._folder,
+            self.inner,
+            self._container,
+            self._offset,
+            self._size,
+            self._content,
+        )
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Where its bytes are in the container: offset and size."""
+        return self._offset, self._size
+
+    @property
+    def inner(self) -> str:
+        """Its path in the container."""
+        shown, folder = str(self), str(self._folder)
+        if not shown.startswith(f"{folder}/"):
+            folder = str(Path(folder))  # Such as s3://, of which a path keeps one slash.
+        return shown[len(folder) + 1 :]
 
     @property
     def unpacked(self) -> str:
         """The path that the file would have in a folder of the container's name: `shards/00000/a.jpg`."""
-        folder = str(Path(self._folder))
-        return os.path.splitext(folder)[0] + str(self)[len(folder) :]  # noqa: PTH122 - for a million pairs
+        return f"{os.path.splitext(self._folder)[0]}{os.sep}{self.inner}"  # noqa: PTH122 - of a million pairs
 
     def stat(self, *, follow_symlinks: bool = True) -> Any:
         """Return size and times; of a file whose bytes are in memory, all times are 0."""

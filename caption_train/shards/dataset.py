@@ -34,6 +34,7 @@ from caption_train.shards.places import (
 )
 from caption_train.shards.records import Record, ShardError, ShardReader
 from caption_train.shards.store import keep_copy, keep_remote
+from caption_train.shards.tables import KeptTable, Table
 from caption_train.shards.tar import TarReader, find_caption
 from caption_train.system.console import escape_unprintable, print_line, summarize
 
@@ -129,33 +130,54 @@ def inspect_shards(
 
 def _read_shard(shard: Shard, extensions: Sequence[str]) -> tuple[list[Pair], list[str]]:
     """Return the pairs of one shard, in the order in which a folder of its files would be read."""
-    problems: list[str] = []
-    found: dict[str, Pair] = {}
     try:
         reader = _open(shard, extensions)
-        for record in reader.records():
-            if record.problem or record.bad_caption:
-                problems.append(record.problem or record.bad_caption or "")
-                continue
-            try:
-                caption = record.caption or find_caption(record.load_fields())
-            except ValueError as error:
-                problems.append(f"{reader.name_member(record.key)}: {error}")
-                continue
-            if not caption:
-                continue
-            name = str(record.image)
-            if name in found:
-                problems.append(f"{escape_unprintable(name)}: is there twice")
-            elif record.image.stat().st_size == 0:
-                problems.append(f"{escape_unprintable(name)}: empty (0 bytes)")
+        if not isinstance(reader, TarReader):
+            pairs, table = _collect(shard, reader)
+        else:
+            kept = KeptTable(reader.container, [reader.name, *reader.extensions])
+            table = kept.read()
+            if table is None:
+                pairs, table = _collect(shard, reader)
+                table.rows = [(p.image.inner, *p.image.span, p.caption, p.source) for p in pairs]
+                kept.write(table)
             else:
-                found[name] = Pair(record.image, caption, f"{shard.name}/{record.key}")
+                name, container = reader.name, reader.container
+                pairs = [
+                    Pair(PackedFile(name, inner, container, offset, size), caption, source)
+                    for inner, offset, size, caption, source in table.rows
+                ]
     except (ShardError, OSError) as error:
         return [], [str(error)]
-    problems += reader.notes.problems
-    print_line(*reader.notes.lines(shard.place))
-    return [found[name] for name in sorted(found, key=natural_key)], problems
+    print_line(*table.notes)
+    return pairs, table.problems
+
+
+def _collect(shard: Shard, reader: ShardReader) -> tuple[list[Pair], Table]:
+    """Read a shard to its end; return its pairs, and what else was found."""
+    table = Table()
+    found: dict[str, Pair] = {}
+    for record in reader.records():
+        if record.problem or record.bad_caption:
+            table.problems.append(record.problem or record.bad_caption or "")
+            continue
+        try:
+            caption = record.caption or find_caption(record.load_fields())
+        except ValueError as error:
+            table.problems.append(f"{reader.name_member(record.key)}: {error}")
+            continue
+        if not caption:
+            continue
+        name = str(record.image)
+        if name in found:
+            table.problems.append(f"{escape_unprintable(name)}: is there twice")
+        elif isinstance(record.image, PackedFile) and not record.image.span[1]:
+            table.problems.append(f"{escape_unprintable(name)}: empty (0 bytes)")
+        else:
+            found[name] = Pair(record.image, caption, f"{shard.name}/{record.key}")
+    table.problems += reader.notes.problems
+    table.notes = reader.notes.lines(shard.place)
+    return [found[name] for name in sorted(found, key=natural_key)], table
 
 
 def _open(shard: Shard, extensions: Sequence[str]) -> ShardReader:

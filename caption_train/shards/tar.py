@@ -55,14 +55,14 @@ def find_key(name: str) -> tuple[str, str]:
 
 
 class TarReader(ShardReader):
-    """Reads a WebDataset tar; see ShardReader."""
+    """Reads a WebDataset tar; see ShardReader. container: the file as it was when it was opened."""
 
     def __init__(self, path: Path, name: str | None = None, caption_extensions: Sequence[str] = ()) -> None:
         super().__init__(path, name, [with_dot(e) for e in caption_extensions or CAPTION_SUFFIXES])
         self._count = 0
         self._keys: set[str] = set()
         try:
-            self._container = Container.of(path)
+            self.container = Container.of(path)
         except OSError as error:
             raise ShardError(f"{escape_unprintable(self.name)}: {error.strerror or error}") from error
 
@@ -80,7 +80,7 @@ class TarReader(ShardReader):
         self._count, self._keys, self.notes = 0, set(), type(self.notes)()
         try:
             with self.path.open("rb") as file:
-                if Container.of(self.path, file.fileno()) != self._container:
+                if Container.of(self.path, file.fileno()) != self.container:
                     raise ShardError(f"{escape_unprintable(self.name)}: has changed since this run began")
                 members: list[Member] = []
                 key = ""
@@ -145,7 +145,7 @@ class TarReader(ShardReader):
         by_name: Mapping[str, Member],
         key: str,
     ) -> None:
-        place = PackedFile(self.name, image.name, self._container, image.data, image.size)
+        place = PackedFile(self.name, image.name, self.container, image.data, image.size)
         record = Record(self._count, stem, place)
         self._count += 1
         record.load_fields = lambda: _read_fields(

@@ -12,6 +12,7 @@ from caption_train.data.images import open_image
 from caption_train.data.split import fingerprint, split_by_content
 from caption_train.errors import UsageError
 from caption_train.shards.dataset import inspect_any_dataset, inspect_shards, is_in_shards
+from caption_train.shards.tar import TarReader
 from caption_train.system.files import cache_folder, hash_file
 from tests.fixtures.shards import make_image, read_tar, write_parquet, write_tar
 
@@ -60,6 +61,27 @@ def test_the_index_of_images_knows_those_in_tars(shards, monkeypatch):
     monkeypatch.setattr("caption_train.data.image_index.inspect_image", lambda image: 1 / 0)
     assert inspect_images(images, show_progress=False) == first
     assert first[0][0] == hash_file(shards / "files/9/0.png")
+
+
+def test_a_tar_is_walked_once_for_all_runs(shards, monkeypatch):
+    first = inspect_any_dataset(shards / "tars")
+    walks = []
+    records = TarReader.records
+    monkeypatch.setattr(TarReader, "records", lambda self: walks.append(self.name) or records(self))
+    inspect_any_dataset(shards / "tars")
+    assert len(walks) == 2  # They have changed within two seconds, and could change again unseen.
+    monkeypatch.setattr("caption_train.shards.tables._RACY_NS", -(1 << 62))
+    for _ in range(3):
+        assert inspect_any_dataset(shards / "tars") == first
+    assert len(walks) == 4
+    tables = list((cache_folder("shards") / "tables").iterdir())
+    for table in tables:
+        table.write_bytes(table.read_bytes()[:-10] + b"0123456789")
+    again = inspect_any_dataset(shards / "tars")
+    assert again == first and len(walks) == 6
+    assert describe(again[0]) == describe(first[0])
+    write_tar(shards / "tars/9.tar", [("a.png", make_image(1)), ("a.txt", "a")])
+    assert [pair.caption for pair in inspect_any_dataset(shards / "tars/9.tar")[0]] == ["a"]
 
 
 def test_a_tar_that_changes_during_a_run_is_an_unreadable_image(shards):

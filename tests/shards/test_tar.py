@@ -115,7 +115,7 @@ def test_a_key_that_is_there_twice_is_told_and_both_are_captioned(tmp_path):
 def test_absurd_sizes_are_refused_without_reading_them(tmp_path):
     path = write_tar(tmp_path / "a.tar", [("a.png", b"x" * 100), ("a.txt", b"y")])
     records, _ = read(path)
-    huge = PackedFile(path, "a.png", records[0].image._container, 512, 1 << 31)
+    huge = PackedFile(path, "a.png", TarReader(path).container, 512, 1 << 31)
     with pytest.raises(ValueError, match="2,147 MB, more than any image has"):
         huge.read_bytes()
     data = bytearray(path.read_bytes())
