@@ -132,6 +132,7 @@ class ShardJob:
     def _generate(self, asked: Iterator[Asked]) -> Iterator[CaptionResult | Unreadable]:
         """Load the model and caption with it."""
         from caption_train.captioning.generate import CaptionRun, find_dtype, load_captioner, make_generation
+        from caption_train.captioning.graphs import DecodeGraphs
         from caption_train.captioning.shards.stream import caption_stream
         from caption_train.system.devices import choose_device
 
@@ -139,6 +140,8 @@ class ShardJob:
         device = choose_device(
             options.device, local_rank=self.processes.local_rank, processes=self.processes.count
         )
+        if options.cuda_graphs and device.type != "cuda":
+            raise UsageError(f"--cuda_graphs: needs an NVIDIA GPU, and this runs on {device}: leave it out")
         if main:
             adapter = f" and {options.peft_model}" if options.peft_model else ""
             precision = str(find_dtype(options, device)).removeprefix("torch.")
@@ -151,7 +154,9 @@ class ShardJob:
             print_line(*self.plan.base.changes, *self.family.describe_inputs(processor))
         generation = make_generation(options, self.plan.base.prompt)
         run = CaptionRun(
-            *(self.family, model, processor, generation, options.num_workers, options.worker_timeout), None
+            *(self.family, model, processor, generation, options.num_workers, options.worker_timeout),
+            keeping=None,
+            graphs=DecodeGraphs(model) if options.cuda_graphs else None,
         )
         return caption_stream(run, asked, options.batch_size)
 

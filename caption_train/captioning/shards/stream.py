@@ -57,7 +57,8 @@ def caption_stream(
         else:
             return
         # Outside of the except block, where the traceback would keep the batch's tensors alive.
-        run.graphs and run.graphs.free()
+        if run.graphs:
+            run.graphs.free()
         free_memory(run.model.device)
         print(line, file=sys.stderr)
 
