@@ -54,10 +54,10 @@ def walk_tar(file: IO[bytes]) -> Iterator[Member]:
     Raises:
         DamagedTar: it is cut or damaged; the members before that were yielded.
     """
-    descriptor, total, offset = file.fileno(), os.fstat(file.fileno()).st_size, 0
+    total, offset = os.fstat(file.fileno()).st_size, 0
     slow = _SlowHeaders(file)
     while True:
-        block = os.pread(descriptor, BLOCK, offset)
+        block = read_at(file, offset, BLOCK)
         plain = _parse_plain(block)
         if plain:
             name, size = plain
@@ -66,7 +66,7 @@ def walk_tar(file: IO[bytes]) -> Iterator[Member]:
         elif (info := slow.read(offset, block, total)) is not None:
             name, size, data, is_file, end = info.name, info.size, info.offset_data, info.isreg(), slow.end
             is_file = is_file and not info.issparse()
-            block = os.pread(descriptor, BLOCK, data - BLOCK)
+            block = read_at(file, data - BLOCK, BLOCK)
         else:
             return
         if data + size > total or end < data:
@@ -74,6 +74,12 @@ def walk_tar(file: IO[bytes]) -> Iterator[Member]:
         # Only the padding of the last member may be missing.
         yield Member(name, offset, min(end, total), data, size, is_file, block)
         offset = end
+
+
+def read_at(file: IO[bytes], offset: int, size: int) -> bytes:
+    """Return bytes of a file, as os.pread does where the system has it."""
+    file.seek(offset)
+    return file.read(size)
 
 
 def _parse_plain(block: bytes) -> tuple[str, int] | None:

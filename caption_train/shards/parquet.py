@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from caption_train.data.caption_sources import IMAGE_COLUMNS
-from caption_train.data.formats import MAX_CAPTION_BYTES, TEXT_COLUMNS
+from caption_train.data.formats import CAPTION_SUFFIXES, MAX_CAPTION_BYTES, TEXT_COLUMNS
 from caption_train.data.text import join_lines, refuse_odd_characters
 from caption_train.errors import CaptionTrainError, is_out_of_memory
 from caption_train.packed import PackedFile
@@ -41,7 +41,8 @@ class ParquetReader(ShardReader):
 
     def __init__(self, path: Path, name: str | None = None, caption_extensions: Sequence[str] = ()) -> None:
         columns = [extension.strip(".") for extension in caption_extensions]
-        super().__init__(path, name, [c for c in columns if c != "txt"] + list(TEXT_COLUMNS))
+        columns = [column for column in columns if f".{column}" not in CAPTION_SUFFIXES]
+        super().__init__(path, name, columns or TEXT_COLUMNS)
         with self._explained(), self._open() as file:
             schema = file.schema_arrow
         found = find_image_column(schema)
@@ -78,7 +79,7 @@ class ParquetReader(ShardReader):
 
         merged, number = Merged(captions), 0
         with self._explained(), self._open() as file:
-            column = self.caption_column or "text"
+            column = self.caption_column or self.extensions[0]
             schema = self._make_schema(file.schema_arrow, column)
             place = schema.get_field_index(column)
             with parquet.ParquetWriter(target, schema, compression=_find_codecs(file)) as writer:

@@ -163,9 +163,10 @@ def _list_local(pattern: str, flag: str) -> Iterator[Shard]:
     for name in names:
         try:
             status = Path(name).stat()
-        except OSError as error:
-            raise UsageError(f"{flag} {escape_unprintable(name)}: {error.strerror}") from error
-        yield Shard(name, f"{status.st_size} {status.st_mtime_ns}")
+        except OSError:
+            yield Shard(name)  # Whoever opens it says what is wrong.
+        else:
+            yield Shard(name, f"{status.st_size} {status.st_mtime_ns}")
 
 
 def _list_remote(pattern: str, flag: str) -> Iterator[Shard]:

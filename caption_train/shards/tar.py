@@ -5,7 +5,6 @@ https://github.com/webdataset/webdataset#the-webdataset-format
 
 from __future__ import annotations
 
-import os
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,8 +21,8 @@ from caption_train.data.formats import (
     with_dot,
 )
 from caption_train.data.text import decode_caption, join_lines, refuse_odd_characters
-from caption_train.packed import Container, PackedFile
-from caption_train.shards.members import BLOCK, DamagedTar, Member, walk_tar
+from caption_train.packed import Container, PackedFile, open_regular
+from caption_train.shards.members import BLOCK, DamagedTar, Member, read_at, walk_tar
 from caption_train.shards.records import Merged, NewCaption, Record, ShardError, ShardReader
 from caption_train.system.console import escape_unprintable
 from caption_train.system.files import parse_json
@@ -64,7 +63,7 @@ class TarReader(ShardReader):
         try:
             self.container = Container.of(path)
         except OSError as error:
-            raise ShardError(f"{escape_unprintable(self.name)}: {error.strerror or error}") from error
+            raise self._explain(error) from error
 
     def records(self) -> Iterator[Record]:
         """Yield the images of the tar."""
@@ -78,26 +77,37 @@ class TarReader(ShardReader):
             ShardError: the file cannot be read, or has changed since it was opened.
         """
         self._count, self._keys, self.notes = 0, set(), type(self.notes)()
+        members: list[Member] = []
+        key = ""
+        with self._open() as file:
+            try:
+                for member in walk_tar(file):
+                    own = find_key(member.name)[0] if member.is_file else ""
+                    if members and (own != key or not own):
+                        yield self._make_sample(file, key, members)
+                        members = []
+                    key = own
+                    members.append(member)
+            except DamagedTar as error:
+                self.notes.problems.append(f"{escape_unprintable(self.name)}: {error}")
+            except OSError as error:
+                raise self._explain(error) from error
+            if members:
+                yield self._make_sample(file, key, members)
+
+    def _open(self) -> IO[bytes]:
         try:
-            with self.path.open("rb") as file:
-                if Container.of(self.path, file.fileno()) != self.container:
-                    raise ShardError(f"{escape_unprintable(self.name)}: has changed since this run began")
-                members: list[Member] = []
-                key = ""
-                try:
-                    for member in walk_tar(file):
-                        own = find_key(member.name)[0] if member.is_file else ""
-                        if members and (own != key or not own):
-                            yield self._make_sample(file, key, members)
-                            members = []
-                        key = own
-                        members.append(member)
-                except DamagedTar as error:
-                    self.notes.problems.append(f"{escape_unprintable(self.name)}: {error}")
-                if members:
-                    yield self._make_sample(file, key, members)
-        except OSError as error:
-            raise ShardError(f"{escape_unprintable(self.name)}: {error.strerror or error}") from error
+            file = open_regular(self.path)
+        except (OSError, ValueError) as error:
+            raise self._explain(error) from error
+        if Container.of(self.path, file.fileno()) != self.container:
+            file.close()
+            raise ShardError(f"{escape_unprintable(self.name)}: has changed since this run began")
+        return file
+
+    def _explain(self, error: Exception) -> ShardError:
+        reason = getattr(error, "strerror", None) or error
+        return ShardError(f"{escape_unprintable(self.name)}: {reason}")
 
     def _make_sample(self, file: IO[bytes], key: str, members: list[Member]) -> Sample:
         sample = Sample(members)
@@ -164,14 +174,14 @@ class TarReader(ShardReader):
         try:
             if member.size > MAX_CAPTION_BYTES:
                 raise ValueError(f"{member.size / 1e6:,.1f} MB, longer than any caption (limit 1 MB)")
-            record.caption = decode_caption(_pread(file, member)) or None
+            record.caption = decode_caption(_read(file, member)) or None
         except ValueError as error:
             record.bad_caption = f"{self.name_member(member.name)}: {error}"
 
     def write(self, target: IO[bytes], captions: Iterator[NewCaption], extension: str) -> None:
         """Write the tar with new captions: what is no new caption stays, byte for byte."""
         merged = Merged(captions)
-        with self.path.open("rb") as source:
+        with self._open() as source:
             for sample in self.samples():
                 new = {record.index: merged.take(record.index) for record in sample.records}
                 texts = {index: c.text for index, c in new.items() if c is not None and c.text is not None}
@@ -196,7 +206,7 @@ def _read_fields(file: IO[bytes], member: Member | None) -> Mapping[str, Any]:
     if member is None or member.size > _MOST_JSON_BYTES or file.closed:
         return {}
     try:
-        fields = parse_json(_pread(file, member))
+        fields = parse_json(_read(file, member))
     except ValueError:
         return {}
     return fields if isinstance(fields, dict) else {}
@@ -213,8 +223,8 @@ def find_caption(fields: Mapping[str, Any]) -> str | None:
     return join_lines(text) or None
 
 
-def _pread(file: IO[bytes], member: Member) -> bytes:
-    return os.pread(file.fileno(), member.size, member.data)
+def _read(file: IO[bytes], member: Member) -> bytes:
+    return read_at(file, member.data, member.size)
 
 
 def _copy(source: IO[bytes], copy: IO[bytes], member: Member) -> None:

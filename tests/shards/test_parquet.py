@@ -51,6 +51,11 @@ def test_columns_are_found_by_kind_then_by_name(tmp_path):
     assert records[0].caption == "c" and records[0].load_fields()["text_id"] == "7"
     records, reader = read(write_parquet(tmp_path / "a.parquet", rows), ["text_id", ".txt"])
     assert reader.caption_column == "text_id"
+    _, reader = read(write_parquet(tmp_path / "a.parquet", rows), ["mine"])
+    with (tmp_path / "b.parquet").open("wb") as file:
+        reader.write(file, iter([NewCaption(0, "new")]), "mine")
+    written = parquet.read_table(tmp_path / "b.parquet").to_pylist()[0]
+    assert (written["mine"], written["Caption"]) == ("new", "c")
     with pytest.raises(ShardError, match=r"a.parquet: no column of images; there are id, name"):
         read(write_parquet(tmp_path / "a.parquet", [{"id": 1, "name": "x"}]))
 

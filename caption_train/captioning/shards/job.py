@@ -99,7 +99,8 @@ class ShardJob:
         self.work.close()
         summaries, counts = self.processes.gather(self.summary), self.processes.gather(self.work.counts)
         total, found = sum(summaries, CaptioningSummary()), sum(counts, Counts())
-        total.kept, total.unreadable = found.kept, found.problems
+        total.kept = found.kept
+        total.unreadable += found.problems
         if self.processes.is_main:
             print_line(*total.lines("image"), *self._describe_shards(found))
             if is_quiet():
