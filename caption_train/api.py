@@ -149,6 +149,7 @@ def caption(
 WRITING_FLAGS = {
     *("images", "recursive", "save_captions", "caption_extension", "output", "overwrite", "visualize"),
     *("existing", "separator", "limit", "shard", "metadata", "prompts", "prompt_template"),
+    *("output_shards", "output_format", "engine", "actors", "gpus_per_actor"),
     *("endpoint", "model", "concurrency", "timeout", "retries"),
 }
 """Flags of the inference scripts that `caption` has no use for."""
@@ -218,20 +219,14 @@ def _caption(
 ) -> Iterable[CaptionResult | Unreadable]:
     from PIL import Image
 
-    from caption_train.captioning.generate import caption_images, load_captioner, make_generation
-    from caption_train.system.devices import choose_device
+    from caption_train.captioning.engines.local import LocalEngine
+    from caption_train.captioning.prompts import Task
+    from caption_train.system.processes import Processes
 
-    model, processor = load_captioner(family, base, options, choose_device(options.device))
-    return caption_images(
-        family,
-        model,
-        processor,
-        [image if isinstance(image, Image.Image) else Path(image) for image in images],
-        make_generation(options, base.prompt),
-        batch_size=options.batch_size,
-        num_workers=options.num_workers,
-        worker_timeout=options.worker_timeout,
-    )
+    engine = LocalEngine(family, base, options, Processes())
+    engine.open()
+    images = [image if isinstance(image, Image.Image) else Path(image) for image in images]
+    return engine.caption([Task(image, base.prompt) for image in images])
 
 
 def _make_options(

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import shutil
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -18,22 +19,28 @@ import torch
 from caption_train.adapters.record import read_adapter, read_request, resolve_base
 from caption_train.captioning.generate import caption_images, load_captioner, make_generation
 from caption_train.captioning.inputs import find_inputs
+from caption_train.captioning.job import caption_folder
 from caption_train.cli.arguments import parse_options
 from caption_train.compiling.compile import compile_captions
 from caption_train.config.captioning import CaptionOptions
 from caption_train.config.compiling import CompileOptions
 from caption_train.config.training import TrainOptions
-from caption_train.errors import CaptionTrainError
+from caption_train.data.image_index import inspect_images
+from caption_train.data.images import ImageError
+from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import get_family
 from caption_train.reviewing.history import HISTORY_NAME, History
 from caption_train.reviewing.items import Library
 from caption_train.reviewing.queries import Replacement
 from caption_train.reviewing.review import Review, describe_batch
 from caption_train.reviewing.stores import open_store
+from caption_train.shards.dataset import inspect_shards
 from caption_train.system.files import hash_file
 from caption_train.training.run.data import read_training_data
+from tests.fixtures.fake_family import FakeFamily
 from tests.fixtures.fuzz import SECONDS, Hung, damage, ending_after
 from tests.fixtures.runs import make_options, train, write_pairs
+from tests.fixtures.shards import make_image, write_parquet, write_shard
 
 CASES = int(os.environ.get("FUZZ_CASES", 240))
 SEED = int(os.environ.get("FUZZ_SEED", 0))
@@ -41,7 +48,7 @@ SHARES = {
     **{"base blip": 0.15, "base florence": 0.1, "base moondream": 0.1, "base vlm": 0.1},
     **{"adapter blip": 0.1, "adapter florence": 0.05, "checkpoint": 0.1},
     **{"dataset": 0.1, "kohya": 0.05, "config": 0.1, "list": 0.05, "captions": 0.15},
-    "review": 0.15,
+    **{"review": 0.15, "shards": 0.05},
 }
 """How many of the cases go to each kind of file."""
 CAPTION_FILES = ("llava.json", "coco.json", "messages.jsonl", "table.csv", "table.parquet")
@@ -241,10 +248,34 @@ def open_review(folder: Path) -> Review:
     return Review(library, open_store(library, "auto", ".txt"), History(library.root))
 
 
+def make_shards(folder: Path, base: Path):
+    """A tar and a Parquet file, and an output where both are half captioned."""
+    made = folder / "made"
+    (made / "in").mkdir(parents=True)
+    write_shard(made / "in/a.tar", captions={3: "by hand"})
+    rows = [{"image": {"bytes": make_image(level), "path": "x.png"}, "text": None} for level in range(7)]
+    write_parquet(made / "in/b.parquet", rows)
+
+    def run(copy: Path, **settings) -> None:
+        for name in ("in/a.tar", "in/b.parquet"):
+            options = {"images": [str(copy / name)], "output_shards": str(copy / "out"), **settings}
+            caption_folder(CaptionOptions(num_workers=0, **options), FakeFamily())
+
+    def read(copy: Path) -> None:
+        run(copy)
+        for name in ("in/a.tar", "in/b.parquet"):
+            with suppress(UsageError):
+                for image in inspect_images([pair.image for pair in inspect_shards(copy / name)[0]]):
+                    assert isinstance(image, tuple | ImageError)
+
+    run(made, limit=3)
+    return made, read
+
+
 OTHERS = {
     **{"checkpoint": make_checkpoint, "dataset": make_dataset, "kohya": make_kohya},
     **{"config": make_config, "list": make_list, "captions": make_captions},
-    "review": make_review,
+    **{"review": make_review, "shards": make_shards},
 }
 MAY_LIST = ("dataset", "kohya", "config", "captions")
 """Kinds whose errors list one problem a line."""
@@ -267,6 +298,7 @@ def try_case(kind: str, number: int, sound, tmp_path: Path) -> str | None:
         "dataset": ["metadata.jsonl"],
         "captions": CAPTION_FILES,
         "review": [HISTORY_NAME],
+        "shards": [".a.tar.part", ".b.parquet.part", "a.tar"],
     }
     chosen = [path for path in files if path.name in names.get(kind, ())] if rng.random() < 0.7 else []
     done = damage(rng.choice(chosen or files), rng)

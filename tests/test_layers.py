@@ -15,8 +15,19 @@ from tests.fixtures.paths import REPOSITORY
 PACKAGE = REPOSITORY / "caption_train"
 SCRIPTS = sorted(path.name for path in REPOSITORY.glob("*.py"))
 HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate", "PIL", "numpy", "rich", "tqdm", "yaml"}
-HEAVY |= {"starlette", "uvicorn", "imagehash", "scipy"}
-LIGHT = ("", "version", "cli", "config", "errors", "data.formats", "data.scan", "system", "families.base")
+HEAVY |= {"starlette", "uvicorn", "imagehash", "scipy", "pyarrow", "fsspec"}
+LIGHT = (
+    "",
+    "version",
+    "cli",
+    "config",
+    "errors",
+    "packed",
+    "data.formats",
+    "data.scan",
+    "system",
+    "families.base",
+)
 """What `--help` reads, with the families' own modules; it is imported with the standard library alone."""
 SHARED_BY_FAMILIES = {"families.base", "families.labels", "families.weight_files"}
 MOST_MODULES = 12
@@ -221,8 +232,9 @@ BEHIND_OTHERS = {"scipy", "PyWavelets"}
 """What imagehash needs: its hashes depend on them."""
 BROUGHT_ALONG = {"huggingface_hub", "packaging"}
 """By transformers, which pins what it can work with."""
-ON_REQUEST = {"pillow_heif", "deepspeed", "pyarrow"}
-"""Built from source when it is installed, for those who launch with it; for those who have parquet files."""
+ON_REQUEST = {"pillow_heif", "deepspeed", "pyarrow", "ray"}
+"""Built from source when it is installed, for those who launch with it; for those who have parquet files; for
+those who have a cluster."""
 
 
 def read_pins() -> dict[str, str]:

@@ -28,8 +28,8 @@ def work(spec: dict[str, Any]) -> None:
 def make_ours(spec: dict[str, Any], device: Any, dtype: Any) -> Callable[[Sequence[Path]], list[list[int]]]:
     """Return captioning as the scripts do it, with their defaults, and --cuda_graphs on a GPU."""
     from caption_train.adapters.record import read_adapter, resolve_base
+    from caption_train.captioning.engines.graphs import DecodeGraphs
     from caption_train.captioning.generate import caption_images, load_captioner, make_generation
-    from caption_train.captioning.graphs import DecodeGraphs
     from caption_train.config.captioning import CaptionOptions
     from caption_train.families import get_family
 

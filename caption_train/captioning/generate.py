@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from caption_train.adapters.quantization import quantization_config
 from caption_train.adapters.record import Base, read_adapter
 from caption_train.captioning.encoding import Encode, ImageFiles
-from caption_train.captioning.graphs import DecodeGraphs
+from caption_train.captioning.engines.graphs import DecodeGraphs
 from caption_train.captioning.plan import CaptionResult, Unreadable
 from caption_train.captioning.sampling import make_sampler
 from caption_train.config.captioning import CaptionOptions
@@ -166,11 +166,14 @@ def caption_images(
             flags that help.
     """
     size = BatchSize(batch_size) if isinstance(batch_size, int) else batch_size
-    run = _Run(family, model, processor, generation, num_workers, worker_timeout, keeping, graphs, size.said)
+    run = CaptionRun(
+        *(family, model, processor, generation, num_workers, worker_timeout, keeping, graphs), size.said
+    )
     done = 0
     while done < len(images):
         try:
-            for result in run.caption(images[done:], prompts and prompts[done:], size.now, done):
+            loader = run.load(images[done:], prompts and prompts[done:], size.now, done)
+            for result in run.caption(loader, size.now):
                 yield result
                 done += 1
         except OutOfMemoryError:
@@ -188,7 +191,7 @@ def caption_images(
 
 
 @dataclass
-class _Run:
+class CaptionRun:
     """What is the same for all batches of `caption_images`, which explains it."""
 
     family: Family
@@ -199,41 +202,57 @@ class _Run:
     worker_timeout: float
     keeping: Keeping | None
     graphs: DecodeGraphs | None
-    said: set[str]
+    said: set[str] = field(default_factory=set)
 
-    def caption(
-        self, images: Sequence[Path | Image.Image], prompts: Sequence[str] | None, batch_size: int, first: int
-    ) -> Iterator[CaptionResult | Unreadable]:
-        with reading(self._load(images, prompts, batch_size, first)) as batches:
+    def caption(self, loader: DataLoader, batch_size: int) -> Iterator[CaptionResult | Unreadable]:
+        """Yield a result for each image of a loader that `load` or `load_batches` made, in order."""
+        with reading(loader) as batches:
             for number, batch in enumerate(batches):
                 # What is wrong with a checkpoint's generation_config.json shows when it first generates.
                 explained = explaining_damage("the model cannot caption: is it damaged?")
                 with nullcontext() if number else explained:
-                    results = self._caption_batch(batch, batch_size)
+                    results = self.caption_batch(batch, batch_size)
                 yield from results
 
-    def _load(
+    def load(
         self, images: Sequence[Path | Image.Image], prompts: Sequence[str] | None, batch_size: int, first: int
     ) -> DataLoader:
+        """Return a loader of these images; `first` is the number of the first one in memory."""
         longest = max(prompts or [self.generation.prompt], key=len)
+        workers = min(self.num_workers, len(images) // batch_size)
+        files = ImageFiles(images, prompts, self.keeping and self.keeping.source, first)
+        return self.load_batches(files, batch_size, workers, longest, batch_size=batch_size)
+
+    def load_batches(
+        self, images: Dataset, most: int, workers: int, longest: str, **batching: Any
+    ) -> DataLoader:
+        """Return a loader.
+
+        Args:
+            images: gives items as ImageFiles does.
+            most: images in a batch.
+            workers: processes that are asked for.
+            longest: the longest prompt.
+            batching: arguments of DataLoader that say what a batch is.
+        """
         workers, line = limit_workers(
-            min(self.num_workers, len(images) // batch_size),
-            lambda: self.family.measure_inputs(self.processor, longest) * batch_size,
+            workers, lambda: self.family.measure_inputs(self.processor, longest) * most
         )
         if line and line not in self.said:
             print(line, file=sys.stderr)
             self.said.add(line)
         return DataLoader(
-            ImageFiles(images, prompts, self.keeping and self.keeping.source, first),
-            batch_size=batch_size,
+            images,
             collate_fn=Encode(self.family, self.processor, self.generation.prompt),
             num_workers=workers,
             timeout=self.worker_timeout if workers else 0,
             worker_init_fn=ignore_in_worker,
             pin_memory=self.model.device.type == "cuda",
+            **batching,
         )
 
-    def _caption_batch(self, batch: dict[str, Any], batch_size: int) -> list[CaptionResult | Unreadable]:
+    def caption_batch(self, batch: dict[str, Any], batch_size: int) -> list[CaptionResult | Unreadable]:
+        """Return a result for each image of what `Encode` made."""
         if batch["error"]:
             raise batch["error"]
         good = [item["path"] for item in batch["items"] if "error" not in item]

@@ -6,12 +6,13 @@ torch is imported only if there is an image to caption.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from caption_train.adapters.record import Base
 from caption_train.captioning.cleaning import clean_caption
+from caption_train.captioning.engines.choose import make_engine
+from caption_train.captioning.engines.engine import Engine
 from caption_train.captioning.inputs import find_inputs
 from caption_train.captioning.outputs import Caption, wrap_caption
 from caption_train.captioning.plan import (
@@ -32,6 +33,7 @@ from caption_train.config.captioning import CaptionOptions
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families.base import Family
 from caption_train.metrics.output_health import find_remarks
+from caption_train.shards.places import names_shards
 from caption_train.system.console import (
     ProgressBar,
     escape_unprintable,
@@ -45,9 +47,6 @@ from caption_train.system.processes import join_processes
 from caption_train.system.signals import Terminated, raising_terminated
 from caption_train.system.workers import explaining_dead_worker
 
-if TYPE_CHECKING:
-    import torch
-
 
 def caption_folder(options: CaptionOptions, family: Family) -> int:
     """Caption the images that `options.images` names, and print a summary.
@@ -60,6 +59,15 @@ def caption_folder(options: CaptionOptions, family: Family) -> int:
         UsageError: the options cannot work; raised before a model is loaded.
         CaptionTrainError: the model cannot be loaded, or a caption cannot be written.
     """
+    if options.output_shards is not None:
+        from caption_train.captioning.shards.job import caption_shards
+
+        return caption_shards(options, family)
+    if names_shards(options.images) and not options.recursive:
+        raise UsageError(
+            f"--images {escape_unprintable(' '.join(options.images)[:200])}: these are shards: say with "
+            "--output_shards FOLDER where their captioned copies go"
+        )
     job = CaptionJob(options, family)
     try:
         with raising_terminated():
@@ -72,6 +80,8 @@ def caption_folder(options: CaptionOptions, family: Family) -> int:
         job.keep_finished()
         raise
     finally:
+        if job.engine:
+            job.engine.close()
         job.outputs.close()
         job.processes.leave()
 
@@ -91,7 +101,7 @@ class CaptionJob:
         self.lines: list[tuple[int, str]] = []
         self.summary = CaptioningSummary(adds=options.existing in ("append", "prepend"))
         self.bar: ProgressBar | None = None
-        self.results: Callable[[Sequence[Task]], Iterator[CaptionResult | Unreadable]] | None = None
+        self.engine: Engine | None = None
         self.given = 0
         """Captions of the chunks so far, of all processes."""
         try:
@@ -187,7 +197,8 @@ class CaptionJob:
 
     def _caption(self, share: Sequence[Task]) -> None:
         count = self.processes.count
-        results = self._ask_endpoint(share) if self.options.endpoint else self._generate(share)
+        self.engine = self.engine or self._open_engine()
+        results = self.engine.caption(share)
         if self.bar is None:
             self.started = time.monotonic()
             self.bar = ProgressBar(0, "captioning", "image", shown=self.processes.is_main)
@@ -205,67 +216,20 @@ class CaptionJob:
                 else:
                     self.lines.append((number * count + self.processes.rank, line))
 
-    def _generate(self, share: Sequence[Task]) -> Iterator[CaptionResult | Unreadable]:
-        """Caption with the model, which the first call loads."""
-        if self.results is None:
-            self.results = self._load_model()
-        return self.results(share)
-
-    def _load_model(self) -> Callable[[Sequence[Task]], Iterator[CaptionResult | Unreadable]]:
-        from caption_train.captioning.generate import (
-            BatchSize,
-            caption_images,
-            find_dtype,
-            load_captioner,
-            make_generation,
-        )
-        from caption_train.captioning.graphs import DecodeGraphs
-        from caption_train.system.devices import choose_device
-
-        main = self.processes.is_main
-        device = choose_device(
-            self.options.device, local_rank=self.processes.local_rank, processes=self.processes.count
-        )
-        if self.options.cuda_graphs and device.type != "cuda":
-            raise UsageError(f"--cuda_graphs: needs an NVIDIA GPU, and this runs on {device}: leave it out")
-        if main:
-            print_line(self._describe(device, find_dtype(self.options, device)))
-        model, processor = load_captioner(self.family, self.base, self.options, device)
-        if main:
-            lines = self.plan.prompts.describe() if self.chunk.is_last else []
-            print_line(*self.base.changes, *lines, *self.family.describe_inputs(processor))
-        # For all chunks: what did not fit once is not tried again, what is recorded is replayed.
-        batch_size = BatchSize(self.options.batch_size)
-        graphs = DecodeGraphs(model) if self.options.cuda_graphs else None
-        return lambda share: caption_images(
-            self.family,
-            model,
-            processor,
-            [task.image for task in share],
-            make_generation(self.options, self.base.prompt),
-            batch_size=batch_size,
-            num_workers=self.options.num_workers,
-            worker_timeout=self.options.worker_timeout,
-            prompts=[task.prompt for task in share],
-            graphs=graphs,
-        )
-
-    def _ask_endpoint(self, share: Sequence[Task]) -> Iterator[CaptionResult | Unreadable]:
-        """Have a server caption."""
-        from caption_train.captioning.endpoint import Endpoint, caption_by_endpoint
-
-        if self.results is None:
-            endpoint = Endpoint.from_options(self.options)
-            if self.processes.is_main:
-                lines = self.plan.prompts.describe() if self.chunk.is_last else []
-                print_line(
-                    f"Captioning {self.chunk.describe()} of {len(self.images):,} images with "
-                    f"{endpoint.model} at {endpoint.url}{self._describe_prompt(always=True)}",
-                    *self.base.changes,
-                    *lines,
-                )
-            self.results = lambda share: caption_by_endpoint(endpoint, self.family, share, self.base)
-        return self.results(share)
+    def _open_engine(self) -> Engine:
+        """Load what captions, with lines on it before and after."""
+        engine = make_engine(self.family, self.base, self.options, self.processes)
+        if self.processes.is_main:
+            always = engine.always_says_prompt
+            print_line(
+                f"Captioning {self.chunk.describe()} of {len(self.images):,} images with "
+                f"{engine.describe()}{self._describe_prompt(always=always)}"
+            )
+        lines = engine.open()
+        if self.processes.is_main:
+            prompts = self.plan.prompts.describe() if self.chunk.is_last else []
+            print_line(*self.base.changes, *prompts, *lines)
+        return engine
 
     def _handle(self, task: Task, result: CaptionResult | Unreadable) -> str:
         """Write and count the result of one image; return it as a line."""
@@ -287,15 +251,6 @@ class CaptionJob:
         self.summary.count(str(result.image), remarks)
         key = f"[{task.key}] " if task.key else ""
         return f"{escape_unprintable(result.image)}: {key}{escape_unprintable(text)}"
-
-    def _describe(self, device: torch.device, dtype: torch.dtype) -> str:
-        adapter = f" and {self.options.peft_model}" if self.options.peft_model else ""
-        quantized = f", the base in {self.options.quantize}" if self.options.quantize else ""
-        precision = str(dtype).removeprefix("torch.") + quantized
-        return (
-            f"Captioning {self.chunk.describe()} of {len(self.images):,} images with "
-            f"{self.base.model_id}{adapter} on {device} in {precision}{self._describe_prompt()}"
-        )
 
     def _describe_prompt(self, *, always: bool = False) -> str:
         options = self.options

@@ -28,7 +28,9 @@ class CaptionOptions:
     """The flags of an inference script."""
 
     images: list[str] = _input(
-        [], "images to caption: files, folders, globs, or a .txt file that lists one image a line"
+        [],
+        "images to caption: files, folders, globs, a .txt file that lists one image a line, or shards (.tar, "
+        ".parquet)",
     )
     recursive: bool = _input(False, "look into the folders inside a folder too")
     limit: int | None = _input(None, "caption the first N of the images that are left, to try")
@@ -121,6 +123,14 @@ class CaptionOptions:
     save_captions: bool = _output(False, "write every caption to a file beside its image")
     caption_extension: str = _output(".txt", "extension of those files")
     output: Path | None = _output(None, "write all captions to this .jsonl, metadata.jsonl or .csv file")
+    output_shards: str | None = _output(
+        None, "folder, or URL of one, for the captioned copies of shards that --images names", metavar="PATH"
+    )
+    output_format: str | None = _output(
+        None,
+        "write them as tars, or as rows without images (default: as they are)",
+        choices=("webdataset", "parquet", "jsonl"),
+    )
     existing: str = _output(
         "keep",
         "what becomes of captions that are there: kept, or what is new replaces, follows or precedes them",
@@ -155,10 +165,10 @@ class CaptionOptions:
         problems = [] if self.images else ["--images is required"]
         problems += ["--images is empty; is a variable not set?"] if "" in self.images else []
         # Images and what is written beside them may have any name.
-        problems += find_not_utf8(self, "images", "output", "visualize", "metadata")
+        problems += find_not_utf8(self, "images", "output", "output_shards", "visualize", "metadata")
         problems += find_above(self, LARGEST_SEED, "seed")
         problems += find_below(
-            self, 1, "limit", "beams", "max_token_length", "batch_size", "max_pixels", "concurrency"
+            self, 1, "limit", "beams", "max_token_length", "batch_size", "max_pixels", "concurrency", "actors"
         )
         problems += find_below(self, 0, "temperature", "seed", "num_workers", "retries", "worker_timeout")
         if not 0 < self.top_p <= 1:
@@ -177,11 +187,21 @@ class CaptionOptions:
             problems.append(f"--output {self.output} must end in .jsonl or .csv")
         if self.overwrite and self.existing not in ("keep", "overwrite"):
             problems.append(f"--overwrite and --existing {self.existing} say two things: give one")
-        if self.existing in ("append", "prepend") and not (self.save_captions or self.output):
+        if self.existing in ("append", "prepend") and not (
+            self.save_captions or self.output or self.output_shards
+        ):
             problems.append(f"--existing {self.existing} adds to files: give --save_captions or --output")
         if self.separator is not None and self.existing not in ("append", "prepend"):
             problems.append("--separator only has a meaning with --existing append or prepend")
-        return problems + self._check_shard() + self._check_prompts() + self._check_endpoint()
+        problems += self._check_shard() + self._check_shards() + self._check_engine()
+        return problems + self._check_prompts() + self._check_endpoint()
+
+    def _check_engine(self) -> list[str]:
+        if self.engine == "ray":
+            others = ("endpoint", "output_shards", "cuda_graphs")
+            return [f"--{name} does not go with --engine ray" for name in others if getattr(self, name)]
+        of_ray = ("actors", "gpus_per_actor")
+        return [f"--{name} is of --engine ray" for name in of_ray if getattr(self, name) is not None]
 
     def _check_shard(self) -> list[str]:
         if self.shard is None:
@@ -192,6 +212,18 @@ class CaptionOptions:
         if self.output and self.existing in ("append", "prepend"):
             return [f"--existing {self.existing} with --shard adds to caption files alone: drop --output"]
         return []
+
+    def _check_shards(self) -> list[str]:
+        if self.output_shards is None:
+            return ["--output_format is of shards: give --output_shards too"] if self.output_format else []
+        if not self.output_shards:
+            return ["--output_shards is empty; is a variable not set?"]
+        others = ("save_captions", "output", "visualize", "metadata", "prompts", "endpoint", "recursive")
+        return [
+            f"--{name} does not go with --output_shards, which writes shards"
+            for name in others
+            if getattr(self, name)
+        ]
 
     def _check_prompts(self) -> list[str]:
         problems = [

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +16,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from caption_train.data.formats import HEIF_SUFFIXES, UNREAD_SUFFIXES, advise_unread
 from caption_train.data.pairs import Pair
 from caption_train.errors import CaptionTrainError
+from caption_train.packed import open_regular
 from caption_train.system.console import ProgressBar, escape_unprintable
-from caption_train.system.files import open_without_blocking
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
 _HEIF = "HEIF"
@@ -73,7 +72,7 @@ def open_measured(path: Path | str, *, at_least: int) -> tuple[Image.Image, tupl
     """
     with _opening(path) as (file, image):
         width, height = image.size
-        size = os.fstat(file.fileno()).st_size
+        size = _size_of(file)
         image.draft(None, (at_least, at_least))
         image.load()
         drawn = image.size
@@ -128,12 +127,8 @@ def read_size(path: Path | str) -> int:
 def _opening(path: Path | str) -> Iterator[tuple[IO[bytes], Image.Image]]:
     """Open an image file and close it again; turn every error into an ImageError."""
     try:
-        # Non-blocking, because opening a named pipe would otherwise wait for a writer for ever.
-        with open(path, "rb", opener=open_without_blocking) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ValueError("not a regular file")
-            if not status.st_size:
+        with open_regular(path) as file:
+            if not _size_of(file):
                 raise ValueError("empty (0 bytes)")
             with Image.open(file, formats=_find_formats(path)) as image:
                 yield file, image
@@ -144,6 +139,14 @@ def _opening(path: Path | str) -> Iterator[tuple[IO[bytes], Image.Image]]:
             suffix = Path(path).suffix
             reason = f"{suffix} files are not read: {advise_unread(suffix)}"
         raise ImageError(f"{escape_unprintable(path)}: {reason}") from error
+
+
+def _size_of(file: IO[bytes]) -> int:
+    """Return how many bytes a file has, and go back to where it was read."""
+    place = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(place)
+    return size
 
 
 def _find_formats(path: Path | str) -> Sequence[str]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from caption_train.data.pairs import Pair
+from caption_train.packed import PackedFile
 from caption_train.system.files import hash_file
 
 
@@ -111,7 +112,9 @@ def name_images(pairs: Sequence[Pair]) -> list[str]:
     >>> name_images([Pair(Path(f"/data/{name}"), "a cat", "") for name in ("in/a.png", "in/b/a.png")])
     ['a.png', 'b/a.png']
     """
-    places = [os.path.split(pair.image) for pair in pairs]
+    # What is inside of a tar has the name that it had in the folder that was packed.
+    images = [pair.image.unpacked if isinstance(pair.image, PackedFile) else pair.image for pair in pairs]
+    places = [os.path.split(image) for image in images]
     # Each folder once: thousands of images lie in the same few.
     folders = dict.fromkeys(folder for folder, _ in places)
     root = os.path.commonpath([Path(folder).absolute() for folder in folders])

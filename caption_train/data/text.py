@@ -32,7 +32,7 @@ def read_caption(path: Path | str, encoding: str = "utf-8") -> str:
             characters or is longer than 1 MB.
     """
     try:
-        return _decode(read_regular_file(path, MAX_CAPTION_BYTES), encoding)
+        return decode_caption(read_regular_file(path, MAX_CAPTION_BYTES), encoding)
     except TooLarge as error:
         size = str(error).partition(",")[0]
         reason = f"{size}, longer than any caption (limit 1 MB)"
@@ -60,7 +60,16 @@ def join_lines(text: str) -> str:
     return " ".join(line for line in (line.strip() for line in text.splitlines()) if line)
 
 
-def _decode(data: bytes, encoding: str) -> str:
+def decode_caption(data: bytes, encoding: str = "utf-8") -> str:
+    """Return the caption that the bytes of a caption file hold, as `read_caption` does.
+
+    Args:
+        data: the bytes.
+        encoding: a codec name of Python.
+
+    Raises:
+        ValueError: they are not text in `encoding`, or hold characters that no caption has.
+    """
     plain = encoding.lower().replace("_", "-") in ("utf-8", "utf8")
     # UTF-16, which Windows editors write, begins with one of these two byte order marks.
     if plain and data[:2] in (b"\xff\xfe", b"\xfe\xff"):

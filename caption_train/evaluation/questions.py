@@ -8,13 +8,13 @@ from pathlib import Path
 
 from caption_train.adapters.record import TRAINING_FILE, find_adapter
 from caption_train.config.evaluation import EvaluateOptions
-from caption_train.data.dataset import read_dataset
 from caption_train.data.formats import CAPTION_SUFFIXES, METADATA_NAME
 from caption_train.data.images import ImageError, check_images
 from caption_train.data.pairs import Pair
-from caption_train.data.scan import scan_folder
+from caption_train.data.scan import Folder, scan_folder
 from caption_train.data.split import fingerprint, rank_images, split_by_content
 from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.shards.dataset import is_in_shards, read_any_dataset
 from caption_train.system.console import escape_unprintable
 from caption_train.system.files import hash_file, read_json_object
 
@@ -73,15 +73,18 @@ def read_questions(options: EvaluateOptions) -> EvaluationSet:
     extensions = (trained.get("options") or {}).get("caption_extension")
     if not _are_texts(extensions):
         extensions = CAPTION_SUFFIXES
-    folder = scan_folder(root, extensions, follow_symlinks=options.follow_symlinks)
-    if not folder.images and not (root / METADATA_NAME).exists():
+    in_shards = is_in_shards(root)
+    folder = (
+        Folder(root) if in_shards else scan_folder(root, extensions, follow_symlinks=options.follow_symlinks)
+    )
+    if not in_shards and not folder.images and not (root / METADATA_NAME).exists():
         raise UsageError(f"--dataset_dir {escape_unprintable(root)}: no images there")
-    if not folder.captions and not (root / METADATA_NAME).exists():
+    if not in_shards and not folder.captions and not (root / METADATA_NAME).exists():
         pairs = [Pair(root / name, "", name) for name in folder.images]
         chosen, split = pairs, "all images, which have no captions"
         digests, unreadable = _hash([pair.image for pair in pairs])
     else:
-        pairs = read_dataset(
+        pairs = read_any_dataset(
             root, caption_extensions=extensions, follow_symlinks=options.follow_symlinks, split=None
         )
         digests, unreadable = _hash([pair.image for pair in pairs])

@@ -21,6 +21,7 @@ from types import UnionType
 from typing import IO, Any
 
 from caption_train.errors import CaptionTrainError
+from caption_train.packed import open_regular
 
 try:
     import fcntl
@@ -351,15 +352,11 @@ def cache_folder(name: str) -> Path:
 
 def hash_file(path: Path | str) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal; OSError if it is no regular file."""
-    with open(path, "rb", opener=open_without_blocking) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def open_without_blocking(path: str, flags: int) -> int:
-    """Open a file as the `opener` of `open`: a named pipe would wait for a writer for ever."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    try:
+        with open_regular(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except ValueError as error:
+        raise OSError(errno.EINVAL, str(error), str(path)) from None
 
 
 def sync_folder(folder: Path) -> None:

@@ -12,11 +12,11 @@ from accelerate import Accelerator, PartialState
 from caption_train.adapters.record import Base
 from caption_train.config.training import TrainOptions
 from caption_train.config.values import parse_bytes
-from caption_train.data.dataset import read_dataset
 from caption_train.data.images import ImageError, open_image, read_size
 from caption_train.data.pairs import Pair
 from caption_train.errors import CaptionTrainError
 from caption_train.families.base import Family
+from caption_train.shards.dataset import read_any_dataset
 from caption_train.system.console import GIB, print_result
 from caption_train.system.devices import model_dtype, move_batch
 from caption_train.system.memory import peak_memory, resident_memory
@@ -92,7 +92,7 @@ def make_planner(options: TrainOptions, family: Family) -> tuple[Planner, TrainO
     pairs = [
         pair
         for folder, weight in options.datasets
-        for pair in read_dataset(
+        for pair in read_any_dataset(
             folder,
             caption_extensions=options.caption_extension,
             follow_symlinks=options.follow_symlinks,

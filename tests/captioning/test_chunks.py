@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from caption_train.captioning import job
+from caption_train.captioning.engines.engine import Engine
 from caption_train.captioning.job import caption_folder
 from caption_train.captioning.storage import blocks, image_list, mapping
 from caption_train.config.captioning import CaptionOptions
@@ -179,7 +180,7 @@ def test_memory_does_not_grow_with_the_images(tmp_path, monkeypatch):
     monkeypatch.setattr(image_list, "BLOCK", 32)
     monkeypatch.setattr(mapping, "MOST_IN_MEMORY", 32)
     monkeypatch.setattr(blocks, "MOST_SORTED", 128)
-    monkeypatch.setattr(job.CaptionJob, "_generate", generate_nothing)
+    monkeypatch.setattr(job, "make_engine", Repeats)
     peaks = []
     for count in (50, 100, 600):
         folder = tmp_path / str(count)
@@ -197,6 +198,12 @@ def test_memory_does_not_grow_with_the_images(tmp_path, monkeypatch):
     assert peaks[2] - peaks[1] < 70_000, peaks
 
 
-def generate_nothing(self, share):
-    for task in share:
-        yield job.CaptionResult(task.image, (1, 1), Generated(f"of {task.image.name}", [1], True))
+class Repeats(Engine):
+    """Captions each image with its name."""
+
+    def describe(self):
+        return "nothing"
+
+    def caption(self, tasks):
+        for task in tasks:
+            yield job.CaptionResult(task.image, (1, 1), Generated(f"of {task.image.name}", [1], True))

@@ -13,12 +13,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from caption_train.config.training import TrainOptions
-from caption_train.data.dataset import inspect_dataset
 from caption_train.data.image_index import inspect_images
 from caption_train.data.images import ImageError
 from caption_train.data.pairs import Pair
 from caption_train.data.split import fingerprint, name_images, split_by_content
 from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.shards.dataset import inspect_any_dataset
 from caption_train.system.console import escape_unprintable, print_once, summarize
 from caption_train.training.distributed.ranks import check_same_on_all_ranks, raise_on_all_ranks
 
@@ -187,7 +187,7 @@ def _read(options: TrainOptions) -> TrainingData:
 
 
 def _inspect(options: TrainOptions, folder: Path) -> tuple[list[Pair], list[str]]:
-    return inspect_dataset(
+    return inspect_any_dataset(
         folder,
         caption_extensions=options.caption_extension,
         follow_symlinks=options.follow_symlinks,

@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from PIL import Image
 
-from caption_train.captioning import endpoint
-from caption_train.captioning.endpoint import complete_url, read_answer
+from caption_train.captioning.engines import endpoint
+from caption_train.captioning.engines.endpoint import complete_url, read_answer
 from caption_train.cli.commands import caption_main
 from caption_train.errors import UsageError
 

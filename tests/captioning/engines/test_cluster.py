@@ -8,13 +8,14 @@ from PIL import Image
 from ray.cluster_utils import Cluster
 
 from caption_train.adapters.record import resolve_base
+from caption_train.captioning.engines.cluster import RayEngine
 from caption_train.captioning.generate import caption_images, make_generation
 from caption_train.captioning.plan import CaptionResult
 from caption_train.captioning.prompts import Task
-from caption_train.captioning.ray_engine import RayEngine
 from caption_train.config.captioning import CaptionOptions
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import get_family
+from caption_train.system.processes import join_processes
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,10 @@ def make_work(base, **changes):
     return family, resolve_base(family, str(base), None, None, None), options
 
 
+def make_engine(base, **changes):
+    return RayEngine(*make_work(base, **changes), join_processes())
+
+
 def show(results):
     return [
         (result.image, result.size, result.generated) if isinstance(result, CaptionResult) else result
@@ -65,9 +70,10 @@ def caption_here(base, images):
 def test_captions_are_those_of_one_process_though_a_node_dies(in_cluster, tiny_base, images):
     second = in_cluster.add_node(num_cpus=2)
     in_cluster.wait_for_nodes()
-    engine = RayEngine(*make_work(tiny_base("blip"), actors=2))
-    found = []
+    engine, found = make_engine(tiny_base("blip"), actors=2), []
+    assert f"on Ray at {in_cluster.address} (2 actors)" in engine.describe()
     try:
+        engine.open()
         for result in engine.caption([Task(image, "") for image in images]):
             found.append(result)
             if len(found) == 20:
@@ -79,9 +85,9 @@ def test_captions_are_those_of_one_process_though_a_node_dies(in_cluster, tiny_b
 
 def test_what_a_cluster_cannot_do_is_one_line(in_cluster, tiny_base, tmp_path):
     with pytest.raises(UsageError, match="--gpus_per_actor 1: the cluster has 0 GPUs"):
-        RayEngine(*make_work(tiny_base("blip"), gpus_per_actor=1.0))
+        make_engine(tiny_base("blip"), gpus_per_actor=1.0).describe()
     with pytest.raises(UsageError, match="--actors 50"):
-        RayEngine(*make_work(tiny_base("blip"), actors=50))
+        make_engine(tiny_base("blip"), actors=50).describe()
 
 
 def test_a_cluster_that_is_not_there_is_one_line(monkeypatch, tiny_base):
@@ -89,5 +95,5 @@ def test_a_cluster_that_is_not_there_is_one_line(monkeypatch, tiny_base):
     with pytest.raises(
         CaptionTrainError, match=r"--engine ray: the cluster at RAY_ADDRESS=127\.0\.0\.1:1: "
     ) as found:
-        RayEngine(*make_work(tiny_base("blip")))
+        make_engine(tiny_base("blip")).describe()
     assert "\n" not in str(found.value)

@@ -25,6 +25,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from caption_train.adapters.record import Base
+from caption_train.captioning.engines.engine import Engine
 from caption_train.captioning.plan import CaptionResult, Unreadable
 from caption_train.captioning.prompts import Task
 from caption_train.config.captioning import KEY_VARIABLE, CaptionOptions
@@ -164,6 +165,21 @@ class Endpoint:
             pass
         text = " ".join(text.split())[:300]
         return escape_unprintable(text.replace(self.key, "***") if self.key else text)
+
+
+class ServerEngine(Engine):
+    """The server of `--endpoint`."""
+
+    always_says_prompt = True
+
+    def describe(self) -> str:
+        """Return model and address; see `Engine.describe`."""
+        self._endpoint = Endpoint.from_options(self.options)
+        return f"{self._endpoint.model} at {self._endpoint.url}"
+
+    def caption(self, tasks: Sequence[Task]) -> Iterator[CaptionResult | Unreadable]:
+        """Ask the server; see `Engine.caption`."""
+        return caption_by_endpoint(self._endpoint, self.family, tasks, self.base)
 
 
 def caption_by_endpoint(

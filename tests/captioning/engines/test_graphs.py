@@ -8,7 +8,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from caption_train.captioning.graphs import DecodeGraphs, can_be_recorded
+from caption_train.captioning.engines.graphs import DecodeGraphs, can_be_recorded
 from caption_train.errors import UsageError
 from caption_train.families import get_family
 from tests.fixtures.vlm import save_vlm

@@ -6,6 +6,7 @@ and where captions are written, stays with the process that was started.
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import socket
@@ -15,18 +16,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import caption_train
 from caption_train.adapters.record import Base
+from caption_train.captioning.engines.engine import Engine
 from caption_train.captioning.plan import CaptionResult, Unreadable
 from caption_train.captioning.prompts import Task
 from caption_train.config.captioning import CaptionOptions
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import get_family
-from caption_train.families.base import Family
+from caption_train.system.console import count_things, escape_unprintable
 
 BATCHES_IN_BLOCK = 4
 """What is repeated at most when a node is lost, for each actor and each task."""
 SECONDS_TO_ANSWER = 10
+BYTES_OF_ENCODER = 512 << 20
+"""Memory that a task with its batch of images is given."""
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN", "TOKENIZERS_PARALLELISM", "NVIDIA_TF32_OVERRIDE")
 """Variables of the environment that the cluster's processes get."""
 
@@ -46,49 +49,54 @@ class RayWork:
     options: CaptionOptions
 
 
-class RayEngine:
-    """A Ray cluster for the length of a run: that of `RAY_ADDRESS`, else one on this machine.
+class RayEngine(Engine):
+    """A Ray cluster for the length of a run: that of `RAY_ADDRESS`, else one on this machine."""
 
-    Args:
-        family: the model's family.
-        base: the base and its prompt.
-        options: `actors`, `gpus_per_actor`, and what captioning takes.
-
-    Attributes:
-        lines: what the processor says of its inputs.
-
-    Raises:
-        UsageError: Ray is not installed, or the cluster has not what an actor needs.
-        CaptionTrainError: there is no such cluster, or the model cannot be loaded there.
-    """
-
-    def __init__(self, family: Family, base: Base, options: CaptionOptions) -> None:
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        if self.processes.count > 1:
+            raise UsageError("--engine ray starts its own processes: leave torchrun out")
         self._ray = _import_ray()
+        base, local = self.base, Path(self.base.model_id).absolute()
+        self._work = RayWork(
+            self.family.name,
+            replace(base, model_id=str(local) if local.is_dir() else base.model_id),
+            replace(self.options, peft_model=self.options.peft_model and self.options.peft_model.absolute()),
+        )
+        self._gpus, self._actors, self._encoders, self._processor = 0.0, 1, 1, None
+
+    def describe(self) -> str:
+        """Join the cluster, and return the model and how many processes hold it; see `Engine.describe`."""
         with explaining_ray():
             self._join()
         try:
-            self.gpus, self.actors = self._choose(options)
-            peft_model = options.peft_model and options.peft_model.absolute()
-            local = Path(base.model_id).absolute()
-            base = replace(base, model_id=str(local) if local.is_dir() else base.model_id)
-            self.work = RayWork(family.name, base, replace(options, peft_model=peft_model))
-            with explaining_ray():
-                probe = self._ray.remote(num_cpus=1, max_retries=2)(_load_processor)
-                self._processor, self.lines = self._ray.get(probe.remote(self.work))
+            self._gpus, self._actors = self._choose()
         except BaseException:
             self.close()
             raise
+        address = os.environ.get("RAY_ADDRESS", "this machine")
+        each = f", {self._gpus:g} GPUs each" if self._gpus else ""
+        actors = count_things(self._actors, "actor")
+        return f"{self.name_model()} on Ray at {escape_unprintable(address)} ({actors}{each})"
+
+    def open(self) -> list[str]:
+        """Load the processor on a node, which shows early whether the model can be loaded there."""
+        try:
+            with explaining_ray():
+                probe = self._ray.remote(num_cpus=1, max_retries=2)(_load_processor)
+                processor, lines = self._ray.get(probe.remote(self._work))
+                self._processor = self._ray.put(processor)
+        except BaseException:
+            self.close()
+            raise
+        return lines
 
     def caption(self, tasks: Sequence[Task]) -> Iterator[CaptionResult | Unreadable]:
-        """Yield a result for each task, in order, as soon as it and all before it are there.
-
-        Raises:
-            CaptionTrainError: as `caption_images`; or the cluster is lost.
-        """
+        """Yield a result for each task as soon as it and all before it are there; see `Engine.caption`."""
         import ray.data
-        from ray.data import ActorPoolStrategy, DataContext
+        from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
-        size = self.work.options.batch_size
+        size = self._work.options.batch_size
         batches = [_absolute(tasks[start : start + size]) for start in range(0, len(tasks), size)]
         rows = [{"tasks": pickle.dumps(batch)} for batch in batches]
         context = DataContext.get_current()
@@ -97,12 +105,19 @@ class RayEngine:
         context.max_errored_blocks = 0
         # A row is a batch already, and its tensors are large.
         data = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // BATCHES_IN_BLOCK))
-        data = data.map(_encode, fn_args=(self.work, self._ray.put(self._processor)), num_cpus=1)
+        data = data.map(
+            _encode,
+            fn_args=(self._work, self._processor),
+            compute=TaskPoolStrategy(size=self._encoders),
+            num_cpus=1,
+            # Also what keeps Ray from encoding inside of the actors: it joins steps that ask for the same.
+            memory=BYTES_OF_ENCODER,
+        )
         data = data.map(
             CaptionActor,
-            fn_constructor_args=(self.work,),
-            compute=ActorPoolStrategy(size=self.actors),
-            num_gpus=self.gpus,
+            fn_constructor_args=(self._work,),
+            compute=ActorPoolStrategy(size=self._actors),
+            num_gpus=self._gpus,
             num_cpus=1,
         )
         with explaining_ray():
@@ -122,7 +137,7 @@ class RayEngine:
         if separator and port.isdigit() and "/" not in address:
             # Ray itself tries for minutes.
             socket.create_connection((host, int(port)), timeout=SECONDS_TO_ANSWER).close()
-        package = Path(caption_train.__file__).parent
+        package = Path(__file__).parents[2]
         environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
         self._ray.init(
             address=os.environ.get("RAY_ADDRESS"),
@@ -131,9 +146,9 @@ class RayEngine:
             logging_level="error",
         )
 
-    def _choose(self, options: CaptionOptions) -> tuple[float, int]:
+    def _choose(self) -> tuple[float, int]:
         """Return the GPUs of an actor, and how many actors there are."""
-        has = self._ray.cluster_resources()
+        options, has = self.options, self._ray.cluster_resources()
         gpus = options.gpus_per_actor
         if gpus is None:
             gpus = 1.0 if has.get("GPU") and (options.device or "cuda").startswith("cuda") else 0.0
@@ -143,6 +158,7 @@ class RayEngine:
         actors = options.actors or most
         if actors > (most if gpus else has.get("CPU", 1)):
             raise UsageError(f"--actors {actors}: the cluster has room for {most}")
+        self._encoders = max(int(has.get("CPU", 1)) - actors, 1)
         return gpus, actors
 
 
@@ -161,13 +177,13 @@ class CaptionActor:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Caption an encoded batch; see `_encode`."""
-        from caption_train.captioning.generate import OutOfMemoryError, _Run, caption_images
+        from caption_train.captioning.generate import CaptionRun, OutOfMemoryError, caption_images
 
         tasks, batch = pickle.loads(row["tasks"]), pickle.loads(row["batch"])
         size = self.work.options.batch_size
         try:
-            run = _Run(*self._loaded, self._generation, 0, 0, None, None)
-            results = run._caption_batch(batch, size)
+            run = CaptionRun(*self._loaded, self._generation, 0, 0, keeping=None, graphs=None)
+            results = run.caption_batch(batch, size)
         except OutOfMemoryError as error:
             results = error if size == 1 else None
         except CaptionTrainError as error:
@@ -212,6 +228,8 @@ def _absolute(tasks: Sequence[Task]) -> list[Task]:
 
 
 def _import_ray() -> Any:
+    # Its own lines would stand between those of a run; what goes wrong is raised.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         import ray
         import ray.data
@@ -219,6 +237,8 @@ def _import_ray() -> Any:
         raise UsageError(
             f'--engine ray needs Ray Data ({error}): pip install "ray[data]", or leave --engine out'
         ) from None
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     return ray
 
 

@@ -1,0 +1,302 @@
+"""Goes through shards, asks for captions of their images, and writes each shard when it has them all."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from caption_train.captioning.prompts import Template
+from caption_train.captioning.shards.stream import Asked
+from caption_train.captioning.sinks.existing import Existing
+from caption_train.config.captioning import CaptionOptions
+from caption_train.errors import CaptionTrainError
+from caption_train.families.base import Family
+from caption_train.shards.copies import Copies
+from caption_train.shards.formats import write_shard
+from caption_train.shards.journal import Done, Journal
+from caption_train.shards.output import OutputFolder
+from caption_train.shards.places import Shard, open_shard
+from caption_train.shards.records import NewCaption, Record, ShardError, ShardReader
+from caption_train.system.console import escape_unprintable, print_line
+from caption_train.system.lock import OutputLock
+
+
+@dataclass
+class Counts:
+    """What became of shards and of their images; two of them can be added.
+
+    Attributes:
+        shards: written by this run.
+        before: that were done before.
+        busy: that other runs work on.
+        kept: images that had a caption, or got one from a run that was cut short.
+        problems: one line for each image or shard that cannot be read, or has changed.
+        other: shards that were done with other settings.
+        limited: whether `--limit` ended the run.
+    """
+
+    shards: int = 0
+    before: int = 0
+    busy: int = 0
+    kept: int = 0
+    problems: list[str] = field(default_factory=list)
+    other: int = 0
+    limited: bool = False
+
+    def __add__(self, more: Counts) -> Counts:
+        """Return the counts of two processes."""
+        return Counts(
+            *(getattr(self, name) + getattr(more, name) for name in ("shards", "before", "busy", "kept")),
+            self.problems + more.problems,
+            self.other + more.other,
+            self.limited or more.limited,
+        )
+
+
+@dataclass
+class Unit:
+    """A shard in work.
+
+    Attributes:
+        shard, reader, journal, lock: of the shard.
+        waiting: the records that have no result yet, with the captions that they had.
+        done: what will be remembered of it.
+        resumed: the number of the last record that an earlier run has a result of.
+        is_read: whether all its records were seen, or as many as can be read.
+        is_lost: whether it cannot be read to its end, so that nothing is written.
+    """
+
+    shard: Shard
+    reader: ShardReader
+    journal: Journal
+    lock: OutputLock
+    done: Done
+    open_files: ExitStack
+    waiting: deque[tuple[int, str]] = field(default_factory=deque)
+    resumed: int = -1
+    is_read: bool = False
+    is_lost: bool = False
+
+    def close(self) -> None:
+        """Let other runs at the shard."""
+        self.journal.close()
+        self.lock.release()
+        self.open_files.close()
+
+
+class ShardWork:
+    """The shards of one process.
+
+    Args:
+        options: the flags of the run.
+        family: checks prompts.
+        output: where shards go to.
+        prompt: of all images, unless there is a template.
+    """
+
+    def __init__(self, options: CaptionOptions, family: Family, output: OutputFolder, prompt: str) -> None:
+        self._options, self._family, self._output, self._prompt = options, family, output, prompt
+        self._existing = Existing.from_options(options)
+        text = options.prompt_template
+        self._template = None if text is None else Template("--prompt_template", text)
+        self._units: deque[Unit] = deque()
+        self._asked = 0
+        self.counts = Counts()
+
+    def ask(self, shards: Sequence[Shard]) -> Iterator[Asked]:
+        """Yield what is to be captioned, in order; `take` wants the results in the same order."""
+        copies = Copies(shards)
+        try:
+            for shard in shards:
+                unit = self._begin(shard, copies)
+                if unit is not None:
+                    copies.fetch_next(shard)
+                    yield from self._ask_unit(unit)
+                if self.counts.limited:
+                    return
+        finally:
+            copies.close()
+
+    def take(self, result: NewCaption) -> tuple[Unit, str]:
+        """Write down the result of the next image that was asked for; its number need not be set.
+
+        Returns:
+            Its shard, and the caption as it will stand there.
+        """
+        unit = next(unit for unit in self._units if unit.waiting)
+        result.index, old = unit.waiting.popleft()
+        if result.text is None:
+            self._note_unreadable(unit, result.error or "")
+        else:
+            result.text = self._existing.join(old, result.text)
+            unit.done.captioned += 1
+        unit.journal.add(result)
+        self.finish_ready()
+        return unit, result.text or ""
+
+    def finish_ready(self) -> None:
+        """Write the shards whose images all have their results."""
+        while self._units and self._units[0].is_read and not self._units[0].waiting:
+            unit = self._units.popleft()
+            try:
+                if not unit.is_lost:
+                    self._finish(unit)
+            finally:
+                unit.close()
+
+    def close(self) -> None:
+        """Leave the shards that are not finished to another run."""
+        while self._units:
+            self._units.popleft().close()
+
+    def _begin(self, shard: Shard, copies: Copies) -> Unit | None:
+        """Lock and open a shard; None where there is nothing to do."""
+        output, lock = self._output, self._output.lock(shard)
+        if self._is_done(shard):
+            return None
+        try:
+            if line := lock.acquire():
+                print_line(line)
+        except OSError as error:
+            raise CaptionTrainError(f"{output.where}: {error.strerror or error}") from error
+        except CaptionTrainError:
+            self.counts.busy += 1
+            return None
+        with ExitStack() as stack, ExitStack() as files:
+            stack.callback(lock.release)
+            # Another run may have finished it since.
+            if self._is_done(shard):
+                return None
+            journal = output.journal(shard)
+            if output.has(shard) and not journal.path.exists():
+                name = escape_unprintable(output.name_of(shard))
+                self.counts.problems.append(
+                    f"{output.where}: {name} is there, and not from this command: move it away"
+                )
+                return None
+            try:
+                path = copies.take(shard) if shard.is_remote else None
+                if path is not None:
+                    files.callback(path.unlink, missing_ok=True)
+                reader = open_shard(shard, path, [self._options.caption_extension])
+            except ShardError as error:
+                self.counts.problems.append(str(error))
+                return None
+            done = Done(shard.stamp, self._existing.run)
+            unit = Unit(shard, reader, journal, lock, done, files.pop_all())
+            self._resume(unit)
+            stack.pop_all()
+        self._units.append(unit)
+        return unit
+
+    def _is_done(self, shard: Shard) -> bool:
+        done = self._output.find_done(shard)
+        if done is None:
+            return False
+        if done.stamp != shard.stamp:
+            name = escape_unprintable(self._output.name_of(shard))
+            self.counts.problems.append(
+                f"{escape_unprintable(shard.place)}: has changed since it was captioned: delete {name} in "
+                f"{escape_unprintable(self._output.place)} to caption it again"
+            )
+        else:
+            self.counts.before += 1
+            self.counts.other += done.run != self._existing.run
+        self._output.journal(shard).discard()
+        return True
+
+    def _resume(self, unit: Unit) -> None:
+        """Read what a run that was cut short has left."""
+        facts = {
+            "stamp": unit.shard.stamp,
+            "existing": self._existing.mode,
+            "extension": self._options.caption_extension,
+        }
+        if unit.journal.resume(facts):
+            print_line(
+                f"{escape_unprintable(unit.shard.place)}: what a run that was cut short has left is of "
+                "another state of it, or of other flags; it is captioned anew"
+            )
+        unit.resumed = unit.journal.last
+        for caption in unit.journal.read():
+            if caption.text is None:
+                self._note_unreadable(unit, caption.error or "")
+            else:
+                unit.done.captioned += 1
+                self.counts.kept += 1
+
+    def _ask_unit(self, unit: Unit) -> Iterator[Asked]:
+        try:
+            for record in unit.reader.records():
+                prompt = self._judge(unit, record)
+                if prompt is None:
+                    continue
+                if self._options.limit is not None and self._asked >= self._options.limit:
+                    self.counts.limited = True
+                    return
+                self._asked += 1
+                unit.waiting.append((record.index, record.caption or ""))
+                yield record.image, prompt
+        except ShardError as error:
+            unit.is_lost = True
+            self._note_unreadable(unit, str(error))
+        unit.is_read = True
+        for line in unit.reader.notes.problems:
+            self._note_unreadable(unit, line)
+        print_line(*unit.reader.notes.lines(unit.shard.place))
+        self.finish_ready()
+
+    def _judge(self, unit: Unit, record: Record) -> str | None:
+        """Return what a record is asked; None if it is not captioned, which is counted."""
+        if record.problem:
+            self._note_unreadable(unit, record.problem)
+        elif record.has_caption and not self._existing.replaces:
+            unit.done.kept += 1
+            self.counts.kept += 1
+        elif self._existing.adds and record.bad_caption:
+            self._note_unreadable(unit, f"{record.bad_caption}; nothing can be added to it")
+        else:
+            try:
+                prompt = self._find_prompt(unit, record)
+                return prompt if record.index > unit.resumed else None
+            except CaptionTrainError as error:
+                self._note_unreadable(unit, f"{unit.reader.name_member(record.key)}: {error}")
+        return None
+
+    def _find_prompt(self, unit: Unit, record: Record) -> str:
+        if self._template is None:
+            return self._prompt
+        values = {"name": Path(record.key).name, "folder": Path(unit.shard.name).stem}
+        values["caption"] = record.caption or ""
+        if "tags" in self._template.fields:
+            tags: Any = record.load_fields().get("tags")
+            values["tags"] = ", ".join(map(str, tags)) if isinstance(tags, list) else str(tags or "")
+        prompt = self._template.fill(values)
+        if prompt != self._prompt:
+            self._family.check_prompt(prompt)
+        return prompt
+
+    def _note_unreadable(self, unit: Unit, line: str) -> None:
+        unit.done.unreadable += 1
+        self.counts.problems.append(line)
+
+    def _finish(self, unit: Unit) -> None:
+        """Write a shard that is complete."""
+        unit.journal.close()
+        output_format = self._output.format_of(unit.shard)
+        extension = self._options.caption_extension
+
+        def write(file: Any) -> None:
+            write_shard(unit.reader, file, unit.journal.read(), output_format, extension)
+
+        try:
+            self._output.publish(unit.shard, write, unit.done)
+        except ShardError as error:
+            self.counts.problems.append(str(error))
+            return
+        unit.journal.discard()
+        self.counts.shards += 1

@@ -1,0 +1,123 @@
+"""Writes the records of a shard in another format: a tar, or rows of JSON Lines or Parquet without images."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from typing import IO, Any
+
+from caption_train.data.formats import IMAGE_SUFFIXES
+from caption_train.errors import CaptionTrainError
+from caption_train.packed import PackedFile, open_regular
+from caption_train.shards.records import Merged, NewCaption, Record, ShardReader
+
+FORMATS = {"webdataset": ".tar", "parquet": ".parquet", "jsonl": ".jsonl"}
+"""`--output_format` → suffix of a shard."""
+_ROWS_AT_ONCE = 10_000
+_MAGIC = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"GI": ".gif", b"BM": ".bmp", b"RI": ".webp", b"II": ".tif"}
+_MAGIC |= {b"MM": ".tif"}
+
+
+def write_shard(
+    reader: ShardReader, target: IO[bytes], captions: Iterator[NewCaption], output_format: str, extension: str
+) -> None:
+    """Write what a shard of the output holds.
+
+    Args:
+        reader: of the input.
+        target: the file to write, open in binary.
+        captions: in the order of the records.
+        output_format: a key of FORMATS.
+        extension: of caption files.
+
+    Raises:
+        ShardError: the input cannot be read any more.
+        OSError: nothing can be written.
+    """
+    suffix = FORMATS[output_format]
+    if reader.path.suffix.lower() == suffix or reader.name.lower().endswith(suffix):
+        reader.write(target, captions, extension)
+    elif output_format == "webdataset":
+        write_samples(target, _caption_records(reader, captions), extension)
+    elif output_format == "jsonl":
+        for row in _make_rows(reader, captions):
+            target.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+    else:
+        _write_parquet(target, _make_rows(reader, captions))
+
+
+def write_samples(file: IO[bytes], records: Iterator[Record], extension: str = ".txt") -> None:
+    """Write records as a WebDataset tar: for each its image and, if it has one, its caption.
+
+    Args:
+        file: where to write.
+        records: with their images; those that cannot be read are left out.
+        extension: of caption files.
+    """
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for record in records:
+            try:
+                with open_regular(record.image) as image:
+                    content = image.read()
+            except (OSError, ValueError):
+                continue
+            suffix = record.image.suffix.lower()
+            if suffix not in IMAGE_SUFFIXES:
+                suffix = next((s for magic, s in _MAGIC.items() if content.startswith(magic)), ".png")
+            _add(tar, record.key + suffix, content)
+            if record.caption is not None:
+                _add(tar, f"{record.key}.{extension.lstrip('.')}", f"{record.caption}\n".encode())
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+    tar.members = []  # Or it keeps them all.
+
+
+def _caption_records(reader: ShardReader, captions: Iterator[NewCaption]) -> Iterator[Record]:
+    merged = Merged(captions)
+    for record in reader.records():
+        new = merged.take(record.index)
+        if new is not None and new.text is not None:
+            record.caption = new.text
+        if record.image is not None:
+            yield record
+
+
+def _make_rows(reader: ShardReader, captions: Iterator[NewCaption]) -> Iterator[dict[str, Any]]:
+    """Yield a row for each record that has a caption, new or old."""
+    merged = Merged(captions)
+    for record in reader.records():
+        new = merged.take(record.index)
+        text = record.caption if new is None or new.text is None else new.text
+        if text is None:
+            continue
+        name = record.image.name if isinstance(record.image, PackedFile) else str(record.image or "")
+        row: dict[str, Any] = {"key": record.key, "file_name": name, "text": text}
+        if new is not None and new.text is not None:
+            more = {"answer": new.answer, "remarks": list(new.remarks)}
+            row |= {name: value for name, value in more.items() if value}
+        yield row
+
+
+def _write_parquet(target: IO[bytes], rows: Iterator[dict[str, Any]]) -> None:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise CaptionTrainError(
+            "--output_format parquet needs pyarrow: pip install pyarrow, or give jsonl"
+        ) from error
+    schema = pyarrow.schema([(name, pyarrow.string()) for name in ("key", "file_name", "text")])
+    with parquet.ParquetWriter(target, schema) as writer:
+        part: list[dict[str, Any]] = []
+        for row in rows:
+            part.append({name: row[name] for name in schema.names})
+            if len(part) == _ROWS_AT_ONCE:
+                writer.write_table(pyarrow.Table.from_pylist(part, schema))
+                part = []
+        writer.write_table(pyarrow.Table.from_pylist(part, schema))
