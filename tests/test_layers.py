@@ -18,7 +18,7 @@ HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate", "PIL", "nump
 HEAVY |= {"starlette", "uvicorn", "imagehash", "scipy"}
 LIGHT = ("", "version", "cli", "config", "errors", "data.formats", "data.scan", "system", "families.base")
 """What `--help` reads, with the families' own modules; it is imported with the standard library alone."""
-SHARED_BY_FAMILIES = {"families.base", "families.labels", "families.weight_files"}
+SHARED_BY_FAMILIES = {f"families.{name}" for name in ("base", "image_encoder", "labels", "weight_files")}
 MOST_MODULES = 12
 
 

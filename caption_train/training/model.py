@@ -53,8 +53,14 @@ def resolve_options(options: TrainOptions, family: Family) -> tuple[TrainOptions
         adapter_flag="--init_adapter",
     )
     targets = options.target_modules or list(base.facts.lora_target_modules)
-    if options.cache_features and not options.train_parts:
-        options = replace(options, train_parts=options.unfrozen_parts)
+    if options.cache_features:
+        unfrozen = [part for part in options.unfrozen_parts if part not in family.kept_parts]
+        options = replace(options, train_parts=options.train_parts or unfrozen)
+        if trained := [part for part in family.kept_parts if part in options.train_parts]:
+            raise UsageError(
+                f"--cache_features keeps what {' and '.join(family.kept_parts)} of {family.title} make of an "
+                f"image: leave {trained[0]} out of --train_parts, or drop it"
+            )
     # In one order and spelling: a resumed run compares them as text.
     rates = [f"{part}={rate}" for part, rate in read_part_rates(options.part_learning_rates).items()]
     options = replace(

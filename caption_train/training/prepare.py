@@ -190,7 +190,7 @@ def _make_run(
         if options.init_lora_weights == "eva":
             initialize_from_data(model, accelerator, data.train, collate_fn)
         # Only a new run: a resumed one keeps the batch size that was found when it started.
-        options = fit_batch_size(options, accelerator, model, optimizer, collate_fn, data)
+        options = fit_batch_size(options, accelerator, model, optimizer, collate_fn, data, keeping)
         plan = _make_plan(options, len(data.train), accelerator)
         record.options = describe_options(options)
     collate = FeatureCollator(family, collate_fn) if keeping else collate_fn

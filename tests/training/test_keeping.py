@@ -18,8 +18,7 @@ from tests.fixtures.runs import (
     write_pairs,
 )
 
-KEEPING = [name for name in FAMILIES if get_family(name).keeps_features]
-PLAIN = {"train_parts": ["projector", "language"]}
+PLAIN = {name: ["projector", "language"] for name in FAMILIES} | {"vlm": ["language"]}
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +59,7 @@ def opened(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("family", KEEPING)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_each_picture_is_decoded_and_encoded_once_and_by_no_later_run(family, make, tmp_path, opened):
     options = make(family)
     for name, encoded in (("kept", 5), ("again", 0)):
@@ -73,10 +72,10 @@ def test_each_picture_is_decoded_and_encoded_once_and_by_no_later_run(family, ma
     assert_same_run(tmp_path / "kept", tmp_path / "again")
 
 
-@pytest.mark.parametrize("family", KEEPING)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_is_the_plain_one_bit_for_bit(family, make, tmp_path):
     plain = replace(make(family), batch_size=1, gradient_accumulation_steps=2, epochs=2)
-    train(family, replace(plain, **PLAIN))
+    train(family, replace(plain, train_parts=PLAIN[family]))
     train(family, kept(tmp_path, plain))
     assert_same_run(tmp_path / "plain", tmp_path / "kept")
 
@@ -170,9 +169,3 @@ def test_the_folder_for_features_is_named_where_it_cannot_be_made(options, tmp_p
     cache.parent.write_text("in the way")
     with pytest.raises(Exception, match=r"--cache_features: .*features.* cannot be made: .*XDG_CACHE_HOME"):
         prepare_run(kept(tmp_path, options), get_family("blip"))
-
-
-def test_a_family_that_keeps_none_has_no_flag():
-    assert {"cache_features", "cache_limit"} <= get_family("vlm").absent_flags()
-    with pytest.raises(NotImplementedError):
-        get_family("vlm").find_image_encoder(None)
