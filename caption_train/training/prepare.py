@@ -45,6 +45,7 @@ from caption_train.training.resume import adopt_batch_size, check_same_run, find
 from caption_train.training.run.batch_plan import BatchPlan
 from caption_train.training.run.batches import CaptionDataset, make_train_dataloader
 from caption_train.training.run.data import TrainingData, read_training_data
+from caption_train.training.run.reading import Ahead
 from caption_train.training.run.run import TrainingRun
 from caption_train.training.saving import CheckpointSaver
 
@@ -74,12 +75,13 @@ class Start:
         }
 
 
-def prepare_training(options: TrainOptions, family: Family) -> Trainer:
+def prepare_training(options: TrainOptions, family: Family, ahead: Ahead | None = None) -> Trainer:
     """Prepare everything that a run needs. Cheap checks of flags and data come before the model is loaded.
 
     Args:
         options: as the user gave them.
         family: the model's family.
+        ahead: what began to read the datasets already, if anything did.
 
     Returns:
         A trainer, which holds the lock on the output folder until it is finished.
@@ -93,17 +95,22 @@ def prepare_training(options: TrainOptions, family: Family) -> Trainer:
         options, base = resolve_options(options, family)
         lock = _open_output_dir(options, accelerator)
     try:
-        return _prepare(options, family, base, accelerator, lock)
+        return _prepare(options, family, base, accelerator, lock, ahead)
     except BaseException:
         lock.abandon()
         raise
 
 
 def _prepare(
-    options: TrainOptions, family: Family, base: Base, accelerator: Accelerator, lock: OutputLock
+    options: TrainOptions,
+    family: Family,
+    base: Base,
+    accelerator: Accelerator,
+    lock: OutputLock,
+    ahead: Ahead | None,
 ) -> Trainer:
     check_same_on_all_ranks(accelerator, describe_options(options))
-    data = read_training_data(options, accelerator)
+    data = read_training_data(options, accelerator, ahead)
     start = _decide_start(options, family, base, data, accelerator)
     model, processor = _load(start, family, base, data, accelerator)
     collate_fn = family.make_collator(processor, prompt=base.prompt, max_length=options.max_length)
