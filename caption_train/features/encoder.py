@@ -101,7 +101,7 @@ class KeepingEncoder:
 
     def _keep(self, digest: str, features: Tensors) -> None:
         if not self.store.write(digest, features) and self.report:
-            reason = self.store.problem or "--cache_limit is reached"
+            reason = self.store.problem or "there is no room left"
             self.report(
                 f"--cache_features: {self.store.folder}: {reason}: images without kept features are encoded "
                 "in each epoch"

@@ -158,22 +158,26 @@ class Opening:
         else:
             room = max(0, min(left, self.limit - found.used))
             self.store.room, self.store.limit = 0, self.limit
-        self.encoder.store, self.encoder.report = self.store, report
+        # Where the line says that there is too little room, it need not be said again.
+        is_enough = self.missing * self.size <= room
+        self.encoder.store, self.encoder.report = self.store, report if is_enough else None
         source = FeatureSource(self.store, self.digests, self.family)
-        return Keeping(self.encoder, source), self._describe(room)
+        return Keeping(self.encoder, source), self._describe(room, found.free)
 
     def _is_own(self, path: Path) -> bool:
         return path.is_relative_to(self.store.folder) and path.stem in self.names
 
-    def _describe(self, room: int) -> str:
+    def _describe(self, room: int, free: int) -> str:
         count, megabytes = len(self.names), len(self.names) * self.size / 1e6
         about = "about " if self.family.features_vary else ""
         line = f"--cache_features: {about}{megabytes:,.1f} MB for {count:,} images in {self.store.folder}"
         if self.missing < count:
             line += f", {count - self.missing:,} of them are there already"
         if self.missing * self.size > room:
+            is_disk = self.limit is None or room == max(0, free - KEPT_FREE)
+            reason = f"the disk has {free / 1e9:,.1f} GB free" if is_disk else "--cache_limit"
             line += (
-                f"; there is room for {room // self.size:,} of the other {self.missing:,}: the rest is "
-                "computed each time (--cache_limit)"
+                f"; there is room for {room // self.size:,} of the other {self.missing:,} ({reason}), the "
+                "rest is encoded in each epoch"
             )
         return line

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from caption_train.adapters.continuing import adopt_adapter
+from caption_train.adapters.continuing import adopt_adapter, refuse_parts
 from caption_train.adapters.initialization import initialize_lora
 from caption_train.adapters.load import fill_adapter, read_weights
 from caption_train.adapters.lora import wrap_with_lora
@@ -61,6 +61,8 @@ def resolve_options(options: TrainOptions, family: Family) -> tuple[TrainOptions
                 f"--cache_features keeps what {' and '.join(family.kept_parts)} of {family.title} make of an "
                 f"image: leave {trained[0]} out of --train_parts, or drop it"
             )
+        if options.init_adapter:
+            refuse_parts(options.init_adapter, base.facts.parts, family.kept_parts, "--cache_features")
     # In one order and spelling: a resumed run compares them as text.
     rates = [f"{part}={rate}" for part, rate in read_part_rates(options.part_learning_rates).items()]
     options = replace(

@@ -1,9 +1,14 @@
 """`--cache_features`: the vision tower runs once an image, and the run stays the run that it was."""
 
+import errno
 import functools
+import os
+import shutil
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
+import torch
 from PIL import Image
 
 from caption_train.data import images
@@ -138,12 +143,15 @@ def test_other_weights_and_precisions_have_other_features(options, tmp_path, cac
     assert len(list(cache.iterdir())) == 2
 
 
-def test_features_that_another_process_removes_are_computed_again(options, tmp_path):
+@pytest.mark.parametrize("kind", ["damaged", "deleted"])
+def test_features_that_another_process_removes_are_computed_again(options, tmp_path, cache, kind):
     trainer = prepare_run(kept(tmp_path, options), get_family("blip"))
     store, rows = trainer.run.keeping.encoder.store, []
 
     def remove(step):
         rows.append(step)
+        if kind == "deleted":
+            shutil.rmtree(cache, ignore_errors=True)
         for path in store.folder.rglob("*.safetensors"):
             path.write_bytes(path.read_bytes()[: 50 * (step + 1)])
 
@@ -169,3 +177,32 @@ def test_the_folder_for_features_is_named_where_it_cannot_be_made(options, tmp_p
     cache.parent.write_text("in the way")
     with pytest.raises(Exception, match=r"--cache_features: .*features.* cannot be made: .*XDG_CACHE_HOME"):
         prepare_run(kept(tmp_path, options), get_family("blip"))
+
+
+def test_a_disk_that_refuses_is_said_in_one_line_and_the_run_goes_on(options, tmp_path, monkeypatch, capsys):
+    train("blip", kept(tmp_path, options))
+    said = "No space left on device: images without kept features are encoded in each epoch"
+    assert said not in capsys.readouterr().err
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "full"))
+    refused = Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    monkeypatch.setattr("caption_train.features.store.open_temporary", refused)
+    train("blip", kept(tmp_path, options, "refused"))
+    assert_same_run(tmp_path / "kept", tmp_path / "refused")
+    text = capsys.readouterr()
+    assert (text.out + text.err).count(said) == 1 and refused.call_count == 1
+
+
+def test_too_little_room_is_said_once(options, tmp_path, capsys):
+    train("blip", kept(tmp_path, options, cache_limit="0.01MB", epochs=1))
+    text = capsys.readouterr()
+    lines = [line for line in (text.out + text.err).splitlines() if line.startswith("--cache_features: ")]
+    assert len(lines) == 1 and "(--cache_limit), the rest is encoded in each epoch" in lines[0]
+
+
+def test_the_tried_step_encodes_images_one_by_one_as_the_run_does(options, tmp_path, monkeypatch):
+    """Otherwise `--auto_batch_size` would make a batch smaller that fits."""
+    counts = []
+    real = torch.nn.Conv2d.forward
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda self, x: counts.append(len(x)) or real(self, x))
+    prepare_run(kept(tmp_path, options, batch_size=4, auto_batch_size=True), get_family("blip"))
+    assert counts and set(counts) == {1}
