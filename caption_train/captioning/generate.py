@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from PIL import Image
@@ -22,13 +23,14 @@ from caption_train.captioning.graphs import DecodeGraphs
 from caption_train.captioning.plan import CaptionResult, Unreadable
 from caption_train.captioning.sampling import make_sampler
 from caption_train.config.captioning import CaptionOptions
+from caption_train.data.images import estimate_megapixels
 from caption_train.errors import CaptionTrainError, is_out_of_memory, naming_model
 from caption_train.families.base import Family, Generated
 from caption_train.features.source import Keeping
 from caption_train.system.damage import explaining_damage
 from caption_train.system.devices import choose_dtype, move_batch, use_tensor_cores
 from caption_train.system.signals import ignore_in_worker
-from caption_train.system.workers import limit_workers, reading
+from caption_train.system.workers import choose_workers, limit_workers, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -124,7 +126,7 @@ def caption_images(
     generation: Generation,
     *,
     batch_size: int = 4,
-    num_workers: int = 0,
+    num_workers: int | Literal["auto"] = 0,
     worker_timeout: float = 0,
     prompts: Sequence[str] | None = None,
     keeping: Keeping | None = None,
@@ -139,7 +141,8 @@ def caption_images(
         images: files, or images in memory.
         generation: prompt and settings.
         batch_size: images per batch; halved when memory does not suffice.
-        num_workers: processes that open and encode images ahead of the model.
+        num_workers: processes that open and encode images ahead of the model; "auto" goes by cores and the
+            size of the images.
         worker_timeout: seconds to wait for a batch of theirs; 0 waits for ever.
         prompts: that of each image, where they differ from `generation`'s.
         keeping: what the model's vision tower keeps of images; by default nothing.
@@ -152,6 +155,11 @@ def caption_images(
         CaptionTrainError: out of memory with a single image, or a worker died or does not answer; names the
             flags that help.
     """
+    if num_workers == "auto":
+        num_workers = choose_workers(
+            model.device, estimate_megapixels(images), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        )
+        print(f"--num_workers auto: {num_workers}", file=sys.stderr)
     run = _Run(family, model, processor, generation, num_workers, worker_timeout, keeping, graphs)
     done = 0
     while done < len(images):
