@@ -72,7 +72,8 @@ class Opening:
         self.names = set(digests.values())
         sizes = [size for name in self.names if (size := self.store.size_of(name)) is not None]
         self.missing = len(self.names) - len(sizes)
-        probe = self._probe(prompt)
+        if len(sizes) < ENOUGH or tower.is_given:
+            probe = self._probe(prompt)
         if len(sizes) < ENOUGH:
             self.size = int(sum(tensor.nbytes for tensor in probe.values()) * self._weigh_images())
         else:

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial, wraps
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from caption_train.config.training import TrainOptions
 from caption_train.data.images import open_image
 from caption_train.errors import UsageError
 from caption_train.families import get_family
@@ -16,6 +18,7 @@ from caption_train.families.vlm.features.encoder import find_image_encoder
 from caption_train.features.opening import Opening
 from caption_train.features.source import FeatureCollator, attach_rows
 from caption_train.system.files import hash_file
+from caption_train.training.model import resolve_options
 from tests.fixtures.vlm import KINDS
 
 TYPES = [kind for kind in KINDS if kind not in ("llava_vicuna", "joycaption")]
@@ -136,6 +139,15 @@ def test_an_image_made_smaller_for_a_long_prompt_is_not_kept_nor_given_kept_feat
     kept = lose("a")
     assert run.keeping.encoder.computed == 1 and lose("a") == kept
     assert lose(long) == first and run.keeping.encoder.computed == 1
+
+
+def test_a_projector_cannot_be_trained_on_what_it_made(tiny_base):
+    options = TrainOptions(
+        model_id=str(tiny_base("vlm/llava")), cache_features=True, train_parts=["projector", "language"]
+    )
+    with pytest.raises(UsageError, match=r"^--cache_features keeps .*: leave projector out of --train_parts"):
+        resolve_options(options, FAMILY)
+    assert resolve_options(replace(options, train_parts=[]), FAMILY)[0].train_parts == ["language"]
 
 
 class Reads(torch.nn.Module):

@@ -78,7 +78,7 @@ def _find_row(processor: VlmProcessor, size: tuple[int, int], prompt: str) -> Ba
     import torch
     from PIL import Image
 
-    key = size, prompt, processor.system_prompt
+    key = size, prompt, processor.system_prompt, processor.max_pixels
     if key not in processor.rows:
         batch, is_whole = encode_fitting(processor, [Image.new("RGB", size)], [prompt])
         if len(processor.rows) >= MOST_ROWS:
