@@ -29,7 +29,7 @@ LIGHT = (
     "families.base",
 )
 """What `--help` reads, with the families' own modules; it is imported with the standard library alone."""
-SHARED_BY_FAMILIES = {"families.base", "families.labels", "families.weight_files"}
+SHARED_BY_FAMILIES = {f"families.{name}" for name in ("base", "image_encoder", "labels", "weight_files")}
 MOST_MODULES = 12
 
 

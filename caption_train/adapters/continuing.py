@@ -1,5 +1,7 @@
 """Goes on from a LoRA: `--init_adapter` starts a new run from its weights, with its rank and targets."""
 
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 from caption_train.adapters.record import TRAINING_FILE, AdapterInfo, find_adapter, read_adapter
 from caption_train.config.training import TrainOptions
 from caption_train.errors import UsageError
+from caption_train.families.weight_files import open_weights
 from caption_train.system.files import read_json_object
 
 FLAG = "--init_adapter"
@@ -14,6 +17,7 @@ SHAPE = {"rank": "r", "alpha": "lora_alpha", "dora": "use_dora", "rslora": "use_
 """Flag → member of adapter_config.json, for what the LoRA's tensors and their scale depend on."""
 PLACES = ("target_modules", "train_parts")
 """Flags that say which modules have a LoRA, as our training.json keeps them."""
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 MORE_THAN_LORA = ("rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices", "lora_bias")
 
 
@@ -51,6 +55,25 @@ def adopt_adapter(options: TrainOptions) -> tuple[TrainOptions, AdapterInfo | No
     return replace(options, model_id=model_id, **values), adapter
 
 
+def refuse_parts(folder: Path, parts: Mapping[str, str], frozen: Sequence[str], flag: str) -> None:
+    """Raise UsageError if the LoRA of `--init_adapter` trains a part that a flag leaves frozen.
+
+    Args:
+        folder: the LoRA's.
+        parts: of the base, part → pattern of module names.
+        frozen: the parts that must not be trained.
+        flag: what leaves them frozen.
+    """
+    file = next((path for path in map(find_adapter(folder).joinpath, WEIGHT_FILES) if path.is_file()), None)
+    for name in map(str, open_weights(file) if file else ()):
+        module = name.removeprefix("base_model.model.").partition(".lora_")[0]
+        if part := next((part for part in frozen if re.fullmatch(parts[part], module)), None):
+            raise UsageError(
+                f"{flag}: {FLAG} {folder} trains the base's {part} part, such as {module}; drop {flag}, or "
+                "start a new LoRA"
+            )
+
+
 def _refuse_other_kinds(config: dict[str, Any], folder: Path) -> None:
     kind = config.get("peft_type", "LORA")
     more = [name for name in MORE_THAN_LORA if config.get(name)]
@@ -79,4 +102,4 @@ def _is_same(given: Any, value: Any) -> bool:
 
 
 def _show(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return " ".join(map(str, value)) or "all" if isinstance(value, list) else str(value)

@@ -8,14 +8,13 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights
 from torch import nn
 
+from caption_train.adapters.continuing import WEIGHT_FILES
 from caption_train.adapters.patterns import check_patterns
 from caption_train.adapters.record import find_adapter
 from caption_train.errors import CaptionTrainError
 from caption_train.families.base import Family
 from caption_train.system.damage import describe_error, explaining_damage, find_damage, refuse_odd_files
 from caption_train.system.files import read_json_object
-
-WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def load_adapter(model: nn.Module, folder: Path | str, family: Family) -> PeftModel:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from PIL import Image
@@ -22,13 +23,14 @@ from caption_train.captioning.engines.graphs import DecodeGraphs
 from caption_train.captioning.plan import CaptionResult, Unreadable
 from caption_train.captioning.sampling import make_sampler
 from caption_train.config.captioning import CaptionOptions
+from caption_train.data.images import estimate_megapixels
 from caption_train.errors import CaptionTrainError, is_out_of_memory, naming_model
 from caption_train.families.base import Family, Generated
 from caption_train.features.source import Keeping
 from caption_train.system.damage import explaining_damage
 from caption_train.system.devices import choose_dtype, move_batch, use_tensor_cores
 from caption_train.system.signals import ignore_in_worker
-from caption_train.system.workers import limit_workers, reading
+from caption_train.system.workers import choose_workers, limit_workers, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -61,6 +63,17 @@ class BatchSize:
 
     now: int
     said: set[str] = field(default_factory=set)
+
+    def choose_workers(self, device: torch.device, images: Sequence[Path | Image.Image]) -> int:
+        """Return what `--num_workers auto` means, and print it once."""
+        count = choose_workers(
+            device, estimate_megapixels(images), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        )
+        line = f"--num_workers auto: {count}"
+        if line not in self.said:
+            print(line, file=sys.stderr)
+            self.said.add(line)
+        return count
 
 
 def make_generation(options: CaptionOptions, prompt: str) -> Generation:
@@ -137,7 +150,7 @@ def caption_images(
     generation: Generation,
     *,
     batch_size: BatchSize | int = 4,
-    num_workers: int = 0,
+    num_workers: int | Literal["auto"] = 0,
     worker_timeout: float = 0,
     prompts: Sequence[str] | None = None,
     keeping: Keeping | None = None,
@@ -152,7 +165,8 @@ def caption_images(
         images: files, or images in memory.
         generation: prompt and settings.
         batch_size: images per batch; halved when memory does not suffice.
-        num_workers: processes that open and encode images ahead of the model.
+        num_workers: processes that open and encode images ahead of the model; "auto" goes by cores and the
+            size of the images.
         worker_timeout: seconds to wait for a batch of theirs; 0 waits for ever.
         prompts: that of each image, where they differ from `generation`'s.
         keeping: what the model's vision tower keeps of images; by default nothing.
@@ -166,6 +180,8 @@ def caption_images(
             flags that help.
     """
     size = BatchSize(batch_size) if isinstance(batch_size, int) else batch_size
+    if num_workers == "auto":
+        num_workers = size.choose_workers(model.device, images)
     run = CaptionRun(
         *(family, model, processor, generation, num_workers, worker_timeout, keeping, graphs), size.said
     )

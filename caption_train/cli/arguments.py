@@ -11,7 +11,7 @@ from typing import Any
 
 from caption_train.cli.config_file import read_config_file
 from caption_train.cli.flag_names import guess_flag
-from caption_train.config.fields import PARSERS, kind_of, path
+from caption_train.config.fields import PARSERS, CountOrAuto, kind_of, path
 from caption_train.errors import UsageError
 
 
@@ -108,7 +108,7 @@ def _build_parser(
 
 
 BY_POSITION = " by position"
-METAVARS = {int: "N", float: "X", Path: "PATH"}
+METAVARS = {int: "N", float: "X", Path: "PATH", CountOrAuto: "N|auto"}
 _CONFIG_HELP = "YAML file of flags, by their names without dashes; the command line wins over it"
 
 

@@ -167,12 +167,15 @@ def train_main(family_name: str, argv: Sequence[str] | None = None, prog: str | 
             from caption_train.training.plan_command import plan_training
 
             return plan_training(options, family)
+        from caption_train.training.run.reading import read_ahead
+
+        ahead = read_ahead(options)
         from caption_train.training.failures import explain_lost_process
         from caption_train.training.monitor.console import print_summary
         from caption_train.training.prepare import prepare_training
 
         with explain_lost_process(options.output_dir, options.rank_timeout):
-            trainer = prepare_training(options, family)
+            trainer = prepare_training(options, family, ahead)
             summary = trainer.train()
         if trainer.run.accelerator.is_main_process:
             start = start_command("caption", family.name, ["python", family.inference_script])

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from caption_train.config.fields import LARGEST_SEED, find_above, find_below, find_not_utf8, flag
+from caption_train.config.fields import LARGEST_SEED, CountOrAuto, find_above, find_below, find_not_utf8, flag
 
 CLEANERS = ("strip_special", "one_line", "first_sentence", "dedupe_tags")
 """What `--clean` does, in this order."""
@@ -99,7 +99,11 @@ class CaptionOptions:
     top_p: float = _captions(1.0, "sample from the likeliest tokens that sum to this probability")
     seed: int = _captions(42, "seed of sampling; a caption depends on it and its image alone")
     batch_size: int = _captions(4, "images captioned at once, in every process")
-    num_workers: int = _captions(2, "processes that read and resize images ahead of the model")
+    num_workers: CountOrAuto = _captions(
+        2,
+        "processes that read and resize images ahead of the model; auto goes by cores and the "
+        "size of the images",
+    )
     cuda_graphs: bool = _captions(
         False,
         "on an NVIDIA GPU, record a decoding step once and replay it (experimental)",

@@ -78,14 +78,23 @@ def whole_number(value: Any) -> int:
     return result
 
 
-PARSERS = {Path: path, float: number, int: whole_number}
+def count_or_auto(value: Any) -> int | str:
+    """Return a whole number, or "auto"; raise ValueError for anything else."""
+    if isinstance(value, float):
+        raise ValueError(value)
+    return "auto" if value == "auto" else whole_number(value)
+
+
+CountOrAuto = int | Literal["auto"]
+"""The type of a flag that is a number, or is found where the command runs."""
+PARSERS = {Path: path, float: number, int: whole_number, CountOrAuto: count_or_auto}
 LARGEST_SEED = 2**31 - 1
 """numpy accepts 32 bits, and every process adds its rank to the seed."""
 
 
 def kind_of(hint: Any) -> Any:
     """Return the type X of `X | None`."""
-    if isinstance(hint, types.UnionType):
+    if isinstance(hint, types.UnionType) and hint != CountOrAuto:
         return next(a for a in typing.get_args(hint) if a is not type(None))
     return hint
 
@@ -95,7 +104,7 @@ def find_below(options: Any, least: int, *names: str) -> list[str]:
     return [
         f"--{name} must be {least} or more, not {value}"
         for name in names
-        if (value := getattr(options, name)) is not None and value < least
+        if (value := getattr(options, name)) not in (None, "auto") and value < least
     ]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from caption_train.config import compatibility
 from caption_train.config.fields import (
     LARGEST_SEED,
+    CountOrAuto,
     find_above,
     find_below,
     find_not_utf8,
@@ -60,8 +61,10 @@ class TrainOptions:
     shuffle_captions: bool = _data(False, "shuffle the comma-separated tags of a caption anew every epoch")
     keep_tokens: int = _data(0, "with --shuffle_captions, leave the first N tags in place")
     caption_dropout: float = _data(0.0, "probability of training on an empty caption")
-    num_workers: int = _data(
-        0, "processes that read and resize images ahead of the model (with a GPU up to 4, if not given)"
+    num_workers: CountOrAuto = _data(
+        0,
+        "processes that read and resize images ahead of the model (with a GPU up to 4, if not given); auto "
+        "goes by cores and the size of the images",
     )
     worker_timeout: int = _data(
         600, "seconds to wait for a batch of --num_workers; 0 waits for ever", recorded=False
@@ -149,6 +152,9 @@ class TrainOptions:
     batch_size: int = _optim(1, "images per process and micro-batch")
     gradient_accumulation_steps: int = _optim(1, "micro-batches per optimizer step")
     epochs: int = _optim(5, "passes over the dataset")
+    group_by_length: bool = _optim(
+        False, "make batches of captions of about one length: less padding", recorded="if given"
+    )
     optimizer_name: str = _optim("AdamW", "optimizer", choices=OPTIMIZERS)
     scheduler: str = _optim(
         "OneCycle", "learning-rate schedule", choices=("OneCycle", "constant", "linear", "cosine")
@@ -159,7 +165,10 @@ class TrainOptions:
     optimizer_rank: int = _optim(16, "rank of Flora's compressed momentum")
 
     mixed_precision: str | None = _memory(
-        None, "precision of the forward pass (default: as accelerate is set)", choices=("no", "fp16", "bf16")
+        None,
+        "precision of the forward pass (default: as accelerate is set); auto is bf16 where the device itself "
+        "computes in it",
+        choices=("no", "fp16", "bf16", "auto"),
     )
     gradient_checkpointing: bool = _memory(False, "recompute activations: less memory, slower")
     cache_features: bool = _memory(

@@ -231,6 +231,18 @@ def open_items(pairs: Iterable[Pair]) -> Iterator[dict[str, Any]]:
             continue
 
 
+def estimate_megapixels(images: Sequence[Path | Image.Image], sample: int = 16) -> float:
+    """Return how many megapixels an image has, from the headers of some; 1 if none can be read."""
+    sizes = []
+    for image in images[:: max(1, len(images) // sample)][:sample]:
+        if isinstance(image, Image.Image):
+            sizes.append(image.width * image.height)
+            continue
+        with suppress(OSError, ValueError, Image.DecompressionBombError), Image.open(image) as opened:
+            sizes.append(opened.width * opened.height)
+    return sum(sizes) / len(sizes) / 1e6 if sizes else 1.0
+
+
 def check_images(
     images: Sequence[Path],
     *,

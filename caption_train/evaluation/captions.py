@@ -238,10 +238,10 @@ def _start_keeping(
         raise UsageError(f"--cache_features: {family.title} keeps no features: drop it")
     digests = {question.image: question.digest for question in asked}
     # Not shared with training, whose attention rounds otherwise: see `Family.speed_up`.
-    opening = Opening(model, family, processor, digests, prompt, precision="captioning")
-    limit = None if options.cache_limit is None else parse_bytes(options.cache_limit)
-    opening.prepare(limit)
-    keeping, line = opening.start(limit)
+    limit = options.cache_limit and parse_bytes(options.cache_limit)
+    opening = Opening(model, family, processor, digests, prompt, precision="captioning", limit=limit)
+    opening.prepare()
+    keeping, line = opening.start(report=print_line)
     print_line(line)
     return keeping
 

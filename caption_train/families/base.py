@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
     from transformers.utils.quantization_config import BitsAndBytesConfig
 
+    from caption_train.families.image_encoder import ImageEncoder, Picture, Tensors
+
 Batch = dict[str, Any]
 """Arguments of a model's forward: `pixel_values` [B, C, H, W], `input_ids` [B, T], `labels` [B, T]."""
 
@@ -100,6 +102,10 @@ class Family(ABC):
     """Whether `find_image_encoder` finds the vision tower, so that `--cache_features` is allowed."""
     has_recordable_steps = False
     """Whether `generate` hands its arguments to that of transformers, so that `--cuda_graphs` is allowed."""
+    kept_parts: Sequence[str] = ("vision",)
+    """The parts that make the features which `--cache_features` keeps: they stay frozen."""
+    features_vary = False
+    """Whether the features of a large image are larger than those of a small one: `weigh_image` says how."""
     image_inputs: Sequence[str] = ("pixel_values",)
     """The entries of a batch that the image encoder takes, in its order."""
     plans_without_weights = False
@@ -205,26 +211,42 @@ class Family(ABC):
         Its captions stay the same up to rounding. The adapter, if any, is put on it later.
         """
 
-    def find_image_encoder(
-        self, model: PreTrainedModel
-    ) -> tuple[torch.nn.Module, str, list[torch.nn.Module]]:
+    def find_image_encoder(self, model: PreTrainedModel) -> ImageEncoder:
         """Return what turns pixels into the features that `--cache_features` keeps.
 
         Args:
             model: the model; inside of it may be an adapter, around it there is none.
 
-        Returns:
-            An object, the name of its method that takes `pixel_values` and returns one row of features an
-            image (a tensor, or as `last_hidden_state`), and the modules that this method runs.
+        Raises:
+            UsageError: this kind of model cannot be given features.
         """
         raise NotImplementedError(f"{self.title} keeps no features")
+
+    def hold_image(self, path: Path, image: Image.Image | None, features: Tensors) -> Image.Image | Picture:
+        """Return what `encode` takes for an image of a run that keeps features.
+
+        Args:
+            path: its file.
+            image: the image; None if its features are kept.
+            features: those; {} if there are none.
+        """
+        from PIL import Image
+
+        return image or Image.new("RGB", (32, 32))
+
+    def weigh_image(self, processor: ProcessorMixin, size: tuple[int, int]) -> float:
+        """Return how large the features of an image of (width, height) are, in a unit of the family's own."""
+        return 1.0
 
     def split_images(self, *inputs: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
         """Return the arguments of the image encoder's method, in `image_inputs`, for each image alone."""
         return [tuple(tensor[row : row + 1] for tensor in inputs) for row in range(len(inputs[0]))]
 
     def keep_images(self, batch: Batch, places: Sequence[int]) -> Batch:
-        """Return a batch of `encode` or a collator with the pixels of some images only, and all its text."""
+        """Return a batch of `encode` or a collator with the pixels of some images only, and all its text.
+
+        Where the images are `SINGLES`, it is not called.
+        """
         return batch | {"pixel_values": batch["pixel_values"][list(places)]}
 
     def tokenize_caption(self, processor: ProcessorMixin, caption: str) -> list[int]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from caption_train.errors import CaptionTrainError
 from caption_train.families.base import Batch, Family, Generated, ModelFacts
+from caption_train.families.image_encoder import ImageEncoder
 from caption_train.families.loading import guarding_load
 
 if TYPE_CHECKING:
@@ -134,9 +135,9 @@ class Blip(Family):
                 results[row] = _to_generated(processor, sequence[length - 1 :])
         return results
 
-    def find_image_encoder(self, model: Any) -> tuple[Any, str, list[Any]]:
+    def find_image_encoder(self, model: Any) -> ImageEncoder:
         """Return the vision tower; see `Family.find_image_encoder`."""
-        return model.vision_model, "forward", [model.vision_model]
+        return ImageEncoder(model.vision_model, "forward", [model.vision_model])
 
     def speed_up(self, model: BlipForConditionalGeneration) -> None:
         """Have the vision tower use torch's fused attention; see `Family.speed_up`.

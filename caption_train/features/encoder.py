@@ -3,45 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 from caption_train.families.base import Batch, Family
+from caption_train.families.image_encoder import SINGLES, SIZE, Tensors
+from caption_train.features.rows import ROWS, Rows, unpack
 from caption_train.features.store import FeatureStore
+from caption_train.system.devices import model_dtype, move_batch
 
-FORMAT = 1
+FORMAT = 2
 """To be raised whenever what is kept for the same weights and image changes."""
-ROWS = "feature_rows"
-"""The entry of a batch that says where the features of its images come from."""
 
-
-@dataclass
-class Rows:
-    """Where the features of a batch's B images come from.
-
-    Attributes:
-        digests: of each image the name that its features are kept under; None keeps none.
-        kept: the places in the batch of the images whose features were read.
-        features: those features, [len(kept), …]; None if there are none.
-    """
-
-    digests: Sequence[str | None]
-    kept: Sequence[int] = ()
-    features: torch.Tensor | None = None
-
-    def map_tensors(self, change: Callable[[torch.Tensor], Any]) -> Rows:
-        """Return the same with changed features, as `hand_over` sends them to another process."""
-        return replace(self, features=None if self.features is None else change(self.features))
-
-    def pin_memory(self) -> Rows:
-        """Copy the features to page-locked memory. The DataLoader calls this."""
-        return self.map_tensors(torch.Tensor.pin_memory)
+Call = tuple[Sequence[torch.Tensor], Mapping[str, Any]]
+"""The arguments of a tower's method for one image."""
 
 
 class KeepingEncoder:
@@ -55,22 +36,32 @@ class KeepingEncoder:
     Args:
         model: the model, without wrappers around it.
         family: the model's family.
+        around: makes the context in which the tower runs where the model does not call it.
 
     Attributes:
+        tower: the family's description of the tower.
         store: where features are kept; without one, all are computed.
-        computed: how many images were encoded, and not found among those that are kept.
+        computed: how many images with a digest were encoded, and not found among those that are kept.
+        report: called with a line when there is no room left.
     """
 
-    def __init__(self, model: nn.Module, family: Family) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        around: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
         self.store: FeatureStore | None = None
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.owner, self.method, self.modules = family.find_image_encoder(base)
-        self._encode: Callable[..., Any] = getattr(self.owner, self.method)
+        self.model, self.tower, self.around = base, family.find_image_encoder(base), around
+        self._encode: Callable[..., Any] = getattr(self.tower.owner, self.tower.method)
         self._rows: Rows | None = None
         self.computed = 0
-        self._split = family.split_images
-        setattr(self.owner, self.method, self)
-        for module in self.modules:
+        self.report: Callable[[str], Any] | None = None
+        self._family = family
+        if not self.tower.is_given:
+            setattr(self.tower.owner, self.tower.method, self)
+        for module in self.tower.modules:
             stay_in_eval_mode(module)
 
     def __call__(self, pixel_values: torch.Tensor, *args: torch.Tensor, **kwargs: Any) -> Any:
@@ -83,53 +74,81 @@ class KeepingEncoder:
         rows = self._rows
         if rows is None:
             return self._encode(pixel_values, *args, **kwargs)
-        missing = [place for place in range(len(rows.digests)) if place not in rows.kept]
-        found: dict[int, torch.Tensor] = {}
-        if rows.features is not None:
-            for place, features in zip(rows.kept, rows.features, strict=True):
-                found[place] = features.to(pixel_values.device, non_blocking=True)
-        with torch.no_grad():
-            for place, image in zip(missing, self._split(pixel_values, *args), strict=True):
-                found[place] = self._find(rows.digests[place], image, kwargs)
-        features = torch.stack([found[place] for place in range(len(rows.digests))])
-        return _wrap(features) if self.method == "forward" else features
+        calls = [(image, kwargs) for image in self._family.split_images(pixel_values, *args)]
+        return self.tower.join(self._collect(rows, calls, pixel_values.device))
 
-    def _find(self, digest: str | None, image: tuple[torch.Tensor, ...], kwargs: dict) -> torch.Tensor:
+    def _collect(self, rows: Rows, calls: Sequence[Call], device: torch.device) -> list[Tensors]:
+        """Return the features of all images of a batch; `calls` are for those that were not read."""
+        found: dict[int, Tensors] = {}
+        for place, features in zip(rows.kept, unpack(rows.features), strict=True):
+            found[place] = _move(features, device)
+        with torch.no_grad():
+            for place, call in zip(rows.missing, calls, strict=True):
+                size = rows.sizes[place] if self.tower.is_given else None
+                found[place] = _move(self._find(rows.digests[place], call, size), device)
+        return [found[place] for place in range(len(rows.digests))]
+
+    def _find(self, digest: str | None, call: Call, size: tuple[int, int] | None) -> Tensors:
         """Return an image's features: computed since its batch was made, or computed now."""
         kept = self.store.read(digest) if digest and self.store else None
         if kept is not None:
-            return kept.to(image[0].device)
-        self.computed += 1
-        features = _features_of(self._encode(*image, **kwargs))[0]
+            return kept
+        self.computed += digest is not None
+        features = self.tower.take(self._encode(*call[0], **call[1]))
         if digest and self.store:
-            self.store.write(digest, features)
+            self._keep(digest, features | ({SIZE: torch.tensor(size)} if size else {}))
         return features
 
-    def encode_one(self, batch: Batch, names: Sequence[str]) -> torch.Tensor:
-        """Return the features of a batch's first image; `names` are the entries that the tower takes."""
-        with torch.no_grad():
-            image = self._split(*(batch[name] for name in names))[0]
-            return _features_of(self._encode(*image))[0]
+    def _keep(self, digest: str, features: Tensors) -> None:
+        if not self.store.write(digest, features) and self.report:
+            reason = self.store.problem or "there is no room left"
+            self.report(
+                f"--cache_features: {self.store.folder}: {reason}: images without kept features are encoded "
+                "in each epoch"
+            )
+            self.report = None
+
+    def encode_one(self, batch: Batch) -> Tensors:
+        """Return the features of the first image of a batch that `Family.encode` made."""
+        with torch.no_grad(), self.around():
+            if singles := batch.get(SINGLES):
+                args, kwargs = self._give(singles[0].inputs)
+            else:
+                inputs = _move_like(batch, self.tower.owner)
+                args, kwargs = self._family.split_images(*map(inputs.get, self._family.image_inputs))[0], {}
+            return self.tower.take(self._encode(*args, **kwargs))
+
+    def _give(self, inputs: Tensors) -> Call:
+        known = inspect.signature(self._encode).parameters
+        moved = _move_like(inputs, self.model)
+        return (), {name: value for name, value in moved.items() if name in known}
 
     @contextmanager
     def given(self, batch: Batch) -> Iterator[Batch]:
         """Encode a batch's images as its `feature_rows` say; yield the batch without that entry."""
         batch = dict(batch)
-        self._rows = batch.pop(ROWS, None)
+        rows = batch.pop(ROWS, None)
+        if self.tower.is_given:
+            if rows is not None and rows.inputs is not None:
+                calls = [self._give(image) for image in unpack(rows.inputs)]
+                with self.around():
+                    features = self._collect(rows, calls, next(self.model.parameters()).device)
+                batch |= self.tower.join(features)
+            yield batch
+            return
+        self._rows = rows
         try:
             yield batch
         finally:
             self._rows = None
 
 
-def _features_of(output: Any) -> torch.Tensor:
-    return output if isinstance(output, torch.Tensor) else output.last_hidden_state
+def _move(features: Tensors, device: torch.device) -> Tensors:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in features.items()}
 
 
-def _wrap(features: torch.Tensor) -> Any:
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-    return BaseModelOutputWithPooling(last_hidden_state=features)
+def _move_like(inputs: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
+    return move_batch(inputs, next(module.parameters()).device, model_dtype(module))
 
 
 def stay_in_eval_mode(module: nn.Module) -> None:
@@ -138,12 +157,15 @@ def stay_in_eval_mode(module: nn.Module) -> None:
     module.train = lambda mode=True: module
 
 
-def fingerprint_encoder(modules: Sequence[nn.Module], settings: dict[str, Any]) -> str:
+def fingerprint_encoder(
+    modules: Sequence[nn.Module], settings: dict[str, Any], parameters: Tensors | None = None
+) -> str:
     """Return what identifies the features of a tower.
 
     Args:
         modules: the tower.
         settings: how images are prepared for it and in which precision it runs; values that JSON can hold.
+        parameters: what it uses besides.
 
     Returns:
         32 hexadecimal digits of a SHA-256 over the weights and the settings.
@@ -155,8 +177,13 @@ def fingerprint_encoder(modules: Sequence[nn.Module], settings: dict[str, Any]) 
             # An adapter's strength is in no tensor: --alpha may be edited in its adapter_config.json.
             if scaling := getattr(layer, "scaling", None):
                 digest.update(f"{name} {type(layer).__name__} {scaling}".encode())
-        for name, tensor in sorted(module.state_dict().items()):
-            if isinstance(tensor, torch.Tensor):
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        _digest_tensors(digest, module.state_dict())
+    _digest_tensors(digest, parameters or {})
     return digest.hexdigest()[:32]
+
+
+def _digest_tensors(digest: Any, tensors: Mapping[str, Any]) -> None:
+    for name, tensor in sorted(tensors.items()):
+        if isinstance(tensor, torch.Tensor):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

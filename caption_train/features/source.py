@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
-
 from caption_train.data.images import open_image
 from caption_train.families.base import Batch, Family
-from caption_train.features.encoder import ROWS, KeepingEncoder, Rows
+from caption_train.families.image_encoder import SINGLES
+from caption_train.features.encoder import KeepingEncoder
+from caption_train.features.rows import ROWS, Rows, pack
 from caption_train.features.store import FeatureStore
 from caption_train.system.files import hash_file
 
@@ -24,10 +23,12 @@ class FeatureSource:
     Attributes:
         store: where features are kept.
         digests: image → SHA-256 of the file when it was checked.
+        family: the model's family.
     """
 
     store: FeatureStore
     digests: Mapping[Path, str]
+    family: Family
 
     def open(self, path: Path) -> dict[str, Any]:
         """Return what an item says of its image.
@@ -35,7 +36,7 @@ class FeatureSource:
         Returns:
             `{"image", "digest"}`, where the digest is None for a file that has changed since it was checked:
             its features are not kept under the old name. With kept features, these are `"features"`, and the
-            image is a blank one, for the collator.
+            image is not opened: see `Family.hold_image`.
 
         Raises:
             ImageError: there are no features, and the file cannot be read.
@@ -43,8 +44,9 @@ class FeatureSource:
         digest = self.digests.get(path)
         features = self.store.read(digest) if digest else None
         if features is not None:
-            return {"image": Image.new("RGB", (32, 32)), "digest": digest, "features": features}
-        image = open_image(path)
+            image = self.family.hold_image(path, None, features)
+            return {"image": image, "digest": digest, "features": features}
+        image = self.family.hold_image(path, open_image(path), {})
         return {"image": image, "digest": digest if digest and _is_unchanged(path, digest) else None}
 
 
@@ -63,11 +65,17 @@ def attach_rows(family: Family, batch: Batch, items: Sequence[Mapping[str, Any]]
         batch: what the family made of the items.
         items: made by `FeatureSource.open`; others, such as fillers, are encoded and not kept.
     """
+    batch, inputs = dict(batch), None
+    digests = [item.get("digest") for item in items]
     kept = [place for place, item in enumerate(items) if "features" in item]
-    missing = [place for place, item in enumerate(items) if "features" not in item]
-    features = torch.stack([items[place]["features"] for place in kept]) if kept else None
-    rows = Rows([item.get("digest") for item in items], kept, features)
-    return family.keep_images(batch, missing) | {ROWS: rows}
+    if (singles := batch.pop(SINGLES, None)) is not None:
+        kept = [place for place, single in enumerate(singles) if single is None]
+        digests = [d if s is None or s.is_whole else None for d, s in zip(digests, singles, strict=True)]
+        inputs = pack([single.inputs for single in singles if single is not None])
+    else:
+        batch = family.keep_images(batch, [place for place in range(len(items)) if place not in kept])
+    features = pack([items[place]["features"] for place in kept])
+    return batch | {ROWS: Rows(digests, [item["image"].size for item in items], kept, features, inputs)}
 
 
 @dataclass
@@ -76,6 +84,12 @@ class Keeping:
 
     encoder: KeepingEncoder
     source: FeatureSource
+
+    def make_batch(self, collate_fn: Callable[[Sequence[dict]], Batch], items: Sequence[dict]) -> Batch:
+        """Return a batch of items with an opened `"image"` each, whose features are not kept."""
+        hold = self.source.family.hold_image
+        items = [item | {"image": hold(Path(), item["image"], {})} for item in items]
+        return attach_rows(self.source.family, collate_fn(items), items)
 
 
 @dataclass

@@ -14,10 +14,11 @@ from PIL import Image
 
 from caption_train.data.images import open_image
 from caption_train.reviewing.items import Item, Library
-from caption_train.system.files import read_regular_file, write_atomically
+from caption_train.system.files import list_kept, read_regular_file, remove_least_used, write_atomically
 
 EDGES = {"thumbnail": 256, "picture": 1600}
 """The longer edge in pixels."""
+_SUFFIX = ".jpg"
 _QUALITY = 82
 _KEPT_AFTER_PRUNING = 0.8
 
@@ -50,7 +51,7 @@ class Thumbnails:
         """
         real = self._library.check(item.path)
         key = f"{real}\0{item.version}\0{EDGES[kind]}".encode(errors="surrogateescape")
-        path = self._folder / f"{hashlib.blake2b(key, digest_size=20).hexdigest()}.jpg"
+        path = self._folder / f"{hashlib.blake2b(key, digest_size=20).hexdigest()}{_SUFFIX}"
         with suppress(OSError, ValueError):
             content = read_regular_file(path, is_own=True)
             os.utime(path)  # used just now
@@ -66,26 +67,13 @@ class Thumbnails:
     def _count(self, size: int) -> None:
         with self._lock:
             if self._bytes is None:
-                self._bytes = sum(status.st_size for _, status in self._list())
+                self._bytes = sum(file.size for file in list_kept(self._folder, _SUFFIX))
             else:
                 self._bytes += size
             if self._bytes > self._most_bytes:
-                self._prune()
-
-    def _prune(self) -> None:
-        self._bytes = 0
-        for path, status in sorted(self._list(), key=lambda entry: -entry[1].st_mtime_ns):
-            if self._bytes + status.st_size > self._most_bytes * _KEPT_AFTER_PRUNING:
-                path.unlink(missing_ok=True)
-            else:
-                self._bytes += status.st_size
-
-    def _list(self) -> list[tuple[Path, os.stat_result]]:
-        found = []
-        for path in self._folder.glob("*.jpg"):
-            with suppress(OSError):
-                found.append((path, path.stat()))
-        return found
+                files = list(list_kept(self._folder, _SUFFIX))
+                most = int(self._most_bytes * _KEPT_AFTER_PRUNING)
+                self._bytes = sum(file.size for file in files) - remove_least_used(files, most)
 
 
 def _shrink(path: Path, edge: int) -> bytes:

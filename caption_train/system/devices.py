@@ -91,6 +91,22 @@ def has_bfloat16(device: torch.device) -> bool:
     return True
 
 
+def choose_precision(device: torch.device) -> tuple[str, str]:
+    """Return what `--mixed_precision auto` means on a device, "bf16" or "no", and why.
+
+    bfloat16 that a device emulates is slower than float32. What it says that it can is tried.
+    """
+    import torch
+
+    if device.type not in ("cuda", "cpu") or not has_bfloat16(device):
+        return "no", f"{device.type} does not compute in bfloat16 itself"
+    factors = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    exact, rounded = factors[0] @ factors[1], factors[0].bfloat16() @ factors[1].bfloat16()
+    if not torch.allclose(rounded.float(), exact, rtol=0, atol=0.02 * float(exact.abs().max())):
+        return "no", f"{device.type} computes something else in bfloat16"
+    return "bf16", f"{device.type} computes in bfloat16 itself"
+
+
 def move_batch(batch: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Move a batch to a device.
 

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from caption_train.config.training import TrainOptions
 from caption_train.data.images import open_items
 from caption_train.errors import CaptionTrainError, is_out_of_memory
 from caption_train.families.base import Batch
+from caption_train.features.source import Keeping
 from caption_train.system.console import GIB, print_once
 from caption_train.system.devices import model_dtype, move_batch
 from caption_train.system.memory import peak_memory, trim_heap
@@ -31,6 +33,7 @@ def fit_batch_size(
     optimizer: Any,
     collate_fn: Callable[[Sequence[dict]], Batch],
     data: TrainingData,
+    keeping: Keeping | None = None,
 ) -> TrainOptions:
     """Try a step with the longest captions and the largest images, and print its peak memory.
 
@@ -44,6 +47,8 @@ def fit_batch_size(
         optimizer: its optimizer.
         collate_fn: the family's collator.
         data: the training data.
+        keeping: the features of `--cache_features`; the step encodes all images, one by one, as the first
+            epoch does.
 
     Returns:
         The options with a batch size that fits.
@@ -55,7 +60,9 @@ def fit_batch_size(
     while True:
         tried.append(options.batch_size)
         items = _open_worst(options.batch_size, data)
-        fits = _try_step(accelerator, model, collate_fn, items, count_room(options, model, optimizer))
+        fits = _try_step(
+            accelerator, model, collate_fn, items, count_room(options, model, optimizer), keeping
+        )
         optimizer.zero_grad()
         if not fits and parallelism(accelerator) in SHARDED:
             # No gather here: the other processes are inside the step, waiting for this one's shard.
@@ -90,6 +97,7 @@ def _try_step(
     collate_fn: Callable[[Sequence[dict]], Batch],
     items: Sequence[dict],
     state: int,
+    keeping: Keeping | None,
 ) -> bool:
     """Return whether a step fits while `state` bytes are set aside for the optimizer's state."""
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
@@ -98,9 +106,11 @@ def _try_step(
     try:
         with torch.random.fork_rng(devices), hold_gradients(accelerator, model):
             room = torch.empty(state, dtype=torch.uint8, device=accelerator.device)
-            inputs = move_batch(collate_fn(items), accelerator.device, model_dtype(model))
-            with explain_first_step(accelerator):
-                loss = model(**inputs).loss.float()
+            inputs = keeping.make_batch(collate_fn, items) if keeping else collate_fn(items)
+            with keeping.encoder.given(inputs) if keeping else nullcontext(inputs) as inputs:
+                inputs = move_batch(inputs, accelerator.device, model_dtype(model))
+                with explain_first_step(accelerator):
+                    loss = model(**inputs).loss.float()
             accelerator.backward(loss)
             room = None
     except (RuntimeError, MemoryError) as error:

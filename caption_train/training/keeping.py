@@ -1,5 +1,7 @@
 """Starts `--cache_features` in every process of a run."""
 
+from functools import partial
+from itertools import chain
 from typing import Any
 
 from accelerate import Accelerator
@@ -38,7 +40,7 @@ def start_keeping(
         prompt: the prompt of the run, to try the tower with.
 
     Raises:
-        UsageError: a part of the vision tower is trained.
+        UsageError: a part of the vision tower is trained, or this kind of model cannot be given features.
         CaptionTrainError: the folder for features cannot be written.
     """
     images = {pair.image for pair in data.train + data.validation}
@@ -49,23 +51,24 @@ def start_keeping(
         {image: data.digests[image] for image in images},
         data.train[0].prompt or prompt,
         precision=accelerator.mixed_precision,
-        around=accelerator.autocast(),
+        limit=options.cache_limit and parse_bytes(options.cache_limit),
+        around=accelerator.autocast,
     )
     _refuse_trained(opening.encoder)
-    limit = None if options.cache_limit is None else parse_bytes(options.cache_limit)
     with raise_on_all_ranks(accelerator):
         if accelerator.is_main_process:
-            opening.prepare(limit)
-    keeping, line = opening.start(limit, accelerator.num_processes)
+            opening.prepare()
+    keeping, line = opening.start(accelerator.num_processes, partial(print_once, accelerator))
     print_once(accelerator, line)
     return keeping
 
 
 def _refuse_trained(encoder: KeepingEncoder) -> None:
-    for module in encoder.modules:
-        trained = next((name for name, p in module.named_parameters() if p.requires_grad), None)
-        if trained is not None:
-            raise UsageError(
-                f"--cache_features keeps what a frozen vision tower makes of images, but {trained} is "
-                "trained: --target_modules or --init_adapter reaches it; drop --cache_features"
-            )
+    tower = encoder.tower
+    named = chain(tower.parameters.items(), *(module.named_parameters() for module in tower.modules))
+    trained = next((name for name, parameter in named if parameter.requires_grad), None)
+    if trained is not None:
+        raise UsageError(
+            f"--cache_features keeps what a frozen vision tower makes of images, but {trained} is "
+            "trained: --target_modules or --init_adapter reaches it; drop --cache_features"
+        )

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from caption_train.adapters.continuing import adopt_adapter
+from caption_train.adapters.continuing import adopt_adapter, refuse_parts
 from caption_train.adapters.initialization import initialize_lora
 from caption_train.adapters.load import fill_adapter, read_weights
 from caption_train.adapters.lora import wrap_with_lora
@@ -53,8 +53,16 @@ def resolve_options(options: TrainOptions, family: Family) -> tuple[TrainOptions
         adapter_flag="--init_adapter",
     )
     targets = options.target_modules or list(base.facts.lora_target_modules)
-    if options.cache_features and not options.train_parts:
-        options = replace(options, train_parts=options.unfrozen_parts)
+    if options.cache_features:
+        unfrozen = [part for part in options.unfrozen_parts if part not in family.kept_parts]
+        options = replace(options, train_parts=options.train_parts or unfrozen)
+        if trained := [part for part in family.kept_parts if part in options.train_parts]:
+            raise UsageError(
+                f"--cache_features keeps what {' and '.join(family.kept_parts)} of {family.title} make of an "
+                f"image: leave {trained[0]} out of --train_parts, or drop it"
+            )
+        if options.init_adapter:
+            refuse_parts(options.init_adapter, base.facts.parts, family.kept_parts, "--cache_features")
     # In one order and spelling: a resumed run compares them as text.
     rates = [f"{part}={rate}" for part, rate in read_part_rates(options.part_learning_rates).items()]
     options = replace(

@@ -20,7 +20,7 @@ from caption_train.shards.dataset import read_any_dataset
 from caption_train.system.console import GIB, print_result
 from caption_train.system.devices import model_dtype, move_batch
 from caption_train.system.memory import peak_memory, resident_memory
-from caption_train.training.distributed.accelerator import make_accelerator
+from caption_train.training.distributed.accelerator import make_accelerator, resolve_precision
 from caption_train.training.memory.activations import (
     Activations,
     cast_frozen,
@@ -86,7 +86,7 @@ def make_planner(options: TrainOptions, family: Family) -> tuple[Planner, TrainO
 
     The weights are read where the family says so, or where the forward depends on what they hold.
     """
-    options, base = resolve_options(options, family)
+    options, base = resolve_options(resolve_precision(options)[0], family)
     accelerator = make_accelerator(options)
     options = replace(options, mixed_precision=accelerator.mixed_precision)
     pairs = [

@@ -24,11 +24,11 @@ from caption_train.features.source import FeatureCollator, Keeping
 from caption_train.system.console import print_once
 from caption_train.system.launcher import notice_launcher
 from caption_train.system.lock import OutputLock
-from caption_train.system.workers import default_workers, limit_workers
+from caption_train.system.workers import choose_workers, default_workers, limit_workers
 from caption_train.training.batch_size import fit_batch_size
 from caption_train.training.checkpoints.find import BEST, forget
 from caption_train.training.checkpoints.store import clear_partial, explain_failure
-from caption_train.training.distributed.accelerator import make_accelerator
+from caption_train.training.distributed.accelerator import make_accelerator, resolve_precision
 from caption_train.training.distributed.fsdp import parallelism, prepare, shard
 from caption_train.training.distributed.ranks import check_same_on_all_ranks, raise_on_all_ranks
 from caption_train.training.keeping import start_keeping
@@ -45,6 +45,8 @@ from caption_train.training.resume import adopt_batch_size, check_same_run, find
 from caption_train.training.run.batch_plan import BatchPlan
 from caption_train.training.run.batches import CaptionDataset, make_train_dataloader
 from caption_train.training.run.data import TrainingData, read_training_data
+from caption_train.training.run.lengths import describe_padding, measure_lengths
+from caption_train.training.run.reading import Ahead
 from caption_train.training.run.run import TrainingRun
 from caption_train.training.saving import CheckpointSaver
 
@@ -74,12 +76,13 @@ class Start:
         }
 
 
-def prepare_training(options: TrainOptions, family: Family) -> Trainer:
+def prepare_training(options: TrainOptions, family: Family, ahead: Ahead | None = None) -> Trainer:
     """Prepare everything that a run needs. Cheap checks of flags and data come before the model is loaded.
 
     Args:
         options: as the user gave them.
         family: the model's family.
+        ahead: what began to read the datasets already, if anything did.
 
     Returns:
         A trainer, which holds the lock on the output folder until it is finished.
@@ -87,27 +90,34 @@ def prepare_training(options: TrainOptions, family: Family) -> Trainer:
     Raises:
         UsageError, CaptionTrainError: in every process of the run, whichever of them failed.
     """
+    options, lines = resolve_precision(options)
     accelerator = make_accelerator(options)
+    print_once(accelerator, *lines)
     notice_launcher(accelerator.num_processes)
     with raise_on_all_ranks(accelerator):
         options, base = resolve_options(options, family)
         lock = _open_output_dir(options, accelerator)
     try:
-        return _prepare(options, family, base, accelerator, lock)
+        return _prepare(options, family, base, accelerator, lock, ahead)
     except BaseException:
         lock.abandon()
         raise
 
 
 def _prepare(
-    options: TrainOptions, family: Family, base: Base, accelerator: Accelerator, lock: OutputLock
+    options: TrainOptions,
+    family: Family,
+    base: Base,
+    accelerator: Accelerator,
+    lock: OutputLock,
+    ahead: Ahead | None,
 ) -> Trainer:
     check_same_on_all_ranks(accelerator, describe_options(options))
-    data = read_training_data(options, accelerator)
+    data = read_training_data(options, accelerator, ahead)
     start = _decide_start(options, family, base, data, accelerator)
     model, processor = _load(start, family, base, data, accelerator)
     collate_fn = family.make_collator(processor, prompt=base.prompt, max_length=options.max_length)
-    start = _limit_workers(start, lambda: family.measure_inputs(processor, base.prompt), accelerator)
+    start = _limit_workers(start, lambda: family.measure_inputs(processor, base.prompt), accelerator, data)
     run = _make_run(start, model, processor, family, data, collate_fn, accelerator)
     if start.checkpoint is not None:
         resume_run(run, start.checkpoint)
@@ -151,11 +161,17 @@ def _load(
     return model, processor
 
 
-def _limit_workers(start: Start, measure_inputs: Callable[[], int], accelerator: Accelerator) -> Start:
+def _limit_workers(
+    start: Start, measure_inputs: Callable[[], int], accelerator: Accelerator, data: TrainingData
+) -> Start:
     """Return the start with as many `--num_workers` as the shared memory of this machine has room for."""
     options = start.options
     asked = options.num_workers
-    if "num_workers" not in options.sources:
+    if asked == "auto":
+        megapixels = sum(data.pixels.values()) / max(len(data.pixels), 1) / 1e6
+        asked = choose_workers(accelerator.device, megapixels, accelerator.num_processes)
+        print_once(accelerator, f"--num_workers auto: {asked}")
+    elif "num_workers" not in options.sources:
         asked = asked or default_workers(accelerator.device, accelerator.num_processes)
     workers, line = limit_workers(asked, lambda: measure_inputs() * options.batch_size)
     if line:
@@ -173,7 +189,8 @@ def _make_run(
     accelerator: Accelerator,
 ) -> TrainingRun:
     options, record = start.options, start.record
-    plan = _make_plan(options, len(data.train), accelerator)
+    lengths = measure_lengths(family, processor, data, options) if options.group_by_length else None
+    plan = _make_plan(options, len(data.train), accelerator, lengths)
     if parallelism(accelerator) == "FSDP":
         model = shard(model, accelerator)
     optimizer = make_optimizer(options, model, start.parts)
@@ -190,9 +207,11 @@ def _make_run(
         if options.init_lora_weights == "eva":
             initialize_from_data(model, accelerator, data.train, collate_fn)
         # Only a new run: a resumed one keeps the batch size that was found when it started.
-        options = fit_batch_size(options, accelerator, model, optimizer, collate_fn, data)
-        plan = _make_plan(options, len(data.train), accelerator)
+        options = fit_batch_size(options, accelerator, model, optimizer, collate_fn, data, keeping)
+        plan = _make_plan(options, len(data.train), accelerator, lengths)
         record.options = describe_options(options)
+    if lengths:
+        print_once(accelerator, describe_padding(plan))
     collate = FeatureCollator(family, collate_fn) if keeping else collate_fn
     loader = _make_loader(options, data.train, plan, collate, accelerator.device, keeping)
     return TrainingRun(
@@ -228,7 +247,9 @@ def _open_output_dir(options: TrainOptions, accelerator: Accelerator) -> OutputL
     return lock
 
 
-def _make_plan(options: TrainOptions, num_samples: int, accelerator: Accelerator) -> BatchPlan:
+def _make_plan(
+    options: TrainOptions, num_samples: int, accelerator: Accelerator, lengths: Sequence[int] | None
+) -> BatchPlan:
     return BatchPlan(
         num_samples,
         options.batch_size,
@@ -237,6 +258,7 @@ def _make_plan(options: TrainOptions, num_samples: int, accelerator: Accelerator
         accelerator.process_index,
         options.epochs,
         options.seed,
+        lengths=lengths,
     )
 
 

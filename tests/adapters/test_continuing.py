@@ -87,6 +87,12 @@ def test_equal_flags_are_no_problem(first, tmp_path):
     assert adopt_adapter(options)[0].rank == 4
 
 
+def test_features_are_not_kept_of_a_tower_that_the_adapter_trains(first):
+    options = TrainOptions(init_adapter=first[0], cache_features=True)
+    with pytest.raises(UsageError, match=r"^--cache_features: --init_adapter .* trains the .* vision part"):
+        resolve_options(options, get_family("florence"))
+
+
 def test_the_base_is_the_adapters_unless_one_is_given(first):
     options = TrainOptions(init_adapter=first[0], model_id="microsoft/Florence-2-base-ft")
     adopted, base = resolve_options(options, get_family("florence"))

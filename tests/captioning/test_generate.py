@@ -51,6 +51,12 @@ def test_workers_change_nothing(loaded, images):
     assert texts(loaded, images, batch_size=2, num_workers=2) == texts(loaded, images, batch_size=2)
 
 
+def test_workers_are_left_to_the_machine(loaded, images, capsys, monkeypatch):
+    monkeypatch.setattr("caption_train.captioning.generate.choose_workers", lambda *_: 1)
+    assert texts(loaded, images, batch_size=2, num_workers="auto") == texts(loaded, images, batch_size=2)
+    assert "--num_workers auto: 1" in capsys.readouterr().err
+
+
 def test_sampling_gives_an_image_the_same_caption_in_any_batch(loaded, images):
     make = partial(make_sampler, temperature=8.0, top_p=0.9, seed=3)
     settings = {"do_sample": False, "max_new_tokens": 8, "num_beams": 1}

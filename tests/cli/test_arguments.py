@@ -258,3 +258,19 @@ def test_a_config_that_is_no_regular_file_is_never_waited_for(kind, tmp_path):
     ]()
     with pytest.raises(UsageError, match="not a regular file"):
         parse_options(TrainOptions, ["--config", str(path)], prog="train")
+
+
+@pytest.mark.parametrize(("given", "value"), [("auto", "auto"), ("3", 3)])
+def test_a_count_may_be_left_to_the_machine(given, value, tmp_path):
+    argv = ["--num_workers", given, "--dataset_dir", str(tmp_path), "--output_dir", str(tmp_path)]
+    settings = {"prog": "train", "description": "", "positionals": ()}
+    assert parse_options(TrainOptions, argv, **settings).num_workers == value
+    config = tmp_path / "run.yaml"
+    config.write_text(f"num_workers: {given}\ndataset_dir: {tmp_path}\noutput_dir: {tmp_path}\n")
+    assert parse_options(TrainOptions, ["--config", str(config)], **settings).num_workers == value
+    for wrong in ("some", "-1"):
+        with pytest.raises(UsageError, match="num_workers"):
+            parse_options(TrainOptions, [*argv, "--num_workers", wrong], **settings)
+    config.write_text(f"num_workers: 2.5\ndataset_dir: {tmp_path}\noutput_dir: {tmp_path}\n")
+    with pytest.raises(UsageError, match="num_workers"):
+        parse_options(TrainOptions, ["--config", str(config)], **settings)

@@ -188,7 +188,8 @@ def test_models_with_one_vision_tower_encode_each_image_once(
     assert texts[0] == texts[1]
 
 
-def test_a_family_without_kept_features_says_so(tiny_base, pairs_folder, tmp_path, capsys):
+def test_a_family_without_kept_features_says_so(tiny_base, pairs_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(type(get_family("vlm")), "keeps_features", False)
     flags = ["--family", "vlm", "--base_model", tiny_base("vlm"), "--cache_features"]
     assert run(pairs_folder, tmp_path / "out", *flags) == 2
     assert "--cache_features: " in capsys.readouterr().err

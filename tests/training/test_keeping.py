@@ -1,9 +1,14 @@
 """`--cache_features`: the vision tower runs once an image, and the run stays the run that it was."""
 
+import errno
 import functools
+import os
+import shutil
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
+import torch
 from PIL import Image
 
 from caption_train.data import images
@@ -18,8 +23,7 @@ from tests.fixtures.runs import (
     write_pairs,
 )
 
-KEEPING = [name for name in FAMILIES if get_family(name).keeps_features]
-PLAIN = {"train_parts": ["projector", "language"]}
+PLAIN = {name: ["projector", "language"] for name in FAMILIES} | {"vlm": ["language"]}
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +64,7 @@ def opened(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("family", KEEPING)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_each_picture_is_decoded_and_encoded_once_and_by_no_later_run(family, make, tmp_path, opened):
     options = make(family)
     for name, encoded in (("kept", 5), ("again", 0)):
@@ -73,10 +77,10 @@ def test_each_picture_is_decoded_and_encoded_once_and_by_no_later_run(family, ma
     assert_same_run(tmp_path / "kept", tmp_path / "again")
 
 
-@pytest.mark.parametrize("family", KEEPING)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_is_the_plain_one_bit_for_bit(family, make, tmp_path):
     plain = replace(make(family), batch_size=1, gradient_accumulation_steps=2, epochs=2)
-    train(family, replace(plain, **PLAIN))
+    train(family, replace(plain, train_parts=PLAIN[family]))
     train(family, kept(tmp_path, plain))
     assert_same_run(tmp_path / "plain", tmp_path / "kept")
 
@@ -139,12 +143,15 @@ def test_other_weights_and_precisions_have_other_features(options, tmp_path, cac
     assert len(list(cache.iterdir())) == 2
 
 
-def test_features_that_another_process_removes_are_computed_again(options, tmp_path):
+@pytest.mark.parametrize("kind", ["damaged", "deleted"])
+def test_features_that_another_process_removes_are_computed_again(options, tmp_path, cache, kind):
     trainer = prepare_run(kept(tmp_path, options), get_family("blip"))
     store, rows = trainer.run.keeping.encoder.store, []
 
     def remove(step):
         rows.append(step)
+        if kind == "deleted":
+            shutil.rmtree(cache, ignore_errors=True)
         for path in store.folder.rglob("*.safetensors"):
             path.write_bytes(path.read_bytes()[: 50 * (step + 1)])
 
@@ -172,7 +179,30 @@ def test_the_folder_for_features_is_named_where_it_cannot_be_made(options, tmp_p
         prepare_run(kept(tmp_path, options), get_family("blip"))
 
 
-def test_a_family_that_keeps_none_has_no_flag():
-    assert {"cache_features", "cache_limit"} <= get_family("vlm").absent_flags()
-    with pytest.raises(NotImplementedError):
-        get_family("vlm").find_image_encoder(None)
+def test_a_disk_that_refuses_is_said_in_one_line_and_the_run_goes_on(options, tmp_path, monkeypatch, capsys):
+    train("blip", kept(tmp_path, options))
+    said = "No space left on device: images without kept features are encoded in each epoch"
+    assert said not in capsys.readouterr().err
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "full"))
+    refused = Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    monkeypatch.setattr("caption_train.features.store.open_temporary", refused)
+    train("blip", kept(tmp_path, options, "refused"))
+    assert_same_run(tmp_path / "kept", tmp_path / "refused")
+    text = capsys.readouterr()
+    assert (text.out + text.err).count(said) == 1 and refused.call_count == 1
+
+
+def test_too_little_room_is_said_once(options, tmp_path, capsys):
+    train("blip", kept(tmp_path, options, cache_limit="0.01MB", epochs=1))
+    text = capsys.readouterr()
+    lines = [line for line in (text.out + text.err).splitlines() if line.startswith("--cache_features: ")]
+    assert len(lines) == 1 and "(--cache_limit), the rest is encoded in each epoch" in lines[0]
+
+
+def test_the_tried_step_encodes_images_one_by_one_as_the_run_does(options, tmp_path, monkeypatch):
+    """Otherwise `--auto_batch_size` would make a batch smaller that fits."""
+    counts = []
+    real = torch.nn.Conv2d.forward
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda self, x: counts.append(len(x)) or real(self, x))
+    prepare_run(kept(tmp_path, options, batch_size=4, auto_batch_size=True), get_family("blip"))
+    assert counts and set(counts) == {1}

@@ -33,7 +33,7 @@ from caption_train.system.console import (
 from caption_train.system.launcher import notice_launcher
 from caption_train.system.processes import join_processes
 from caption_train.system.signals import Terminated, raising_terminated
-from caption_train.system.workers import explaining_dead_worker
+from caption_train.system.workers import choose_workers, explaining_dead_worker
 
 if TYPE_CHECKING:
     from caption_train.captioning.shards.stream import Asked
@@ -157,8 +157,13 @@ class ShardJob:
         if main:
             print_line(*self.plan.base.changes, *self.family.describe_inputs(processor))
         generation = make_generation(options, self.plan.base.prompt)
+        workers = options.num_workers
+        if workers == "auto":
+            # Images in shards are small: nobody is asked for the size of each.
+            workers = choose_workers(device, 1.0, self.processes.count)
+            print_line(f"--num_workers auto: {workers}")
         run = CaptionRun(
-            *(self.family, model, processor, generation, options.num_workers, options.worker_timeout),
+            *(self.family, model, processor, generation, workers, options.worker_timeout),
             keeping=None,
             graphs=DecodeGraphs(model) if options.cuda_graphs else None,
         )

@@ -19,6 +19,7 @@ from caption_train.families.florence.tasks import (
     find_task,
     refuse_token,
 )
+from caption_train.families.image_encoder import ImageEncoder
 from caption_train.families.loading import check_transformers, guarding_load
 
 if TYPE_CHECKING:
@@ -135,9 +136,9 @@ class Florence(Family):
         check_prompt_length(batch["input_ids"].shape[1], processor)
         return {name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask")}
 
-    def find_image_encoder(self, model: Any) -> tuple[Any, str, list[Any]]:
+    def find_image_encoder(self, model: Any) -> ImageEncoder:
         """Return the vision tower; see `Family.find_image_encoder`."""
-        return model.model.vision_tower, "forward", [model.model.vision_tower]
+        return ImageEncoder(model.model.vision_tower, "forward", [model.model.vision_tower])
 
     def make_collator(
         self, processor: Florence2Processor, *, prompt: str, max_length: int

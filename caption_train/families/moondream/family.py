@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caption_train.families.base import Batch, Family, Generated, ModelFacts
+from caption_train.families.image_encoder import ImageEncoder
 from caption_train.families.loading import guarding_load
 from caption_train.families.presets import PRESETS
 
@@ -116,9 +117,9 @@ class Moondream(Family):
         check_prompt_length(batch["input_ids"].shape[1] + 2, processor)  # + 2: room for one word and EOS
         return batch
 
-    def find_image_encoder(self, model: Any) -> tuple[Any, str, list[Any]]:
+    def find_image_encoder(self, model: Any) -> ImageEncoder:
         """Return the tower with what joins an image's crops; see `Family.find_image_encoder`."""
-        return model.model, "encode_crops", [model.model.vision_tower]
+        return ImageEncoder(model.model, "encode_crops", [model.model.vision_tower])
 
     def split_images(self, *inputs: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
         """Return the crops and the tiling of each image; see `Family.split_images`."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from caption_train.errors import UsageError
 from caption_train.families.base import Batch
+from caption_train.families.image_encoder import Picture
 from caption_train.families.vlm.chat import answer_ids
-from caption_train.families.vlm.images import fit_image, read_images
+from caption_train.families.vlm.features.pictures import encode_pictures
+from caption_train.families.vlm.images import encode_fitting, is_text
 
 if TYPE_CHECKING:
     import torch
@@ -19,33 +19,18 @@ if TYPE_CHECKING:
     from caption_train.families.vlm.processor import VlmProcessor
 
 
-def encode(processor: VlmProcessor, images: Sequence[Image.Image], prompts: Sequence[str]) -> Batch:
+def encode(processor: VlmProcessor, images: Sequence[Image.Image | Picture], prompts: Sequence[str]) -> Batch:
     """Return what the model reads of B images and prompts, the text left-padded to [B, T].
+
+    Pictures, of a run that keeps features, are encoded one by one: see `encode_pictures`.
 
     Raises:
         UsageError: the prompt leaves no position for a caption, however small the image.
         CaptionTrainError: an image that no processor can read.
     """
-    fitted = [fit_image(image, processor.max_pixels) for image in images]
-    batch = _read(processor, fitted, prompts)
-    for _ in range(SHRINKS):
-        excess = _find_excess(processor, batch)
-        if not any(excess):
-            return batch
-        # An image of too many tokens is made smaller: one large photo must not end a folder or a run.
-        fitted = [_shrink(image, part) for image, part in zip(fitted, excess, strict=True)]
-        batch = _read(processor, fitted, prompts)
-    if most := max(_find_excess(processor, batch)):
-        limit = processor.tokenizer.model_max_length
-        raise UsageError(
-            f"--prompt: with an image it is {math.ceil(most * limit):,} tokens too long for the {limit:,} "
-            "positions of the model: shorten it"
-        )
-    return batch
-
-
-SHRINKS = 3
-"""How often an image is made smaller before it is the prompt that is too long."""
+    if any(isinstance(image, Picture) for image in images):
+        return encode_pictures(processor, images, prompts)
+    return encode_fitting(processor, images, prompts)[0]
 
 
 @dataclass
@@ -124,7 +109,7 @@ def extend_rows(
     width = max(int(kept.sum()) + len(row) for kept, row in zip(mask, rows, strict=True))
     extended = {}
     for name, tensor in batch.items():
-        if tensor.shape[:2] != mask.shape:
+        if not is_text(name, tensor, mask):
             extended[name] = tensor
             continue
         result = tensor.new_full((len(rows), width, *tensor.shape[2:]), pad_id if name == "input_ids" else 0)
@@ -154,22 +139,3 @@ def keep_last(labels: torch.Tensor, longest: int) -> Batch:
     first = width - longest - 1
     shifted = torch.nn.functional.pad(labels[:, first + 1 :], (0, 1), value=IGNORE_INDEX)
     return {"logits_to_keep": torch.arange(first, width), "shift_labels": shifted}
-
-
-def _read(processor: VlmProcessor, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Any]:
-    return read_images(
-        lambda some: processor(some, prompts if len(some) == len(prompts) else prompts[:1]), images
-    )
-
-
-def _find_excess(processor: VlmProcessor, batch: Batch) -> list[float]:
-    """Return by how much each row exceeds the model's positions, as a part of those; 0 where it fits."""
-    limit = processor.tokenizer.model_max_length
-    # There must be room for one token of a caption and its end.
-    lengths = batch["attention_mask"].sum(dim=1) + len(processor.chat.end_ids) + 1
-    return [max(length - limit, 0) / limit for length in lengths.tolist()]
-
-
-def _shrink(image: Image.Image, excess: float) -> Image.Image:
-    pixels = image.width * image.height
-    return fit_image(image, math.floor(pixels / (1 + 2 * excess))) if excess else image

@@ -11,10 +11,13 @@ from caption_train.families.presets import PRESETS
 from caption_train.families.vlm.presets import DEFAULT_PROMPT
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from PIL import Image
     from transformers import PreTrainedModel
 
+    from caption_train.families.image_encoder import ImageEncoder, Picture, Tensors
     from caption_train.families.vlm.processor import VlmProcessor
 
 
@@ -38,6 +41,9 @@ class Vlm(Family):
     has_recordable_steps = True
     can_be_served = True
     plans_without_weights = True
+    keeps_features = True
+    kept_parts = ("vision", "projector")
+    features_vary = True
 
     @guarding_load
     def describe(self, model_id: str, revision: str | None = None) -> ModelFacts:
@@ -147,6 +153,28 @@ class Vlm(Family):
         from caption_train.families.vlm.collator import encode
 
         return encode(processor, images, prompts)
+
+    def find_image_encoder(self, model: PreTrainedModel) -> ImageEncoder:
+        """Return image encoder and projector; see `Family.find_image_encoder`."""
+        from caption_train.families.vlm.features.encoder import find_image_encoder
+
+        return find_image_encoder(model)
+
+    def hold_image(self, path: Path, image: Image.Image | None, features: Tensors) -> Picture:
+        """Return the image with its size, which is all that is needed of it if its features are kept."""
+        from caption_train.families.vlm.features.pictures import hold_image
+
+        return hold_image(path, image, features)
+
+    def keep_images(self, batch: Batch, places: Sequence[int]) -> Batch:
+        """Return the batch as it is: images that are no `SINGLES` are all encoded, by the model itself."""
+        return batch
+
+    def weigh_image(self, processor: VlmProcessor, size: tuple[int, int]) -> float:
+        """Return how many tokens an image has; see `Family.weigh_image`."""
+        from caption_train.families.vlm.image_budget import count_image_tokens
+
+        return count_image_tokens(processor, size)
 
     def make_collator(
         self, processor: VlmProcessor, *, prompt: str, max_length: int

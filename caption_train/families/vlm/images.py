@@ -6,10 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from caption_train.errors import CaptionTrainError
+from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.families.base import Batch
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
+
+    from caption_train.families.vlm.processor import VlmProcessor
 
 MAX_PIXELS = 1024 * 1024
 """Pixels of an image, where neither user nor checkpoint set a bound: about a thousand tokens in Qwen3-VL."""
@@ -79,3 +83,53 @@ def _find_readable(
         else:
             return candidate
     raise CaptionTrainError(f"an image of {image.width}×{image.height} pixels is refused: {reason}")
+
+
+SHRINKS = 3
+"""How often an image is made smaller before it is the prompt that is too long."""
+
+
+def encode_fitting(
+    processor: VlmProcessor, images: Sequence[Image.Image], prompts: Sequence[str]
+) -> tuple[Batch, bool]:
+    """Return what `encode` returns of images, and whether none had to be made smaller for its prompt."""
+    fitted = [fit_image(image, processor.max_pixels) for image in images]
+    batch = _read(processor, fitted, prompts)
+    for count in range(SHRINKS):
+        excess = _find_excess(processor, batch)
+        if not any(excess):
+            return batch, not count
+        # An image of too many tokens is made smaller: one large photo must not end a folder or a run.
+        fitted = [_shrink(image, part) for image, part in zip(fitted, excess, strict=True)]
+        batch = _read(processor, fitted, prompts)
+    if most := max(_find_excess(processor, batch)):
+        limit = processor.tokenizer.model_max_length
+        raise UsageError(
+            f"--prompt: with an image it is {math.ceil(most * limit):,} tokens too long for the {limit:,} "
+            "positions of the model: shorten it"
+        )
+    return batch, False
+
+
+def is_text(name: str, value: Any, mask: torch.Tensor) -> bool:
+    """Tell whether an entry of a batch has a value for each token, as its `attention_mask` does [B, T]."""
+    return getattr(value, "shape", ())[:2] == mask.shape and not name.startswith(("pixel_", "image_"))
+
+
+def _read(processor: VlmProcessor, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Any]:
+    return read_images(
+        lambda some: processor(some, prompts if len(some) == len(prompts) else prompts[:1]), images
+    )
+
+
+def _find_excess(processor: VlmProcessor, batch: Batch) -> list[float]:
+    """Return by how much each row exceeds the model's positions, as a part of those; 0 where it fits."""
+    limit = processor.tokenizer.model_max_length
+    # There must be room for one token of a caption and its end.
+    lengths = batch["attention_mask"].sum(dim=1) + len(processor.chat.end_ids) + 1
+    return [max(length - limit, 0) / limit for length in lengths.tolist()]
+
+
+def _shrink(image: Image.Image, excess: float) -> Image.Image:
+    pixels = image.width * image.height
+    return fit_image(image, math.floor(pixels / (1 + 2 * excess))) if excess else image

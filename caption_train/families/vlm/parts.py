@@ -69,6 +69,28 @@ def find_parts(model: PreTrainedModel, model_id: str) -> dict[str, str]:
     }
 
 
+def list_outside_language(model: PreTrainedModel) -> tuple[list[nn.Module], dict[str, nn.Parameter]]:
+    """Return all that may read an image: modules, and parameters of modules that hold the decoder too.
+
+    Those are such as LLaVA-NeXT's `image_newline`.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    heads = [model.get_output_embeddings(), model.get_decoder(), model.get_encoder("audio")]
+    tops = [name for module in heads if (name := names.get(id(module)))]
+    rest = [name for name in _holders(model) if not _is_below(name, tops)]
+    bare = [name for name in rest if any(_is_below(top, [name]) for top in tops)]
+    parameters = {
+        f"{name}.{key}": parameter
+        for name in bare
+        for key, parameter in model.get_submodule(name).named_parameters(recurse=False)
+    }
+    kept: list[str] = []
+    for name in rest:
+        if name not in bare and not _is_below(name, kept):
+            kept.append(name)
+    return [model.get_submodule(name) for name in kept], parameters
+
+
 def find_dead(model: PreTrainedModel, encoder: nn.Module, decoder: nn.Module) -> list[str]:
     """Return modules of the image encoder whose output nothing reads, so that no gradient reaches them.
 

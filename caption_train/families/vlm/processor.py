@@ -42,7 +42,8 @@ class VlmProcessor:
     processor and video processor, by file name. input_names: what the model's forward takes.
     keeps_logits: whether it computes the loss from the last logits alone. own_prompts: those that the
     checkpoint's authors trained it with. system_prompt: said before every prompt. max_pixels: images are
-    made no larger. settings: those in effect, by the name of their flag.
+    made no larger. settings: those in effect, by the name of their flag. rows: the tokens of images whose
+    features are kept, by their size and prompt.
     """
 
     inner: ProcessorMixin
@@ -54,6 +55,7 @@ class VlmProcessor:
     system_prompt: str = ""
     max_pixels: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    rows: dict[tuple, Any] = field(default_factory=dict, repr=False, compare=False)
     _rendered: dict[tuple[str, str], str] = field(default_factory=dict, repr=False)
 
     @property

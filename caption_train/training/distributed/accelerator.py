@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
@@ -14,13 +15,24 @@ from torch.distributed.fsdp import FSDPModule
 from caption_train.config.compatibility import check
 from caption_train.config.training import TrainOptions
 from caption_train.errors import UsageError
-from caption_train.system.devices import open_device, use_tensor_cores
+from caption_train.system.devices import choose_device, choose_precision, open_device, use_tensor_cores
 from caption_train.system.launcher import asks_for
 from caption_train.system.processes import is_one_of_several
 from caption_train.training.distributed import deepspeed, fsdp
 
 KINDS = ("DEEPSPEED", "MEGATRON_LM", "FSDP")
 """Kinds of parallelism that the environment may ask for; plain data parallelism is the default."""
+
+
+def resolve_precision(options: TrainOptions) -> tuple[TrainOptions, list[str]]:
+    """Return the options with what `--mixed_precision auto` means here, and a line that says it."""
+    if options.mixed_precision != "auto":
+        return options, []
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = choose_device(options.device, local_rank=local_rank, processes=processes)
+    precision, reason = choose_precision(device)
+    return replace(options, mixed_precision=precision), [f"--mixed_precision auto: {precision}, {reason}"]
 
 
 def make_accelerator(options: TrainOptions) -> Accelerator:

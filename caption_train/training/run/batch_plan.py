@@ -3,7 +3,7 @@
 import math
 import random
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch.utils.data import Sampler
@@ -36,6 +36,7 @@ class BatchPlan(Sampler):
         epochs: how often each sample is read.
         seed: determines the permutations.
         first_step: the optimizer step to start from, 0 unless the run is resumed.
+        lengths: of each sample, to make batches of samples of about one length; None makes them at random.
     """
 
     num_samples: int
@@ -46,6 +47,7 @@ class BatchPlan(Sampler):
     epochs: int = 1
     seed: int = 0
     first_step: int = 0
+    lengths: Sequence[int] | None = field(default=None, repr=False, compare=False)
     _orders: dict[int, array] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -87,17 +89,62 @@ class BatchPlan(Sampler):
         epochs, steps = divmod(self.first_step, self.steps_per_epoch)
         return (self.epochs - epochs) * per_epoch - steps * self.accumulation_steps
 
+    def measure_padding(self, lengths: Sequence[int]) -> float:
+        """Return how much of the first epoch's micro-batches is padding, as a part of 1.
+
+        Args:
+            lengths: of each sample.
+        """
+        order, used, padded = self._order(1), 0, 0
+        for start in range(0, len(order), self.effective_batch_size):
+            batch = order[start : start + self.effective_batch_size]
+            for first in range(0, len(batch), self.batch_size):
+                found = [lengths[index] for index in batch[first : first + self.batch_size]]
+                used += sum(found)
+                padded += max(found) * len(found)
+        return 1 - used / max(padded, 1)
+
     def _order(self, epoch: int) -> array:
         if epoch not in self._orders:
             permutation = list(range(self.num_samples))
             # Every process makes the same permutation, so none has to be sent.
-            random.Random(f"{self.seed} {epoch}").shuffle(permutation)
+            rng = random.Random(f"{self.seed} {epoch}")
+            rng.shuffle(permutation)
+            if self.lengths is not None:
+                permutation = group_by_length(permutation, self.lengths, self.effective_batch_size, rng)
             # Two, because the loader reads ahead into the next epoch while the loop is still in this one.
             while len(self._orders) > 1:
                 del self._orders[min(self._orders)]
             # A quarter of a list's memory, and nothing for forked workers to copy.
             self._orders[epoch] = array("Q", permutation)
         return self._orders[epoch]
+
+
+SORTED_TOGETHER = 50
+"""Effective batches that are sorted together: more save little more padding, and mix an epoch less."""
+
+
+def group_by_length(
+    order: Sequence[int], lengths: Sequence[int], batch_size: int, rng: random.Random
+) -> list[int]:
+    """Return a permutation whose batches hold samples of about one length, the batches in random order.
+
+    A short batch stays the last one. Only the effective batch size counts, not how it is cut into
+    micro-batches and processes.
+
+    Args:
+        order: a random permutation.
+        lengths: of each sample.
+        batch_size: samples in an optimizer step.
+        rng: shuffles the batches.
+    """
+    whole = len(order) // batch_size * batch_size
+    pieces = range(0, whole, SORTED_TOGETHER * batch_size)
+    kept = [order[start : min(start + SORTED_TOGETHER * batch_size, whole)] for start in pieces]
+    ordered = [index for piece in kept for index in sorted(piece, key=lengths.__getitem__)]
+    batches = [ordered[start : start + batch_size] for start in range(0, whole, batch_size)]
+    rng.shuffle(batches)
+    return [index for batch in batches for index in batch] + list(order[whole:])
 
 
 def is_due(every: int | None, count: int) -> bool:

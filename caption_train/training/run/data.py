@@ -3,7 +3,7 @@
 import gc
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,9 +18,9 @@ from caption_train.data.images import ImageError
 from caption_train.data.pairs import Pair
 from caption_train.data.split import fingerprint, name_images, split_by_content
 from caption_train.errors import CaptionTrainError, UsageError
-from caption_train.shards.dataset import inspect_any_dataset
 from caption_train.system.console import escape_unprintable, print_once, summarize
 from caption_train.training.distributed.ranks import check_same_on_all_ranks, raise_on_all_ranks
+from caption_train.training.run.reading import Ahead, list_images, read_pairs
 
 NEED_VALIDATION = (
     *("validation_split", "validation_dir", "eval_every_n_epochs", "eval_every_n_steps"),
@@ -97,7 +97,9 @@ class TrainingData:
         )
 
 
-def read_training_data(options: TrainOptions, accelerator: Accelerator) -> TrainingData:
+def read_training_data(
+    options: TrainOptions, accelerator: Accelerator, ahead: Ahead | None = None
+) -> TrainingData:
     """Read and check the dataset of a run.
 
     Validation pairs are those in `--validation_dir`, those that `--validation_split` holds out, or the rows
@@ -106,17 +108,19 @@ def read_training_data(options: TrainOptions, accelerator: Accelerator) -> Train
     Args:
         options: the options of the run.
         accelerator: each of its processes decodes its share of the images.
+        ahead: what began to read them already, if anything did.
 
     Raises:
         CaptionTrainError: lists all bad rows and files, unless `--on_bad_data skip` leaves them out.
         UsageError: no pair is left, or validation images are needed and there are none.
     """
     with raise_on_all_ranks(accelerator), _without_garbage_collection():
-        data = _read(options)
+        found = (ahead and ahead.take()) or read_pairs(options)
+        data = TrainingData(found.train, found.validation, found.problems)
     if accelerator.num_processes > 1:
         # Each image is decoded by one process for all, so all must have the same files.
         check_same_on_all_ranks(accelerator, _list_rows(data))
-    _inspect_images(data, accelerator)
+    _inspect_images(data, accelerator, found.images)
     with raise_on_all_ranks(accelerator):
         if options.validation_split:
             data.train, data.validation = split_by_content(
@@ -164,37 +168,6 @@ def _refuse_or_report(data: TrainingData, options: TrainOptions, accelerator: Ac
         )
 
 
-def _read(options: TrainOptions) -> TrainingData:
-    pairs, problems = [], []
-    for number, (folder, _) in enumerate(options.datasets):
-        found, more = _inspect(options, folder)
-        pairs += [replace(pair, dataset=number) for pair in found] if number else found
-        problems += (
-            [f"{escape_unprintable(folder)}: {line}" for line in more] if options.add_dataset else more
-        )
-    train = [pair for pair in pairs if pair.split == "train"]
-    validation = [pair for pair in pairs if pair.split == "validation"]
-    if validation and (options.validation_split or options.validation_dir):
-        raise UsageError(
-            f"--dataset_dir {options.dataset_dir}: {len(validation)} rows are held out for validation "
-            "already; drop --validation_split or --validation_dir"
-        )
-    if options.validation_dir:
-        validation, more = _inspect(options, options.validation_dir)
-        validation = [replace(pair, split="validation") for pair in validation]
-        problems += more
-    return TrainingData(train, validation, problems)
-
-
-def _inspect(options: TrainOptions, folder: Path) -> tuple[list[Pair], list[str]]:
-    return inspect_any_dataset(
-        folder,
-        caption_extensions=options.caption_extension,
-        follow_symlinks=options.follow_symlinks,
-        split=None,
-    )
-
-
 def _list_rows(data: TrainingData) -> dict[str, str]:
     """Return image → a hash of its size, captions, prompts and splits, to compare what each process reads."""
     rows: dict[str, list] = {}
@@ -208,19 +181,18 @@ def _list_rows(data: TrainingData) -> dict[str, str]:
     }
 
 
-def _inspect_images(data: TrainingData, accelerator: Accelerator) -> None:
-    """Decode every image that is not known from an earlier run; leave out pairs with bad images.
-
-    Each process does its share.
-    """
-    # By name, in which all processes agree; comparing paths part by part takes ten times as long.
-    images = sorted({pair.image for pair in data.train + data.validation}, key=str)
+def _inspect_images(
+    data: TrainingData, accelerator: Accelerator, known: Mapping[Path, tuple[str, int]]
+) -> None:
+    """Decode every image that is not known; leave out pairs with bad images. Each process does its share."""
+    images = list_images(data.train + data.validation)
     share = images[accelerator.process_index :: accelerator.num_processes]
+    unknown = [image for image in share if image not in known]
+    results: dict[Path, Any] = {image: known[image] for image in share if image in known}
+    inspected = inspect_images(unknown, show_progress=accelerator.is_main_process) if unknown else []
+    results.update(zip(unknown, inspected, strict=True))
+    found_here = [(i, str(r) if isinstance(r, ImageError) else r) for i, r in results.items()]
     bad = {}
-    results = inspect_images(share, show_progress=accelerator.is_main_process)
-    found_here = [
-        (i, str(r) if isinstance(r, ImageError) else r) for i, r in zip(share, results, strict=True)
-    ]
     for image, found in gather_object(found_here):
         if isinstance(found, str):
             bad[image] = found

@@ -1,0 +1,1 @@
+"""`--cache_features` for image-text-to-text models."""
