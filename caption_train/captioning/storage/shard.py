@@ -11,7 +11,7 @@ class Shard:
 
     >>> shards = [Shard(index, 2) for index in (1, 2)]
     >>> [[name for name in ("a.png", "b.png", "sub/c.png") if shard.has(name)] for shard in shards]
-    [['b.png', 'sub/c.png'], ['a.png']]
+    [['a.png'], ['b.png', 'sub/c.png']]
     """
 
     index: int
