@@ -175,6 +175,7 @@ class CaptionOptions:
             self, 1, "limit", "beams", "max_token_length", "batch_size", "max_pixels", "concurrency", "actors"
         )
         problems += find_below(self, 0, "temperature", "seed", "num_workers", "retries", "worker_timeout")
+        problems += find_below(self, 0, "gpus_per_actor")
         if not 0 < self.top_p <= 1:
             problems.append(f"--top_p is a probability above 0, up to 1; {self.top_p} is not")
         if self.top_p < 1 and not self.temperature:
