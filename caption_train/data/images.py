@@ -238,7 +238,8 @@ def estimate_megapixels(images: Sequence[Path | Image.Image], sample: int = 16) 
         if isinstance(image, Image.Image):
             sizes.append(image.width * image.height)
             continue
-        with suppress(OSError, ValueError, Image.DecompressionBombError), Image.open(image) as opened:
+        with suppress(OSError, ValueError, Image.DecompressionBombError), open_regular(image) as file:
+            opened = Image.open(file)
             sizes.append(opened.width * opened.height)
     return sum(sizes) / len(sizes) / 1e6 if sizes else 1.0
 

@@ -19,6 +19,7 @@ from caption_train.families.image_encoder import Tensors
 from caption_train.features.encoder import KeepingEncoder, fingerprint_encoder
 from caption_train.features.source import FeatureSource, Keeping, attach_rows
 from caption_train.features.store import KEPT_FREE, FeatureStore, clear_leftovers, make_room, measure_room
+from caption_train.packed import open_regular
 from caption_train.system.devices import model_dtype, move_batch
 from caption_train.system.files import cache_folder
 
@@ -115,8 +116,8 @@ class Opening:
             return 1.0
         sizes = []
         for path in sorted(self.digests, key=self.digests.__getitem__)[:SAMPLED]:
-            with suppress(OSError, ValueError), Image.open(path) as image:
-                sizes.append(image.size)
+            with suppress(OSError, ValueError), open_regular(path) as file:
+                sizes.append(Image.open(file).size)
         if not sizes:
             return 1.0
         blank, *weights = (self.family.weigh_image(self.processor, size) for size in ((32, 32), *sizes))

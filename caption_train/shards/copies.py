@@ -55,6 +55,13 @@ class Copies:
         if following and following.is_remote and self._pool:
             self._coming[following] = self._pool.submit(fetch, following, self._folder)
 
+    def drop(self, shard: Shard) -> None:
+        """Delete the copy of a shard that is not needed, if it was asked for."""
+        coming = self._coming.pop(shard, None)
+        if coming and not coming.cancel():
+            with suppress(CaptionTrainError, OSError):
+                coming.result().unlink(missing_ok=True)
+
     def close(self) -> None:
         """Delete what nobody has taken."""
         if self._pool:

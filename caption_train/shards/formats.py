@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 from caption_train.data.formats import IMAGE_SUFFIXES
@@ -43,9 +43,17 @@ def write_shard(
         write_samples(target, _caption_records(reader, captions), extension)
     elif output_format == "jsonl":
         for row in _make_rows(reader, captions):
-            target.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+            target.write(_dump(row))
     else:
         _write_parquet(target, _make_rows(reader, captions))
+
+
+def _dump(row: Mapping[str, Any]) -> bytes:
+    """Return a row as a line; what is not UTF-8 in a name is escaped, as `os.fsdecode` reads it."""
+    try:
+        return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:
+        return (json.dumps(row) + "\n").encode()
 
 
 def write_samples(file: IO[bytes], records: Iterator[Record], extension: str = ".txt") -> None:

@@ -16,7 +16,7 @@ from caption_train.data.caption_sources import IMAGE_COLUMNS
 from caption_train.data.formats import CAPTION_SUFFIXES, MAX_CAPTION_BYTES, TEXT_COLUMNS
 from caption_train.data.text import join_lines, refuse_odd_characters
 from caption_train.errors import CaptionTrainError, is_out_of_memory
-from caption_train.packed import PackedFile
+from caption_train.packed import Container, PackedFile
 from caption_train.shards.records import Merged, NewCaption, Record, ShardError, ShardReader
 from caption_train.system.console import escape_unprintable
 from caption_train.system.damage import describe_error
@@ -43,8 +43,11 @@ class ParquetReader(ShardReader):
         columns = [extension.strip(".") for extension in caption_extensions]
         columns = [column for column in columns if f".{column}" not in CAPTION_SUFFIXES]
         super().__init__(path, name, columns or TEXT_COLUMNS)
+        self._container: Container | None = None
         with self._explained(), self._open() as file:
             schema = file.schema_arrow
+        with self._explained():
+            self._container = Container.of(path)
         found = find_image_column(schema)
         if found is None:
             raise ShardError(
@@ -171,6 +174,9 @@ class ParquetReader(ShardReader):
             ) from error
         if not self.path.is_file():
             raise ShardError(f"{escape_unprintable(self.name)}: not a regular file")
+        if self._container is not None and Container.of(self.path) != self._container:
+            # Rows are known by their numbers, which may be others' by now.
+            raise ShardError(f"{escape_unprintable(self.name)}: has changed while it was read")
         # Mapped: a page of images, which may be as large as a row group, need not be copied.
         return parquet.ParquetFile(self.path, memory_map=True, pre_buffer=False)
 

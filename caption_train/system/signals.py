@@ -142,6 +142,18 @@ def limiting_wait(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
+@contextmanager
+def not_limited() -> Iterator[None]:
+    """Stop the clock of `limiting_wait`, if it runs, inside the `with` block: this process is at work."""
+    is_main = threading.current_thread() is threading.main_thread()
+    left = signal.setitimer(signal.ITIMER_REAL, 0)[0] if is_main and _waits else 0.0
+    try:
+        yield
+    finally:
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, left)
+
+
 def was_interrupted() -> bool:
     """Tell whether a training run of this process got a signal."""
     return any(interrupts.number for interrupts in _active)

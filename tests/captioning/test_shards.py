@@ -103,6 +103,14 @@ def test_a_killed_run_goes_on_and_writes_the_bytes_of_an_unbroken_one(folder, ca
         assert (folder / "broken" / name).read_bytes() == (folder / "out" / name).read_bytes()
 
 
+def test_a_shard_is_replaced_by_one_prompt_alone_though_the_first_run_was_killed(folder, capsys):
+    assert run_and_die(folder, overwrite=True, prompt="first") == 9
+    assert run(folder, overwrite=True, prompt="second") == 0
+    assert "it is captioned anew" in capsys.readouterr().err
+    run(folder, output_shards=str(folder / "unbroken"), overwrite=True, prompt="second")
+    assert (folder / "out/00000.tar").read_bytes() == (folder / "unbroken/00000.tar").read_bytes()
+
+
 def test_half_a_line_of_a_journal_is_captioned_again(folder):
     assert run_and_die(folder) == 9
     journal = folder / "out/.00000.tar.part"
@@ -214,6 +222,22 @@ def test_unreadable_images_are_named_and_the_rest_captioned(folder, capsys):
         ("f.txt", b"no image"),
         ("sub/.g.png", b"hidden"),
     ]
+
+
+def test_what_could_not_be_read_is_told_again_with_how_to_try_again(folder, capsys):
+    write_tar(folder / "in/00000.tar", [("a.png", make_image(1)), ("b.png", b"damaged")])
+    assert run(folder) == 1
+    capsys.readouterr()
+    assert run(folder) == 1
+    said = capsys.readouterr().err
+    assert "1 image could not be read when it was captioned: delete 00000.tar in" in said
+
+
+def test_a_name_that_is_not_utf8_is_escaped_in_rows(folder):
+    write_tar(folder / "in/00000.tar", [("caf\udce9.png", make_image(1))])
+    assert run(folder, output_format="jsonl") == 0
+    (row,) = map(json.loads, (folder / "out/00000.jsonl").read_text().splitlines())
+    assert row["key"] == "caf\udce9"
 
 
 def test_rows_without_images_are_written_on_request(folder):

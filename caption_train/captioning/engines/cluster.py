@@ -120,12 +120,13 @@ class RayEngine(Engine):
             num_gpus=self._gpus,
             num_cpus=1,
         )
+        waiting = (task.image for task in tasks)
         with explaining_ray():
             for row in data.iter_rows():
                 results = pickle.loads(row["results"])
                 if isinstance(results, Exception):
                     raise results
-                yield from results
+                yield from (_name_as_given(result, next(waiting)) for result in results)
 
     def close(self) -> None:
         """Leave the cluster; one that was started for this run ends."""
@@ -225,6 +226,14 @@ def _load_processor(work: RayWork) -> tuple[Any, list[str]]:
 
 def _absolute(tasks: Sequence[Task]) -> list[Task]:
     return [replace(task, image=task.image.absolute()) for task in tasks]
+
+
+def _name_as_given(result: CaptionResult | Unreadable, image: Path) -> CaptionResult | Unreadable:
+    """Return a result with the path that the run was given: outputs know images by it."""
+    if isinstance(result, Unreadable):
+        reason = result.reason.replace(str(result.image), str(image), 1)
+        return Unreadable(image, reason)
+    return replace(result, image=image)
 
 
 def _import_ray() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -160,8 +161,9 @@ class ShardJob:
         workers = options.num_workers
         if workers == "auto":
             # Images in shards are small: nobody is asked for the size of each.
-            workers = choose_workers(device, 1.0, self.processes.count)
-            print_line(f"--num_workers auto: {workers}")
+            workers = choose_workers(device, 1.0, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+            if main:
+                print_line(f"--num_workers auto: {workers}")
         run = CaptionRun(
             *(self.family, model, processor, generation, workers, options.worker_timeout),
             keeping=None,

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, Sampler
 from caption_train.captioning.encoding import ImageFiles
 from caption_train.captioning.generate import CaptionRun, OutOfMemoryError, free_memory
 from caption_train.captioning.plan import CaptionResult, Unreadable
+from caption_train.system.signals import not_limited
 
 Asked = tuple[Path, str]
 """An image, and what it is asked."""
@@ -70,9 +71,14 @@ class _Batches(Sampler):
         self._asked, self._batch_size, self._waiting = asked, batch_size, waiting
 
     def __iter__(self) -> Iterator[list[Asked]]:
-        while batch := list(islice(self._asked, self._batch_size)):
+        while batch := self._take():
             self._waiting.extend(batch)
             yield batch
+
+    def _take(self) -> list[Asked]:
+        # torch asks for what comes next while it waits for a worker. That may take long: a shard is fetched.
+        with not_limited():
+            return list(islice(self._asked, self._batch_size))
 
 
 class _AskedImages(Dataset):

@@ -21,7 +21,7 @@ from caption_train.shards.journal import Done, Journal
 from caption_train.shards.output import OutputFolder
 from caption_train.shards.places import Shard, open_shard
 from caption_train.shards.records import NewCaption, Record, ShardError, ShardReader
-from caption_train.system.console import escape_unprintable, print_line
+from caption_train.system.console import count_things, escape_unprintable, print_line
 from caption_train.system.lock import OutputLock
 
 
@@ -113,7 +113,9 @@ class ShardWork:
         try:
             for shard in shards:
                 unit = self._begin(shard, copies)
-                if unit is not None:
+                if unit is None:
+                    copies.drop(shard)
+                else:
                     copies.fetch_next(shard)
                     yield from self._ask_unit(unit)
                 if self.counts.limited:
@@ -206,6 +208,13 @@ class ShardWork:
         else:
             self.counts.before += 1
             self.counts.other += done.run != self._existing.run
+            if done.unreadable:
+                name = escape_unprintable(self._output.name_of(shard))
+                self.counts.problems.append(
+                    f"{escape_unprintable(shard.place)}: {count_things(done.unreadable, 'image')} could not "
+                    f"be read when it was captioned: delete {name} in "
+                    f"{escape_unprintable(self._output.place)} to try again"
+                )
         self._output.journal(shard).discard()
         return True
 
@@ -216,6 +225,9 @@ class ShardWork:
             "existing": self._existing.mode,
             "extension": self._options.caption_extension,
         }
+        if self._existing.mode != "keep":
+            # What replaces or adds to a caption is of one model and prompt in all of a shard.
+            facts["run"] = self._existing.run
         if unit.journal.resume(facts):
             print_line(
                 f"{escape_unprintable(unit.shard.place)}: what a run that was cut short has left is of "
@@ -295,8 +307,10 @@ class ShardWork:
 
         try:
             self._output.publish(unit.shard, write, unit.done)
-        except ShardError as error:
-            self.counts.problems.append(str(error))
+        except (ShardError, UnicodeError) as error:
+            place = escape_unprintable(unit.shard.place)
+            reason = f"{place}: {error}" if isinstance(error, UnicodeError) else str(error)
+            self.counts.problems.append(reason)
             return
         unit.journal.discard()
         self.counts.shards += 1

@@ -1,5 +1,7 @@
 """Captioning on a Ray cluster gives what captioning in one process gives. Needs `ray[data]`."""
 
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("ray.data", reason="Ray is not installed: pip install 'ray[data]'")
@@ -81,6 +83,20 @@ def test_captions_are_those_of_one_process_though_a_node_dies(in_cluster, tiny_b
     finally:
         engine.close()
     assert show(found) == caption_here(tiny_base("blip"), images)
+
+
+def test_images_keep_the_names_that_the_run_gave_them(in_cluster, tiny_base, images, monkeypatch):
+    monkeypatch.chdir(images[0].parent)
+    given = [Path(image.name) for image in images[:4]]
+    engine = make_engine(tiny_base("blip"))
+    engine.describe()
+    try:
+        engine.open()
+        found = list(engine.caption([Task(image, "") for image in given]))
+    finally:
+        engine.close()
+    assert [result.image for result in found] == given
+    assert show(found) == caption_here(tiny_base("blip"), given)
 
 
 def test_what_a_cluster_cannot_do_is_one_line(in_cluster, tiny_base, tmp_path):
