@@ -149,8 +149,8 @@ def test_a_machine_whose_folder_holds_other_data_is_named(change, run_script, pa
         return data
 
     def see_otherwise() -> None:
-        read = data._read
-        data._read = lambda options: change_own(read(options))
+        read = data.read_pairs
+        data.read_pairs = lambda options: change_own(read(options))
 
     codes, words = run_script(pairs, on_rank_1=see_otherwise)
     assert codes == [2, 2]
