@@ -74,7 +74,8 @@ def list_rows(is_quick: bool) -> list[Row]:
         # Three sides of Florence-2-base take 23 GB.
         replace(make_training_row(bases[1], 2, precision), sides=TRAINING[: 3 if is_quick else 2]),
         *(make_frozen_row(base, 2, precision) for base in bases),
-        *(make_captioning_row(base, 4) for base in bases),
+        # As many that starting the processes which read images is a small part.
+        *(make_captioning_row(base, 16 if is_quick else 8) for base in bases),
     ]
     if not is_quick:
         large = make_training_row(bases[0], 2, precision, 4, megapixels=12)

@@ -76,8 +76,8 @@ def make_adapter(family_name: str, base: Path, folder: Path) -> Path:
     return folder
 
 
-def _save(config: Any, processor: Any, folder: Path) -> None:
-    """Write a checkpoint of the configuration with random weights."""
+def _save(config: Any, processor: Any, folder: Path, **generation: Any) -> None:
+    """Write a checkpoint of the configuration with random weights, and these settings of generation."""
     import torch
     from transformers import AutoModelForImageTextToText
     from transformers.utils.logging import disable_progress_bar
@@ -88,7 +88,7 @@ def _save(config: Any, processor: Any, folder: Path) -> None:
     # A usual head's logits lie so close together that rounding chooses between them.
     head = model.get_output_embeddings() or model.text_decoder.cls.predictions.decoder
     torch.nn.init.normal_(head.weight, std=0.3)
-    model.generation_config.do_sample = False
+    model.generation_config.update(do_sample=False, **generation)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
@@ -139,7 +139,8 @@ def _make_florence(size: str, folder: Path) -> None:
         config.text_config.update(dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 3))
         config.text_config.update(dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 768))
     config.image_token_id = processor.image_token_id
-    _save(config, processor, folder)
+    # Without what the authors' checkpoints say, ours takes it for lost and adds it.
+    _save(config, processor, folder, no_repeat_ngram_size=3, forced_bos_token_id=0, num_beams=3)
 
 
 def _make_vlm(size: str, folder: Path) -> None:
