@@ -120,8 +120,7 @@ def caption(
         CaptionTrainError: an image cannot be read, or the model cannot be loaded.
     """
     from caption_train.adapters.record import read_adapter, read_request, resolve_base
-    from caption_train.captioning.cleaning import clean_caption
-    from caption_train.captioning.outputs import wrap_caption
+    from caption_train.captioning.outputs import finish_caption
     from caption_train.captioning.plan import Unreadable
     from caption_train.config.captioning import CaptionOptions
 
@@ -141,8 +140,7 @@ def caption(
     for result in _caption(images, chosen, base, options) if images else ():
         if isinstance(result, Unreadable):
             raise CaptionTrainError(result.reason)
-        frame = {"prefix": options.prefix, "suffix": options.suffix, "trigger": options.trigger}
-        texts.append(wrap_caption(clean_caption(result.generated.text, options.clean), **frame))
+        texts.append(finish_caption(result.generated.text, options))
     return texts
 
 

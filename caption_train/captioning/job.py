@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from caption_train.adapters.record import Base
-from caption_train.captioning.cleaning import clean_caption
 from caption_train.captioning.engines.choose import make_engine
 from caption_train.captioning.engines.engine import Engine
 from caption_train.captioning.inputs import find_inputs
-from caption_train.captioning.outputs import Caption, wrap_caption
+from caption_train.captioning.outputs import Caption, finish_caption
 from caption_train.captioning.plan import (
     CHUNK,
     CaptionPlan,
@@ -236,13 +235,8 @@ class CaptionJob:
         if isinstance(result, Unreadable):
             self.summary.unreadable.append(result.reason)
             return result.reason
-        options, generated = self.options, result.generated
-        text = wrap_caption(
-            clean_caption(generated.text, options.clean),
-            prefix=options.prefix,
-            suffix=options.suffix,
-            trigger=options.trigger,
-        )
+        generated = result.generated
+        text = finish_caption(generated.text, self.options)
         answer = self.family.parse_answer(generated.text, task.prompt, result.size)
         remarks = find_remarks(generated)
         if not self.outputs.write(Caption(result.image, text, answer, remarks), task.key):

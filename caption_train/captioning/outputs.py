@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from caption_train.captioning.cleaning import clean_caption
+from caption_train.config.captioning import CaptionOptions
+
 
 @dataclass(frozen=True)
 class Caption:
@@ -265,6 +268,12 @@ class KeyedOutputs:
         """Allow other runs to write to the sinks."""
         for outputs in self._by_key.values():
             outputs.close()
+
+
+def finish_caption(text: str, options: CaptionOptions) -> str:
+    """Return a generated text as a run writes it: `--clean`, then `--prefix`, `--suffix` and `--trigger`."""
+    text = clean_caption(text, options.clean)
+    return wrap_caption(text, prefix=options.prefix, suffix=options.suffix, trigger=options.trigger)
 
 
 def wrap_caption(text: str, *, prefix: str = "", suffix: str = "", trigger: str | None = None) -> str:

@@ -27,7 +27,11 @@ def read_dataset(dataset_dir: Path | str, **settings: Any) -> list[Pair]:
         dataset_dir: the dataset folder.
         settings: keyword arguments of `inspect_dataset`.
     """
-    pairs, problems = inspect_dataset(dataset_dir, **settings)
+    return require_good(dataset_dir, *inspect_dataset(dataset_dir, **settings))
+
+
+def require_good(dataset_dir: Path | str, pairs: list[Pair], problems: Sequence[str]) -> list[Pair]:
+    """Return the pairs of a dataset, or raise one CaptionTrainError that lists everything wrong with it."""
     if problems:
         headline = f"{escape_unprintable(dataset_dir)}: {len(problems)} bad rows or files"
         raise CaptionTrainError(summarize(headline, problems))

@@ -14,12 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from caption_train.data.dataset import inspect_dataset
+from caption_train.data.dataset import inspect_dataset, require_good
 from caption_train.data.formats import CAPTION_SUFFIXES, METADATA_NAME, natural_key
 from caption_train.data.pairs import Pair
 from caption_train.data.rows import SPLITS
 from caption_train.data.scan import scan_folder
-from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.errors import UsageError
 from caption_train.packed import PackedFile
 from caption_train.shards.formats import write_samples
 from caption_train.shards.parquet import ParquetReader
@@ -86,11 +86,7 @@ def read_any_dataset(dataset_dir: Path | str, **settings: Any) -> list[Pair]:
         dataset_dir: the folder of the dataset, or what names shards.
         settings: keyword arguments of `inspect_dataset`.
     """
-    pairs, problems = inspect_any_dataset(dataset_dir, **settings)
-    if problems:
-        headline = f"{escape_unprintable(dataset_dir)}: {len(problems)} bad rows or files"
-        raise CaptionTrainError(summarize(headline, problems))
-    return pairs
+    return require_good(dataset_dir, *inspect_any_dataset(dataset_dir, **settings))
 
 
 def inspect_shards(

@@ -10,8 +10,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from caption_train.adapters.record import Base, read_adapter, read_request, resolve_base
-from caption_train.captioning.cleaning import clean_caption
-from caption_train.captioning.outputs import wrap_caption
+from caption_train.captioning.outputs import finish_caption
 from caption_train.captioning.plan import CaptionResult, Unreadable
 from caption_train.captioning.shards.work import Counts, ShardWork
 from caption_train.captioning.storage.shard import Shard as Part
@@ -176,13 +175,8 @@ class ShardJob:
         if isinstance(result, Unreadable):
             self.work.take(NewCaption(-1, None, result.reason))
             return
-        options, generated = self.options, result.generated
-        text = wrap_caption(
-            clean_caption(generated.text, options.clean),
-            prefix=options.prefix,
-            suffix=options.suffix,
-            trigger=options.trigger,
-        )
+        generated = result.generated
+        text = finish_caption(generated.text, self.options)
         answer = self.family.parse_answer(generated.text, self.plan.base.prompt, result.size)
         remarks = find_remarks(generated)
         self.work.take(NewCaption(-1, text, None, list(remarks), answer))
