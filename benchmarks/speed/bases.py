@@ -132,6 +132,8 @@ def _make_florence(size: str, folder: Path) -> None:
     tokenizer.model_max_length = 1024
     processor = Florence2Processor(image_processor, tokenizer, post_processor_config=POST_PROCESSOR_CONFIG)
     config = make_config("florence-base" if is_small else f"florence-{size}")
+    # Blocks skipped at random would make losses differ between a tower that is trained and its kept features.
+    config.vision_config.update({"drop_path_rate": 0.0})
     if is_small:
         narrow = {"embed_dim": [32, 64, 128, 256], "num_heads": [1, 2, 4, 8], "num_groups": [1, 2, 4, 8]}
         config.vision_config.update(narrow | {"depths": [1, 1, 3, 1], "projection_dim": 192})

@@ -37,6 +37,7 @@ class Setup:
     auto_batch_size: bool = False
     init_adapter: Path | None = None
     cache_features: bool = False
+    compile: bool = False
     train_parts: Sequence[str] = ()
 
     @property
@@ -164,6 +165,16 @@ REFUSALS = (
         "--cache_features cannot be combined with {sharded}: a process that knows all its images would leave "
         "the others waiting for its part of the vision tower; drop it, or launch with plain data parallelism "
         "(--multi_gpu)",
+    ),
+    Refusal(
+        lambda s: s.compile and s.quantize is not None,
+        "--compile cannot be combined with --quantize {quantize}: the compiler cannot see into quantized "
+        "products, and gains nothing; drop one of them",
+    ),
+    Refusal(
+        lambda s: s.compile and s.distributed in SHARDED,
+        "--compile cannot be combined with {sharded}, where it is not tested: drop it, or launch with plain "
+        "data parallelism (--multi_gpu)",
     ),
     Refusal(
         lambda s: s.distributed in SHARDED and s.auto_batch_size,

@@ -170,6 +170,12 @@ class TrainOptions:
         "computes in it",
         choices=("no", "fp16", "bf16", "auto"),
     )
+    compile: bool = _memory(
+        False,
+        "compile the model's blocks with torch.compile: minutes at first, then faster steps; says when "
+        "it has paid",
+        recorded="if given",
+    )
     gradient_checkpointing: bool = _memory(False, "recompute activations: less memory, slower")
     cache_features: bool = _memory(
         False,

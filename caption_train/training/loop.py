@@ -4,6 +4,8 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from caption_train.system.workers import reading
 from caption_train.training.checkpoints.find import describe_latest
 from caption_train.training.checkpoints.state import restore_random_state
 from caption_train.training.checkpoints.store import explain_failure
+from caption_train.training.compilation import Compilation
 from caption_train.training.distributed.accelerator import accumulate
 from caption_train.training.distributed.ranks import raise_on_all_ranks, report_once
 from caption_train.training.failures import explain_out_of_memory
@@ -62,6 +65,10 @@ class Trainer:
         self.health = Health(run)
         self.parameters = [p for p in run.model.parameters() if p.requires_grad]
         self.dtype = model_dtype(run.model)
+        self.compilation = None
+        if run.options.compile:
+            say = partial(print_once, run.accelerator)
+            self.compilation = Compilation(run.model, run.plan.first_step, say)
         self.heap = HeapTrimmer(run.options.train_method == "full" and run.accelerator.device.type == "cpu")
 
     def train(self) -> dict[str, Any]:
@@ -112,9 +119,13 @@ class Trainer:
                 started, rate = time.perf_counter(), run.lr_scheduler.get_last_lr()[0]
                 # The loader yields this process's micro-batches in the plan's order.
                 micro_batches = [next(batches) for _ in plan.micro_batches(step)]
-                loss, grad_norm = self.update(micro_batches)
+                with self.compilation.explaining() if self.compilation else nullcontext():
+                    loss, grad_norm = self.update(micro_batches)
+                seconds = time.perf_counter() - started
                 progress.global_step = step + 1
-                progress.seconds += time.perf_counter() - started
+                progress.seconds += seconds
+                if self.compilation:
+                    self.compilation.after_step(seconds)
                 values = {"loss": loss, "learning_rate": rate, "grad_norm": grad_norm}
                 self.log.write(step + 1, plan.epoch_of(step), values)
                 bar.update(f"loss {loss:.4f}, lr {rate:.1e}")
