@@ -200,7 +200,7 @@ def test_what_waits_for_a_lost_first_batch_is_bounded(start):
     assert len(read) <= 8 * (3 + 2 * 2)
 
 
-def test_batches_of_an_actor_that_dies_go_to_another_and_it_comes_back(start):
+def test_batches_of_an_actor_that_dies_go_to_another_and_it_comes_back(start, capsys):
     class Dying(Cluster):
         def at_step(self, number):
             if number in (5, 30):
@@ -212,6 +212,7 @@ def test_batches_of_an_actor_that_dies_go_to_another_and_it_comes_back(start):
     assert list(actors.caption(batches(60))) == names(60)
     assert ray.captioned == 60
     assert [handle.loads for handle in ray.handles] == [2, 1]
+    assert capsys.readouterr().err.count("--engine ray: an actor died") == 2
 
 
 def test_a_batch_of_a_lost_node_is_given_to_no_other_actor_of_that_node(start):

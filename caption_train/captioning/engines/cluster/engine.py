@@ -166,6 +166,8 @@ def _without_first_line() -> Iterator[None]:
 def _import_ray() -> Any:
     # Its own lines would stand between those of a run; what goes wrong is raised.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # What nodes report comes to stdout, where captions may go.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     try:
         import ray
     except ImportError as error:

@@ -175,6 +175,8 @@ class ActorPool:
                 if batch.tries == MOST_TRIES:
                     raise _explain_deaths(batch) from error
         if isinstance(lost, self._list_losses()):
+            if actor.is_ready:
+                print_line("--engine ray: an actor died; what it had goes to others, and Ray starts it again")
             # What else has died shows now: only who answers gets batches.
             for other in self._actors:
                 if other.is_ready:
