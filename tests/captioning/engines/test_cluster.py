@@ -55,9 +55,11 @@ def base(tiny_base):
 
 @pytest.fixture(scope="module")
 def engine(nodes, base):
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     engine = make_engine(base, RayEngine, actors=2)
     assert f"on Ray at {nodes[0].address} (2 actors)" in engine.describe()
     engine.open()
+    assert signal.getsignal(signal.SIGTERM) is on_sigterm
     yield engine
     engine.close()
 

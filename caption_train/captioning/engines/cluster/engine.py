@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -115,7 +117,7 @@ class RayEngine(Engine):
             socket.create_connection((host, int(port)), timeout=SECONDS_TO_ANSWER).close()
         package = Path(__file__).parents[3]
         environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-        with _without_first_line():
+        with _without_first_line(), _keeping_sigterm():
             self._ray.init(
                 address=os.environ.get("RAY_ADDRESS"),
                 runtime_env={"py_modules": [str(package)], "env_vars": environment},
@@ -150,6 +152,15 @@ def _name_as_given(result: CaptionResult | Unreadable, task: Task, sent: Task) -
 
 
 @contextmanager
+def _keeping_sigterm() -> Iterator[None]:
+    """Give SIGTERM back to who handled it. Ray takes it, and its C++ part then ends the process at once."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
+@contextmanager
 def _without_first_line() -> Iterator[None]:
     """Drop what is written to stderr: Ray's C++ part tells there that RAY_BACKEND_LOG_LEVEL is set."""
     sys.stderr.flush()
@@ -169,7 +180,8 @@ def _import_ray() -> Any:
     # What nodes report comes to stdout, where captions may go.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     try:
-        import ray
+        with _keeping_sigterm():
+            import ray
     except ImportError as error:
         raise UsageError(
             f"--engine ray needs Ray ({error}): pip install ray, or leave --engine out"
