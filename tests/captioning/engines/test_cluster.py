@@ -170,7 +170,7 @@ class Lent:
 
 
 def test_an_actor_that_is_killed_loses_nothing_and_the_other_goes_on_with_its_model(
-    engine, images, caption_here
+    engine, images, caption_here, capsys
 ):
     before, found = look_at_actors(engine), []
     for result in engine.stream(Task(image, "") for image in images):
@@ -178,11 +178,12 @@ def test_an_actor_that_is_killed_loses_nothing_and_the_other_goes_on_with_its_mo
         if len(found) == 10:
             os.kill(before[0][0], signal.SIGKILL)
     assert show(found) == caption_here(images)
+    assert "--engine ray: an actor died" in capsys.readouterr().err
     after = look_at_actors(engine)
     assert after[0][0] != before[0][0] and after[1] == before[1]
 
 
-def test_a_node_that_dies_for_good_loses_nothing(engine, images, caption_here, nodes):
+def test_a_node_that_dies_for_good_loses_nothing(engine, images, caption_here, nodes, capsys):
     cluster, second = nodes
     found = []
     for result in engine.stream(Task(image, "") for image in images):
@@ -190,3 +191,4 @@ def test_a_node_that_dies_for_good_loses_nothing(engine, images, caption_here, n
         if len(found) == 10:
             cluster.remove_node(second, allow_graceful=False)
     assert show(found) == caption_here(images)
+    assert "--engine ray: an actor died" in capsys.readouterr().err
