@@ -29,6 +29,14 @@ class NodeDiedError(RayError):
     pass
 
 
+class OutOfMemoryError(RayError):
+    pass
+
+
+class WorkerCrashedError(RayError):
+    pass
+
+
 class RayTaskError(RayError):
     def __init__(self, cause):
         super().__init__(str(cause))
@@ -100,6 +108,8 @@ class Cluster:
         RayActorError=RayActorError,
         RayTaskError=RayTaskError,
         NodeDiedError=NodeDiedError,
+        OutOfMemoryError=OutOfMemoryError,
+        WorkerCrashedError=WorkerCrashedError,
         ObjectLostError=ObjectLostError,
     )
 
@@ -265,6 +275,21 @@ def test_images_that_kill_every_actor_are_named(start):
         for result in actors.caption(batches(20)):
             done.append(result)
     assert done == names(7)
+
+
+def test_images_that_cannot_be_encoded_for_want_of_memory_are_named_and_no_actor_is_blamed(start, capsys):
+    class Crashing(Cluster):
+        def work(self, handle, encoded, reference):
+            if encoded.value[0].image.name == "2a.png":
+                reference.finish(error=RayTaskError(self.errors.popleft()))
+            else:
+                super().work(handle, encoded, reference)
+
+    ray, actors = start(Handle(), Handle(), cluster=Crashing)
+    ray.errors = deque([WorkerCrashedError(), OutOfMemoryError()] * 2)
+    with pytest.raises(CaptionTrainError, match="4 processes died of these images"):
+        list(actors.caption(batches(5)))
+    assert "an actor died" not in capsys.readouterr().err
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_run_with_its_line(start):

@@ -23,6 +23,9 @@ AT_ONCE = 2
 """Batches that an actor has: one is captioned while the next one comes."""
 MOST_FINISHED = 8
 """Batches that wait for the results of an earlier one, for each that is under way."""
+OF_ACTORS = ("RayActorError", "NodeDiedError", "OutOfMemoryError")
+OF_IMAGES = ("ObjectLostError", "WorkerCrashedError")
+"""What Ray raises where an actor, or what it needs of the images, was lost."""
 SECONDS_TO_SAY = 60
 """How long no actor is there until a line says so."""
 
@@ -169,23 +172,27 @@ class ActorPool:
                 return
             except self._ray.exceptions.RayError as error:
                 lost = find_cause(error)
-                if not isinstance(lost, (*self._list_losses(), self._ray.exceptions.ObjectLostError)):
+                if not self._is_one_of(lost, *OF_ACTORS, *OF_IMAGES):
                     raise
                 batch.tries += 1
                 if batch.tries == MOST_TRIES:
                     raise _explain_deaths(batch) from error
-        if isinstance(lost, self._list_losses()):
-            if actor.is_ready:
-                print_line("--engine ray: an actor died; what it had goes to others, and Ray starts it again")
-            # What else has died shows now: only who answers gets batches.
-            for other in self._actors:
-                if other.is_ready:
-                    self._load(other)
+                # Else its images could not be encoded, or were lost on their way.
+                is_actor = lost is error and self._is_one_of(lost, *OF_ACTORS)
+        if is_actor:
+            self._leave(actor)
         self._start(batch)
 
-    def _list_losses(self) -> tuple[type, ...]:
-        errors = self._ray.exceptions
-        return errors.RayActorError, errors.NodeDiedError
+    def _leave(self, lost: Actor) -> None:
+        """Give nothing more to a lost actor, nor to those lost with it: only who answers gets batches."""
+        if lost.is_ready:
+            print_line("--engine ray: an actor died; what it had goes to others, and Ray starts it again")
+        for actor in self._actors:
+            if actor.is_ready:
+                self._load(actor)
+
+    def _is_one_of(self, error: BaseException, *names: str) -> bool:
+        return isinstance(error, tuple(getattr(self._ray.exceptions, name) for name in names))
 
     def _give_out(self) -> None:
         """Give the batches that are encoded, earlier ones first, to actors that have few."""
