@@ -314,6 +314,24 @@ def test_parquet_gets_a_caption_column_and_keeps_all_else(tmp_path):
     ]
 
 
+def test_a_second_run_on_what_was_written_adds_a_second_caption(folder):
+    write_parquet(folder / "in/a.parquet", [{"image": make_image(level)} for level in (0, 6)])
+    for name, extension in (("00000.tar", ".long.txt"), ("a.parquet", "long")):
+        run(folder, images=[str(folder / "in" / name)])
+        more = {"output_shards": str(folder / "both"), "caption_extension": extension}
+        run(folder, images=[str(folder / "out" / name)], prompt="what", **more)
+    said = captions(folder / "both/00000.tar")
+    assert (said["00000.txt"], said["00000.long.txt"]) == ("say dark\n", "what dark\n")
+    assert (said["00003.txt"], said["00003.long.txt"]) == ("by hand\n", "what grey\n")
+    from pyarrow import parquet
+
+    rows = parquet.read_table(folder / "both/a.parquet").to_pylist()
+    assert [(row["text"], row["long"]) for row in rows] == [
+        ("say dark", "what dark"),
+        ("say white", "what white"),
+    ]
+
+
 def test_a_template_reads_caption_tags_name_and_folder_of_each_record(folder):
     run(folder, prompt_template="{folder}/{name} {tags} {caption}", existing="overwrite")
     said = captions(folder / "out/00000.tar")
