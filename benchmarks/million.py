@@ -64,7 +64,7 @@ def caption(arguments: list[str]) -> None:
         def describe(self):
             return "nothing"
 
-        def caption(self, tasks):
+        def stream(self, tasks):
             for task in tasks:
                 first.append(time.time() - started) if not first else None
                 text = f"a caption of {task.image.name}, as long as captions of pictures often are"

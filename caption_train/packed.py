@@ -7,7 +7,7 @@ import io
 import os
 import stat
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -163,6 +163,23 @@ class PackedFile(type(Path())):
     def unpacked(self) -> str:
         """The path that the file would have in a folder of the container's name: `shards/00000/a.jpg`."""
         return f"{os.path.splitext(self._folder)[0]}{os.sep}{self.inner}"  # noqa: PTH122 - of a million pairs
+
+    def detach(self) -> PackedFile:
+        """Return the same file for a process elsewhere, which has another working directory.
+
+        Its name stays. Where the container is a copy that only this machine has, it holds its bytes.
+
+        Raises:
+            OSError: these bytes cannot be read.
+            ValueError: they are more than any image has.
+        """
+        held = self._container
+        if held is None:
+            return self
+        if Path(held.path) != Path(self._folder):
+            return PackedFile(self._folder, self.inner, content=self.read_bytes())
+        held = replace(held, path=os.path.abspath(held.path))  # noqa: PTH100 - what is a link stays one
+        return PackedFile(self._folder, self.inner, held, self._offset, self._size)
 
     def stat(self, *, follow_symlinks: bool = True) -> Any:
         """Return size and times; of a file whose bytes are in memory, all times are 0."""

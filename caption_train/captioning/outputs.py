@@ -145,15 +145,6 @@ class Outputs:
         self._copy(images, kept)
         return [image for image in images if all(image in names for names in kept.values())]
 
-    def find_pending(self, images: Sequence[Path]) -> list[Path]:
-        """Do both; errors as in `open`."""
-        self.open(images)
-        try:
-            return self.find_lacking(images)
-        except BaseException:
-            self.close()
-            raise
-
     def begin(self, images: Sequence[Path]) -> None:
         """Remember the captions that exist now, before the first one is made."""
         for sink in self.sinks:
@@ -230,15 +221,6 @@ class KeyedOutputs:
             return []
         lacking = {key: set(outputs.find_lacking(images)) for key, outputs in self._by_key.items()}
         return [(image, key) for image in images for key, names in lacking.items() if image in names]
-
-    def find_pending(self, images: Sequence[Path]) -> list[tuple[Path, str]]:
-        """Do both; errors as in `open`."""
-        self.open(images)
-        try:
-            return self.find_lacking(images)
-        except BaseException:
-            self.close()
-            raise
 
     def begin(self, images: Sequence[Path]) -> None:
         """Remember the captions that exist now, before the first one is made."""

@@ -121,15 +121,11 @@ class Planner:
     def count_left(self) -> int:
         """Return how many images `--limit` leaves for another run; after the last chunk."""
         for block in self._blocks:
-            images = len(dict.fromkeys(image for image, _ in self._find_lacking(block)))
-            self._left = (self._left or 0) + images
-            self.kept += len(block) - images
+            self._left = (self._left or 0) + len(self._look(block)[1])
         return self._left or 0
 
     def _plan(self, block: Sequence[Path]) -> None:
-        lacking = self._find_lacking(block)
-        images = list(dict.fromkeys(image for image, _ in lacking))
-        self.kept += len(block) - len(images)
+        lacking, images = self._look(block)
         self._looked += len(block)
         room = len(images) if self._limit is None else self._limit - self._chosen
         chosen = set(images[:room])
@@ -142,6 +138,14 @@ class Planner:
                     self._waiting.append(self._prompts.find(image, key))
                 except CaptionTrainError as error:
                     self.missing.append(str(error))
+
+    def _look(self, block: Sequence[Path]) -> tuple[list[tuple[Path, str]], list[Path]]:
+        """Return which captions these images lack, and which images that are; count those that lack none."""
+        missing = self.missing.total
+        lacking = self._find_lacking(block)
+        images = list(dict.fromkeys(image for image, _ in lacking))
+        self.kept += len(block) - len(images) - (self.missing.total - missing)
+        return lacking, images
 
     def _find_lacking(self, block: Sequence[Path]) -> list[tuple[Path, str]]:
         try:
@@ -207,14 +211,18 @@ def _open_outputs(
 
 def make_plan(options: CaptionOptions, family: Family, inputs: Inputs) -> CaptionPlan:
     """Find model and prompts; raise UsageError if something cannot work."""
+    base = find_base(options, family)
+    prompts = Prompts(options, family, base.prompt)
+    return CaptionPlan(base, describe_unread(inputs.unread), prompts, inputs.missing)
+
+
+def find_base(options: CaptionOptions, family: Family) -> Base:
+    """Return model and prompt of a run, be the model loaded here or served; UsageError if they cannot be."""
     adapter = read_adapter(options.peft_model) if options.peft_model else None
     prompt, settings = read_request(options, family)
     if options.endpoint:
-        base = name_served(family, options.model, prompt, settings, adapter)
-    else:
-        base = resolve_base(family, options.base_model, options.revision, prompt, adapter, settings=settings)
-    prompts = Prompts(options, family, base.prompt)
-    return CaptionPlan(base, describe_unread(inputs.unread), prompts, inputs.missing)
+        return name_served(family, options.model, prompt, settings, adapter)
+    return resolve_base(family, options.base_model, options.revision, prompt, adapter, settings=settings)
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,7 @@ class CaptionOptions:
 
     def _check_engine(self) -> list[str]:
         if self.engine == "ray":
-            others = ("endpoint", "output_shards", "cuda_graphs")
+            others = ("endpoint", "cuda_graphs")
             return [f"--{name} does not go with --engine ray" for name in others if getattr(self, name)]
         of_ray = ("actors", "gpus_per_actor")
         return [f"--{name} is of --engine ray" for name in of_ray if getattr(self, name) is not None]
@@ -223,10 +223,15 @@ class CaptionOptions:
             return ["--output_format is of shards: give --output_shards too"] if self.output_format else []
         if not self.output_shards:
             return ["--output_shards is empty; is a variable not set?"]
-        others = ("save_captions", "output", "visualize", "metadata", "prompts", "endpoint", "recursive")
+        others = dict.fromkeys(("save_captions", "output", "visualize", "recursive"), "which writes shards")
+        others["metadata"] = "which reads tags and captions in each shard, for --prompt_template"
+        others["prompts"] = (
+            "which adds one caption at a time: give what is written as --images again, with another "
+            "--caption_extension"
+        )
         return [
-            f"--{name} does not go with --output_shards, which writes shards"
-            for name in others
+            f"--{name} does not go with --output_shards, {reason}"
+            for name, reason in others.items()
             if getattr(self, name)
         ]
 

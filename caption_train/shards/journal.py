@@ -74,6 +74,8 @@ class Journal:
     def resume(self, facts: Mapping[str, Any]) -> bool:
         """Open the journal, and keep what is in it if it is of the same work.
 
+        Errors at its end are dropped: perhaps a server gave no answer any more, or a disk.
+
         Args:
             facts: what identifies the work: the input as it is now, and what becomes of old captions.
 
@@ -135,7 +137,7 @@ class Journal:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _find_end(self) -> tuple[Mapping[str, Any] | None, int]:
-        """Return the first line, None in an empty file, and where the last good line ends."""
+        """Return the first line, None in an empty file, and where the last caption ends."""
         end, head = 0, None
         with os.fdopen(os.dup(self.descriptor), "rb") as file:
             first = file.readline(_LONGEST_LINE)
@@ -145,12 +147,15 @@ class Journal:
                 head = parse_json(first)
             except ValueError:
                 head = {}
-            end = len(first)
+            read = end = len(first)
+            last = self.last
             while line := file.readline(_LONGEST_LINE):
                 row = _parse(line)
-                if row is None or not line.endswith(b"\n") or row["i"] <= self.last:
+                if row is None or not line.endswith(b"\n") or row["i"] <= last:
                     break
-                self.last, end = row["i"], end + len(line)
+                read, last = read + len(line), row["i"]
+                if row.get("t") is not None:
+                    self.last, end = last, read
         return head if isinstance(head, dict) else {}, end
 
     def _explain(self, error: OSError) -> CaptionTrainError:

@@ -139,6 +139,8 @@ class OutputFolder:
             with open_temporary(path) as (file, temporary):
                 write(file)
                 finish_temporary(file, temporary, mode_of(path))
+                # What is remembered of one that was deleted would be taken for this one's after a kill.
+                self._forget(shard)
                 if self._system is None:
                     temporary.replace(path)
                 else:
@@ -154,6 +156,12 @@ class OutputFolder:
             if self._system is None and not isinstance(error, OSError):
                 raise
             raise self._explain(error) from error
+
+    def _forget(self, shard: Shard) -> None:
+        if self._system is None:
+            self._done_path(shard).unlink(missing_ok=True)
+        elif self._system.exists(record := f"{self._root}/.{self.name_of(shard)}.done"):
+            self._system.rm_file(record)
 
     def _done_path(self, shard: Shard) -> Path:
         return self.work / f".{self.name_of(shard)}.done"

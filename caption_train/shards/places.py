@@ -181,13 +181,26 @@ def _list_remote(pattern: str, flag: str) -> Iterator[Shard]:
         names = [str(name) for name in names]
         _refuse_none(names, pattern, flag)
         for name in names:
-            yield Shard(scheme + name.lstrip("/") if scheme else name, str(system.ukey(name)))
+            yield Shard(_complete_name(scheme, name), str(system.ukey(name)))
     except FileNotFoundError as error:
         raise UsageError(f"{flag} {escape_unprintable(pattern)}: there is no such file or folder") from error
     except CaptionTrainError:
         raise
     except Exception as error:
         raise CaptionTrainError(f"{flag} {escape_unprintable(pattern)}: {explain_remote(error)}") from error
+
+
+def _complete_name(scheme: str, name: str) -> str:
+    """Return the URL of what a file system calls by this name.
+
+    >>> _complete_name("s3://", "bucket/a.tar"), _complete_name("memory://", "/bucket/a.tar")
+    ('s3://bucket/a.tar', 'memory://bucket/a.tar')
+    >>> _complete_name("file://", "/data/a.tar"), _complete_name("https://", "https://host/a.tar")
+    ('file:///data/a.tar', 'https://host/a.tar')
+    """
+    if not scheme or is_url(name):
+        return name
+    return scheme + (name if scheme in ("file://", "local://") else name.lstrip("/"))
 
 
 def open_filesystem(url: str, flag: str) -> tuple[Any, str, str]:

@@ -17,7 +17,8 @@ from caption_train.errors import CaptionTrainError, UsageError
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)
-"""How long a process waits for others. They only meet at start and end: a slow one may be hours behind."""
+"""How long a process waits for others. They meet at the start, at the end and, where images in folders are
+captioned, at each piece of the plan (32,768 captions): a slow one may be hours behind."""
 
 OTHER_FILES = 512
 """What a process opens beside: libraries, devices, images, pipes to its workers."""

@@ -1,5 +1,6 @@
 """Makes a trainer from options: reads data, finds the checkpoint, loads the model, makes a run's parts."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -167,12 +168,14 @@ def _limit_workers(
     """Return the start with as many `--num_workers` as the shared memory of this machine has room for."""
     options = start.options
     asked = options.num_workers
+    # Those of this machine: other machines have cores of their own.
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
     if asked == "auto":
         megapixels = sum(data.pixels.values()) / max(len(data.pixels), 1) / 1e6
-        asked = choose_workers(accelerator.device, megapixels, accelerator.num_processes)
+        asked = choose_workers(accelerator.device, megapixels, processes)
         print_once(accelerator, f"--num_workers auto: {asked}")
     elif "num_workers" not in options.sources:
-        asked = asked or default_workers(accelerator.device, accelerator.num_processes)
+        asked = asked or default_workers(accelerator.device, processes)
     workers, line = limit_workers(asked, lambda: measure_inputs() * options.batch_size)
     if line:
         print_once(accelerator, line)

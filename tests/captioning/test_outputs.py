@@ -25,7 +25,8 @@ def images(tmp_path):
 def save(images, meanwhile=lambda: None, **options):
     """Caption images; return the names of those that got a caption `meanwhile`."""
     outputs = open_outputs(CaptionOptions(images=["."], **options), FakeFamily())
-    pending = outputs.find_pending(images)
+    outputs.open(images)
+    pending = outputs.find_lacking(images)
     outputs.begin(images)
     meanwhile()
     kept = [image.name for image in pending if not outputs.write(Caption(image, f"of {image.name}"))]
@@ -186,7 +187,8 @@ def test_a_file_saved_by_halves_or_with_half_characters_does_not_end_the_run(tmp
     kept = save(images, lambda: output.write_text(odd), save_captions=True, output=output)
     assert odd in output.read_text() and kept == [str(images[0])]
     outputs = open_outputs(CaptionOptions(images=["."], output=output, overwrite=True), FakeFamily())
-    outputs.find_pending(images)
+    outputs.open(images)
+    outputs.find_lacking(images)
     outputs.begin(images)
     output.write_text('{"file_name": "a b')
     assert outputs.write(Caption(images[0], "ours"))
@@ -238,7 +240,8 @@ def test_what_killed_writes_left_is_cleared_from_the_folders_and_nothing_else(tm
 def test_a_folder_that_another_run_captions_is_refused_until_that_ends(tmp_path, images):
     (tmp_path / "link").symlink_to(tmp_path)
     other = open_outputs(CaptionOptions(images=["."], save_captions=True), FakeFamily())
-    other.find_pending([*images, tmp_path / "link" / "a b.png"])
+    other.open([*images, tmp_path / "link" / "a b.png"])
+    other.find_lacking([*images, tmp_path / "link" / "a b.png"])
     with pytest.raises(
         CaptionTrainError, match=r"--save_captions: .*: another run, process \d+ on .*wait until"
     ):

@@ -89,6 +89,17 @@ def test_a_row_group_of_many_images_is_read_in_parts(tmp_path):
     tracemalloc.stop()
 
 
+def test_a_file_that_changes_while_it_is_captioned_is_not_written(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", [{"image": IMAGE, "text": "a"}] * 3)
+    records, reader = read(path)
+    write_parquet(path, [{"image": IMAGE, "text": "other"}] * 4)
+    with (tmp_path / "b.parquet").open("wb") as file, pytest.raises(ShardError, match="has changed while it"):
+        reader.write(file, iter([NewCaption(0, "new")]), ".txt")
+    with pytest.raises(ShardError, match="has changed while it was read"):
+        list(reader.records())
+    assert len(records) == 3
+
+
 def test_damage_is_one_line(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", [{"image": IMAGE, "text": "a"}] * 50)
     whole = path.read_bytes()

@@ -1,5 +1,6 @@
 """How shards are named: folders, globs, braces, URLs; and what is refused."""
 
+import fsspec
 import pytest
 
 from caption_train.errors import UsageError
@@ -25,6 +26,14 @@ def test_folders_globs_and_braces_name_shards_in_natural_order(folder):
     assert names(f"{folder}/{{10,9}}.tar", f"{folder}/9.tar") == ["10.tar", "9.tar"]
     assert names(f"{folder}/a{{b}}.tar") == ["a{b}.tar"]
     assert names(f"{folder}/*.parquet") == ["9.parquet"]
+
+
+def test_a_shard_behind_a_url_of_this_machine_is_found_from_any_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder / "..")
+    for place in (f"file://{folder}", f"file://{folder}/9.tar", f"local://{folder}/{{9..10}}.tar"):
+        shard = find_shards([place], "--images")[0]
+        with fsspec.open(shard.place) as file:
+            assert file.read() == b"x"
 
 
 def test_what_is_no_shard_is_refused_in_one_line(folder):

@@ -1,11 +1,16 @@
 """Tars as people and attackers write them: all of it is read, copied byte for byte, or named in a line."""
 
 import io
+import pickle
 import random
 import tarfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from caption_train.data.images import estimate_megapixels
+from caption_train.features.opening import Opening
 from caption_train.packed import PackedFile
 from caption_train.shards.members import DamagedTar, walk_tar
 from caption_train.shards.records import NewCaption
@@ -144,6 +149,31 @@ def test_random_damage_is_lines_and_never_another_error(tmp_path):
         with (tmp_path / "b.tar").open("wb") as file:
             TarReader(path).write(file, iter([NewCaption(0, "x")]), ".txt")
     assert said > 40
+
+
+def test_the_sizes_of_images_in_tars_are_measured(tmp_path):
+    members = [(f"{n}.png", make_image(n, (1000, 500))) for n in range(3)]
+    records, _ = read(write_tar(tmp_path / "a.tar", members))
+    assert estimate_megapixels([record.image for record in records]) == 0.5
+    opening = SimpleNamespace(
+        digests={record.image: record.key for record in records},
+        family=SimpleNamespace(features_vary=True, weigh_image=lambda processor, size: size[0] * size[1]),
+        processor=None,
+    )
+    assert Opening._weigh_images(opening) == 1000 * 500 / 32**2
+
+
+def test_an_image_that_is_sent_elsewhere_is_found_there_by_the_same_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(write_tar(tmp_path / "a.tar", [("x/b.png", make_image(1))]).parent)
+    (near,), _ = read(Path("a.tar"))
+    copy = TarReader(tmp_path / "a.tar", "s3://bucket/a.tar")
+    (far,) = copy.records()
+    for image, content in ((near.image.detach(), None), (far.image.detach(), make_image(1))):
+        sent = pickle.loads(pickle.dumps(image))
+        monkeypatch.chdir("/")
+        assert sent.read_bytes() == make_image(1) and sent._content == content
+        assert (str(sent), sent.name) == (str(near.image if content is None else far.image), "b.png")
+    assert sent.detach() is sent
 
 
 def test_a_header_of_gigabytes_is_damage(tmp_path):

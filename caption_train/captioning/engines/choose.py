@@ -14,7 +14,7 @@ def make_engine(family: Family, base: Base, options: CaptionOptions, processes: 
     if options.endpoint:
         from caption_train.captioning.engines.endpoint import ServerEngine as Chosen
     elif options.engine == "ray":
-        from caption_train.captioning.engines.cluster import RayEngine as Chosen
+        from caption_train.captioning.engines.cluster.engine import RayEngine as Chosen
     else:
         from caption_train.captioning.engines.local import LocalEngine as Chosen
     return Chosen(family, base, options, processes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from caption_train.adapters.record import Base
 from caption_train.captioning.plan import CaptionResult, Unreadable
@@ -14,7 +14,8 @@ from caption_train.system.processes import Processes
 
 
 class Engine(ABC):
-    """Makes captions. Its methods are called in this order: `describe`, `open`, `caption` for each chunk.
+    """Makes captions. Its methods are called in this order: `describe` (by the main process), `open`, then
+    `caption` for each chunk, or `stream` once.
 
     Attributes:
         always_says_prompt: whether the first line names a prompt that is empty, too.
@@ -42,12 +43,16 @@ class Engine(ABC):
         return []
 
     @abstractmethod
-    def caption(self, tasks: Sequence[Task]) -> Iterator[CaptionResult | Unreadable]:
-        """Yield a result for each task, in order.
+    def stream(self, tasks: Iterable[Task]) -> Iterator[CaptionResult | Unreadable]:
+        """Yield a result for each task, in order. Tasks are read ahead of the results, some batches of them.
 
         Raises:
             CaptionTrainError: nothing more can be captioned.
         """
+
+    def caption(self, tasks: Sequence[Task]) -> Iterator[CaptionResult | Unreadable]:
+        """Do what `stream` does for tasks that are all known."""
+        return self.stream(tasks)
 
     def close(self) -> None:  # noqa: B027  (most hold nothing)
         """Let go of what `open` took."""

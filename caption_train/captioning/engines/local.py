@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from caption_train.captioning.engines.engine import Engine
 from caption_train.captioning.engines.graphs import DecodeGraphs
 from caption_train.captioning.generate import (
     BatchSize,
+    CaptionRun,
     caption_images,
     find_dtype,
     load_captioner,
@@ -16,8 +18,11 @@ from caption_train.captioning.generate import (
 )
 from caption_train.captioning.plan import CaptionResult, Unreadable
 from caption_train.captioning.prompts import Task
+from caption_train.captioning.stream import caption_stream
 from caption_train.errors import UsageError
+from caption_train.system.console import print_line
 from caption_train.system.devices import choose_device
+from caption_train.system.workers import choose_workers
 
 
 class LocalEngine(Engine):
@@ -49,6 +54,22 @@ class LocalEngine(Engine):
         self._loaded = model, processor
         self._graphs = DecodeGraphs(model) if self.options.cuda_graphs else None
         return self.family.describe_inputs(processor)
+
+    def stream(self, tasks: Iterable[Task]) -> Iterator[CaptionResult | Unreadable]:
+        """Caption; see `Engine.stream`."""
+        workers = self.options.num_workers
+        if workers == "auto":
+            # What comes in a stream is small: nobody is asked for the size of each image.
+            workers = choose_workers(self.device, 1.0, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+            if self.processes.is_main:
+                print_line(f"--num_workers auto: {workers}")
+        run = CaptionRun(
+            *(self.family, *self._loaded, make_generation(self.options, self.base.prompt)),
+            *(workers, self.options.worker_timeout),
+            keeping=None,
+            graphs=self._graphs,
+        )
+        return caption_stream(run, tasks, self.options.batch_size)
 
     def caption(self, tasks: Sequence[Task]) -> Iterator[CaptionResult | Unreadable]:
         """Caption; see `Engine.caption`."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
 
-from caption_train.adapters.record import Base, read_adapter, read_request, resolve_base
+from caption_train.adapters.record import Base
+from caption_train.captioning.engines.choose import make_engine
+from caption_train.captioning.engines.engine import Engine
 from caption_train.captioning.outputs import finish_caption
-from caption_train.captioning.plan import CaptionResult, Unreadable
-from caption_train.captioning.shards.work import Counts, ShardWork
+from caption_train.captioning.plan import CaptionResult, Unreadable, find_base
+from caption_train.captioning.prompts import Task
+from caption_train.captioning.shards.units import Counts
+from caption_train.captioning.shards.work import ShardWork
 from caption_train.captioning.storage.shard import Shard as Part
 from caption_train.captioning.summary import CaptioningSummary
 from caption_train.config.captioning import CaptionOptions
@@ -33,10 +35,7 @@ from caption_train.system.console import (
 from caption_train.system.launcher import notice_launcher
 from caption_train.system.processes import join_processes
 from caption_train.system.signals import Terminated, raising_terminated
-from caption_train.system.workers import choose_workers, explaining_dead_worker
-
-if TYPE_CHECKING:
-    from caption_train.captioning.shards.stream import Asked
+from caption_train.system.workers import explaining_dead_worker
 
 MOST_NAMES = 5
 
@@ -64,6 +63,8 @@ def caption_shards(options: CaptionOptions, family: Family) -> int:
             )
         return 143 if isinstance(interrupt, Terminated) else 130
     finally:
+        if job.engine:
+            job.engine.close()
         job.work.close()
         job.processes.leave()
 
@@ -89,6 +90,7 @@ class ShardJob:
         self.plan = self.processes.share(self._make_plan)
         self.work = ShardWork(options, family, self.output, self.plan.base.prompt)
         self.summary = CaptioningSummary(adds=options.existing in ("append", "prepend"))
+        self.engine: Engine | None = None
 
     def run(self) -> int:
         """Caption this process's shards and wait for the others; return the exit code."""
@@ -114,15 +116,14 @@ class ShardJob:
         shards = find_shards(options.images, "--images")
         if part := Part.parse(options.shard):
             shards = shards[part.index - 1 :: part.count]
-        adapter = read_adapter(options.peft_model) if options.peft_model else None
-        prompt, settings = read_request(options, family)
-        base = resolve_base(family, options.base_model, options.revision, prompt, adapter, settings=settings)
+        base = find_base(options, family)
         self.output.prepare(shards)
         return ShardPlan(shards, base)
 
-    def _caption(self, asked: Iterator[Asked], share: Sequence[Shard]) -> None:
+    def _caption(self, asked: Iterator[Task], share: Sequence[Shard]) -> None:
+        self.engine = self._open_engine()
         start, counts = time.monotonic(), self.work.counts
-        results = self._generate(asked)
+        results = self.engine.stream(asked)
         bar = ProgressBar(len(share), "captioning", "shard", shown=self.processes.is_main)
         with explaining_dead_worker(self.options.num_workers), bar:
             for result in results:
@@ -133,42 +134,17 @@ class ShardJob:
                 note = f"{count_things(self.summary.written, 'image')} ({rate:.2f} images/s)"
                 bar.update(note, finished - bar.done)
 
-    def _generate(self, asked: Iterator[Asked]) -> Iterator[CaptionResult | Unreadable]:
-        """Load the model and caption with it."""
-        from caption_train.captioning.engines.graphs import DecodeGraphs
-        from caption_train.captioning.generate import CaptionRun, find_dtype, load_captioner, make_generation
-        from caption_train.captioning.shards.stream import caption_stream
-        from caption_train.system.devices import choose_device
-
-        options, main = self.options, self.processes.is_main
-        device = choose_device(
-            options.device, local_rank=self.processes.local_rank, processes=self.processes.count
-        )
-        if options.cuda_graphs and device.type != "cuda":
-            raise UsageError(f"--cuda_graphs: needs an NVIDIA GPU, and this runs on {device}: leave it out")
-        if main:
-            adapter = f" and {options.peft_model}" if options.peft_model else ""
-            precision = str(find_dtype(options, device)).removeprefix("torch.")
-            print_line(
-                f"Captioning {count_things(len(self.plan.shards), 'shard')} with "
-                f"{self.plan.base.model_id}{adapter} on {device} in {precision}"
-            )
-        model, processor = load_captioner(self.family, self.plan.base, options, device)
-        if main:
-            print_line(*self.plan.base.changes, *self.family.describe_inputs(processor))
-        generation = make_generation(options, self.plan.base.prompt)
-        workers = options.num_workers
-        if workers == "auto":
-            # Images in shards are small: nobody is asked for the size of each.
-            workers = choose_workers(device, 1.0, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-            if main:
-                print_line(f"--num_workers auto: {workers}")
-        run = CaptionRun(
-            *(self.family, model, processor, generation, workers, options.worker_timeout),
-            keeping=None,
-            graphs=DecodeGraphs(model) if options.cuda_graphs else None,
-        )
-        return caption_stream(run, asked, options.batch_size)
+    def _open_engine(self) -> Engine:
+        """Load what captions, with lines on it before and after."""
+        base = self.plan.base
+        engine = make_engine(self.family, base, self.options, self.processes)
+        if self.processes.is_main:
+            shards = count_things(len(self.plan.shards), "shard")
+            print_line(f"Captioning {shards} with {engine.describe()}")
+        lines = engine.open()
+        if self.processes.is_main:
+            print_line(*base.changes, *lines)
+        return engine
 
     def _handle(self, result: CaptionResult | Unreadable) -> None:
         """Write down and count the result of one image."""

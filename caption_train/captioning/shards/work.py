@@ -5,87 +5,22 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from caption_train.captioning.prompts import Template
-from caption_train.captioning.shards.stream import Asked
+from caption_train.captioning.prompts import Task, Template
+from caption_train.captioning.shards.units import Counts, Unit
 from caption_train.captioning.sinks.existing import Existing
 from caption_train.config.captioning import CaptionOptions
 from caption_train.errors import CaptionTrainError
 from caption_train.families.base import Family
 from caption_train.shards.copies import Copies
 from caption_train.shards.formats import write_shard
-from caption_train.shards.journal import Done, Journal
+from caption_train.shards.journal import Done
 from caption_train.shards.output import OutputFolder
 from caption_train.shards.places import Shard, open_shard
-from caption_train.shards.records import NewCaption, Record, ShardError, ShardReader
+from caption_train.shards.records import NewCaption, Record, ShardError
 from caption_train.system.console import count_things, escape_unprintable, print_line
-from caption_train.system.lock import OutputLock
-
-
-@dataclass
-class Counts:
-    """What became of shards and of their images; two of them can be added.
-
-    Attributes:
-        shards: written by this run.
-        before: that were done before.
-        busy: that other runs work on.
-        kept: images that had a caption, or got one from a run that was cut short.
-        problems: one line for each image or shard that cannot be read, or has changed.
-        other: shards that were done with other settings.
-        limited: whether `--limit` ended the run.
-    """
-
-    shards: int = 0
-    before: int = 0
-    busy: int = 0
-    kept: int = 0
-    problems: list[str] = field(default_factory=list)
-    other: int = 0
-    limited: bool = False
-
-    def __add__(self, more: Counts) -> Counts:
-        """Return the counts of two processes."""
-        return Counts(
-            *(getattr(self, name) + getattr(more, name) for name in ("shards", "before", "busy", "kept")),
-            self.problems + more.problems,
-            self.other + more.other,
-            self.limited or more.limited,
-        )
-
-
-@dataclass
-class Unit:
-    """A shard in work.
-
-    Attributes:
-        shard, reader, journal, lock: of the shard.
-        waiting: the records that have no result yet, with the captions that they had.
-        done: what will be remembered of it.
-        resumed: the number of the last record that an earlier run has a result of.
-        is_read: whether all its records were seen, or as many as can be read.
-        is_lost: whether it cannot be read to its end, so that nothing is written.
-    """
-
-    shard: Shard
-    reader: ShardReader
-    journal: Journal
-    lock: OutputLock
-    done: Done
-    open_files: ExitStack
-    waiting: deque[tuple[int, str]] = field(default_factory=deque)
-    resumed: int = -1
-    is_read: bool = False
-    is_lost: bool = False
-
-    def close(self) -> None:
-        """Let other runs at the shard."""
-        self.journal.close()
-        self.lock.release()
-        self.open_files.close()
 
 
 class ShardWork:
@@ -107,7 +42,7 @@ class ShardWork:
         self._asked = 0
         self.counts = Counts()
 
-    def ask(self, shards: Sequence[Shard]) -> Iterator[Asked]:
+    def ask(self, shards: Sequence[Shard]) -> Iterator[Task]:
         """Yield what is to be captioned, in order; `take` wants the results in the same order."""
         copies = Copies(shards)
         try:
@@ -241,7 +176,7 @@ class ShardWork:
                 unit.done.captioned += 1
                 self.counts.kept += 1
 
-    def _ask_unit(self, unit: Unit) -> Iterator[Asked]:
+    def _ask_unit(self, unit: Unit) -> Iterator[Task]:
         try:
             for record in unit.reader.records():
                 prompt = self._judge(unit, record)
@@ -252,7 +187,7 @@ class ShardWork:
                     return
                 self._asked += 1
                 unit.waiting.append((record.index, record.caption or ""))
-                yield record.image, prompt
+                yield Task(record.image, prompt)
         except ShardError as error:
             unit.is_lost = True
             self._note_unreadable(unit, str(error))

@@ -30,10 +30,20 @@ def test_the_first_line_names_model_device_and_precision():
     assert choose(dtype="bfloat16").describe() == "somebody/model on cpu in bfloat16"
 
 
+def test_every_process_of_several_asks_the_server():
+    engine = choose(Processes(1, 2, 1), endpoint="http://localhost:1/v1", model="m")
+    assert list(engine.caption([])) == []
+
+
 def test_without_ray_its_engine_is_refused_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UsageError, match=r'--engine ray needs Ray Data .*: pip install "ray\[data\]"'):
+    with pytest.raises(UsageError, match=r"--engine ray needs Ray .*: pip install ray, or"):
         choose(engine="ray")
+
+
+def test_a_server_and_a_cluster_caption_shards_too():
+    for flags in ({"endpoint": "http://localhost:1/v1", "model": "m"}, {"engine": "ray"}):
+        assert CaptionOptions(images=["a.tar"], output_shards="out", **flags).check() == []
 
 
 def test_ray_under_torchrun_is_refused():
@@ -47,7 +57,6 @@ def test_ray_under_torchrun_is_refused():
         ({"actors": 2}, "--actors is of --engine ray"),
         ({"gpus_per_actor": 0.5}, "--gpus_per_actor is of --engine ray"),
         ({"engine": "ray", "cuda_graphs": True}, "--cuda_graphs does not go with --engine ray"),
-        ({"engine": "ray", "output_shards": "out"}, "--output_shards does not go with --engine ray"),
         ({"engine": "ray", "actors": 0}, "--actors"),
         ({"engine": "ray", "gpus_per_actor": -1.0}, "--gpus_per_actor"),
     ],

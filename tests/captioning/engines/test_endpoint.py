@@ -11,10 +11,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from PIL import Image
 
-from caption_train.captioning.engines import endpoint
-from caption_train.captioning.engines.endpoint import complete_url, read_answer
+from caption_train.captioning.engines import chat_api
+from caption_train.captioning.engines.chat_api import complete_url, read_answer
 from caption_train.cli.commands import caption_main
 from caption_train.errors import UsageError
+from tests.fixtures.shards import read_tar, write_tar
 
 KEY = "sk-secret-of-the-test"
 
@@ -91,8 +92,8 @@ def server():
 
 @pytest.fixture(autouse=True)
 def without_waiting(monkeypatch):
-    monkeypatch.setattr(endpoint, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(endpoint, "LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(chat_api, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(chat_api, "LONGEST_PAUSE", 0.05)
     monkeypatch.delenv("CAPTION_TRAIN_API_KEY", raising=False)
 
 
@@ -109,8 +110,8 @@ def photos(tmp_path):
 def run(server, photos, capsys):
     """`run("--retries", "0")`: exit code, stdout and stderr of captioning the photos through the server."""
 
-    def caption(*flags, url=None):
-        common = ["--images", photos, "--endpoint", url or server.url, "--model", "captioner"]
+    def caption(*flags, url=None, images=photos):
+        common = ["--images", images, "--endpoint", url or server.url, "--model", "captioner"]
         common += ["--retries", "2", "--timeout", "5", "--concurrency", "1"]
         code = caption_main("vlm", [*map(str, common), *map(str, flags)])
         said = capsys.readouterr()
@@ -135,6 +136,21 @@ def test_captions_come_in_order_with_our_prompt_and_image(run, server, photos):
     assert image["type"] == "image_url" and text == {"type": "text", "text": "What colour?"}
     assert "Authorization" not in server.headers_seen[0]
     assert f"with captioner at {server.url}/v1/chat/completions" in err
+
+
+def test_a_server_captions_shards_and_after_it_was_away_goes_on(run, server, photos, tmp_path):
+    members = [(f"{n}.png", (photos / f"{n}.png").read_bytes()) for n in range(4)]
+    write_tar(tmp_path / "a.tar", members)
+    flags = ("--output_shards", tmp_path / "out", "--retries", "0")
+    server.script = [answer, (503, {})]
+    code, _, err = run(*flags, images=tmp_path / "a.tar")
+    assert code == 1 and "in a row got no answer: the server answers 503" in err
+    server.script, server.asked = [answer], []
+    code, _, err = run(*flags, images=tmp_path / "a.tar")
+    assert code == 0 and len(server.asked) == 3
+    assert "Captioning 1 shard with captioner at http://" in err
+    said = [text for name, text in read_tar(tmp_path / "out/a.tar") if name.endswith(".txt")]
+    assert said == [b"red of 40\n", b"blue of 50\n", b"red of 60\n", b"blue of 70\n"]
 
 
 def test_captions_are_kept_and_appended_as_with_a_model_loaded_here(run, server, photos, tmp_path):
@@ -221,7 +237,7 @@ def test_what_may_pass_is_tried_again(run, server, bad):
 
 
 def test_a_busy_server_is_given_the_time_it_asks_for(run, server, monkeypatch):
-    monkeypatch.setattr(endpoint, "LONGEST_PAUSE", 5.0)
+    monkeypatch.setattr(chat_api, "LONGEST_PAUSE", 5.0)
     server.script = [lambda handler: handler.reply(429, {}, Retry_After="0.5"), answer]
     start = time.monotonic()
     assert run()[0] == 0

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import signal
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -44,13 +45,13 @@ def open_run(images, **options):
 
 def caption(images, meanwhile=lambda: None, make=lambda image: f"new {image.name}", done=True, **options):
     """Do what a run does; return (images that it captioned, names that others have captioned meanwhile)."""
-    outputs = open_run(images, **options)
-    pending = outputs.find_pending(images)
-    outputs.begin(images)
-    meanwhile()
-    kept = [i.name for i, key in pending if not outputs.write(Caption(i, make(i)), key)]
-    kept += outputs.finish(images, done=done)
-    outputs.close()
+    with closing(open_run(images, **options)) as outputs:
+        outputs.open(images)
+        pending = outputs.find_lacking(images)
+        outputs.begin(images)
+        meanwhile()
+        kept = [i.name for i, key in pending if not outputs.write(Caption(i, make(i)), key)]
+        kept += outputs.finish(images, done=done)
     return [image.name for image, _ in pending], kept
 
 

@@ -6,7 +6,6 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset, Sampler
@@ -14,20 +13,18 @@ from torch.utils.data import Dataset, Sampler
 from caption_train.captioning.encoding import ImageFiles
 from caption_train.captioning.generate import CaptionRun, OutOfMemoryError, free_memory
 from caption_train.captioning.plan import CaptionResult, Unreadable
+from caption_train.captioning.prompts import Task
 from caption_train.system.signals import not_limited
-
-Asked = tuple[Path, str]
-"""An image, and what it is asked."""
 
 
 def caption_stream(
-    run: CaptionRun, asked: Iterable[Asked], batch_size: int
+    run: CaptionRun, tasks: Iterable[Task], batch_size: int
 ) -> Iterator[CaptionResult | Unreadable]:
     """Caption images, in the batches that `caption_images` would make of a list of them.
 
     Args:
         run: the model and its settings.
-        asked: images and prompts; read a few batches ahead of the results.
+        tasks: images and what they are asked; read a few batches ahead of the results.
         batch_size: images per batch; halved when memory does not suffice.
 
     Yields:
@@ -36,15 +33,15 @@ def caption_stream(
     Raises:
         CaptionTrainError: as `caption_images`.
     """
-    left = iter(asked)
-    waiting: deque[Asked] = deque()
+    left = iter(tasks)
+    waiting: deque[Task] = deque()
     while True:
         # What has no result yet comes first, then what was left of that the last time.
         left = chain(list(waiting), left)
         waiting.clear()
         batches = _Batches(left, batch_size, waiting)
         loader = run.load_batches(
-            _AskedImages(), batch_size, run.num_workers, run.generation.prompt, batch_sampler=batches
+            _TaskImages(), batch_size, run.num_workers, run.generation.prompt, batch_sampler=batches
         )
         try:
             for result in run.caption(loader, batch_size):
@@ -67,23 +64,22 @@ def caption_stream(
 class _Batches(Sampler):
     """Makes batches of what comes, and keeps what has no result yet in `waiting`."""
 
-    def __init__(self, asked: Iterator[Asked], batch_size: int, waiting: deque[Asked]) -> None:
-        self._asked, self._batch_size, self._waiting = asked, batch_size, waiting
+    def __init__(self, tasks: Iterator[Task], batch_size: int, waiting: deque[Task]) -> None:
+        self._tasks, self._batch_size, self._waiting = tasks, batch_size, waiting
 
-    def __iter__(self) -> Iterator[list[Asked]]:
+    def __iter__(self) -> Iterator[list[Task]]:
         while batch := self._take():
             self._waiting.extend(batch)
             yield batch
 
-    def _take(self) -> list[Asked]:
+    def _take(self) -> list[Task]:
         # torch asks for what comes next while it waits for a worker. That may take long: a shard is fetched.
         with not_limited():
-            return list(islice(self._asked, self._batch_size))
+            return list(islice(self._tasks, self._batch_size))
 
 
-class _AskedImages(Dataset):
-    """Opens what is asked: workers are sent where an image is, and read it."""
+class _TaskImages(Dataset):
+    """Opens the images of tasks: workers are sent where an image is, and read it."""
 
-    def __getitem__(self, asked: Asked) -> dict[str, Any]:
-        image, prompt = asked
-        return ImageFiles([image], [prompt])[0]
+    def __getitem__(self, task: Task) -> dict[str, Any]:
+        return ImageFiles([task.image], [task.prompt])[0]

@@ -1,0 +1,1 @@
+"""Captioning on a Ray cluster: `--engine ray`."""
