@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from caption_train.adapters.record import Base
+from caption_train.captioning.batch_size import MOST_AT_ONCE
 from caption_train.captioning.engines.choose import make_engine
 from caption_train.captioning.engines.engine import Engine
 from caption_train.captioning.inputs import find_inputs
@@ -171,7 +172,8 @@ class CaptionJob:
         inputs = find_inputs(options.images, recursive=options.recursive, shard=Shard.parse(options.shard))
         self.images, self.plan = inputs.images, make_plan(options, self.family, inputs)
         self.outputs.open(self.images)
-        at_once = options.batch_size * self.processes.count
+        batch_size = MOST_AT_ONCE if options.batch_size == "auto" else options.batch_size
+        at_once = batch_size * self.processes.count
         size = max(CHUNK // at_once, 1) * at_once
         self.planner = Planner(self.images, self.outputs, self.plan, options.limit, size)
         return self.plan.base

@@ -167,6 +167,7 @@ class ShardJob:
             *(self.family, model, processor, generation, workers, options.worker_timeout),
             keeping=None,
             graphs=DecodeGraphs(model) if options.cuda_graphs else None,
+            draft=options.draft_decode,
         )
         return caption_stream(run, asked, options.batch_size)
 

@@ -7,12 +7,13 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch.utils.data import Dataset, Sampler
 
+from caption_train.captioning.batch_size import BatchSize, OutOfMemoryError, free_memory
 from caption_train.captioning.encoding import ImageFiles
-from caption_train.captioning.generate import CaptionRun, OutOfMemoryError, free_memory
+from caption_train.captioning.generate import CaptionRun
 from caption_train.captioning.plan import CaptionResult, Unreadable
 from caption_train.system.signals import not_limited
 
@@ -21,14 +22,14 @@ Asked = tuple[Path, str]
 
 
 def caption_stream(
-    run: CaptionRun, asked: Iterable[Asked], batch_size: int
+    run: CaptionRun, asked: Iterable[Asked], batch_size: BatchSize | int | Literal["auto"]
 ) -> Iterator[CaptionResult | Unreadable]:
     """Caption images, in the batches that `caption_images` would make of a list of them.
 
     Args:
         run: the model and its settings.
         asked: images and prompts; read a few batches ahead of the results.
-        batch_size: images per batch; halved when memory does not suffice.
+        batch_size: as in `caption_images`.
 
     Yields:
         A result for each image, in order, as soon as its batch is done.
@@ -36,25 +37,28 @@ def caption_stream(
     Raises:
         CaptionTrainError: as `caption_images`.
     """
-    left = iter(asked)
+    size, left = BatchSize.of(batch_size, run.model.device), iter(asked)
     waiting: deque[Asked] = deque()
     while True:
         # What has no result yet comes first, then what was left of that the last time.
         left = chain(list(waiting), left)
         waiting.clear()
-        batches = _Batches(left, batch_size, waiting)
+        batches = _Batches(left, size, waiting)
         loader = run.load_batches(
-            _AskedImages(), batch_size, run.num_workers, run.generation.prompt, batch_sampler=batches
+            _AskedImages(run.find_least_side()),
+            size,
+            run.num_workers,
+            run.generation.prompt,
+            batch_sampler=batches,
         )
         try:
-            for result in run.caption(loader, batch_size):
+            for result in run.caption(loader, size):
                 waiting.popleft()
                 yield result
         except OutOfMemoryError:
-            if batch_size == 1:
+            if size.now == 1:
                 raise
-            batch_size //= 2
-            line = f"out of memory with --batch_size {batch_size * 2}: going on with {batch_size}"
+            line = size.halve()
         else:
             return
         # Outside of the except block, where the traceback would keep the batch's tensors alive.
@@ -67,8 +71,8 @@ def caption_stream(
 class _Batches(Sampler):
     """Makes batches of what comes, and keeps what has no result yet in `waiting`."""
 
-    def __init__(self, asked: Iterator[Asked], batch_size: int, waiting: deque[Asked]) -> None:
-        self._asked, self._batch_size, self._waiting = asked, batch_size, waiting
+    def __init__(self, asked: Iterator[Asked], size: BatchSize, waiting: deque[Asked]) -> None:
+        self._asked, self._size, self._waiting = asked, size, waiting
 
     def __iter__(self) -> Iterator[list[Asked]]:
         while batch := self._take():
@@ -78,12 +82,15 @@ class _Batches(Sampler):
     def _take(self) -> list[Asked]:
         # torch asks for what comes next while it waits for a worker. That may take long: a shard is fetched.
         with not_limited():
-            return list(islice(self._asked, self._batch_size))
+            return list(islice(self._asked, self._size.now))
 
 
 class _AskedImages(Dataset):
-    """Opens what is asked: workers are sent where an image is, and read it."""
+    """Opens what is asked: workers are sent where an image is, and read it. at_least: as in ImageFiles."""
+
+    def __init__(self, at_least: int | None) -> None:
+        self._at_least = at_least
 
     def __getitem__(self, asked: Asked) -> dict[str, Any]:
         image, prompt = asked
-        return ImageFiles([image], [prompt])[0]
+        return ImageFiles([image], [prompt], at_least=self._at_least)[0]
