@@ -147,7 +147,7 @@ def caption(
 WRITING_FLAGS = {
     *("images", "recursive", "save_captions", "caption_extension", "output", "overwrite", "visualize"),
     *("existing", "separator", "limit", "shard", "metadata", "prompts", "prompt_template"),
-    *("output_shards", "output_format", "engine", "actors", "gpus_per_actor"),
+    *("output_shards", "output_format", "engine", "actors", "gpus_per_actor", "group_by_length"),
     *("endpoint", "model", "concurrency", "timeout", "retries"),
 }
 """Flags of the inference scripts that `caption` has no use for."""

@@ -144,7 +144,9 @@ def make_pipeline(
         if spec["family"] == "vlm":
             answers = run(text=[conversation(prompt, path) for path in paths], **settings)
         else:
-            answers = run(images=paths, text=[prompt] * len(paths), **settings)
+            # Lists of images and texts would be one input, captioned all at once whatever the batch size.
+            given = ({"images": path, "text": prompt} for path in paths)
+            answers = run(given, **settings)
         flat = [answer[0] if isinstance(answer, list) else answer for answer in answers]
         return [answer["generated_token_ids"][-spec["tokens"] :] for answer in flat]
 

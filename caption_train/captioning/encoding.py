@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import Dataset
 
-from caption_train.data.images import ImageError, normalize_image, open_image
+from caption_train.data.images import ImageError, normalize_image, open_image, open_measured
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families.base import Family
 from caption_train.features.source import FeatureSource, attach_rows
@@ -22,7 +22,8 @@ class ImageFiles(Dataset):
     """Images as `{"path", "size", "image"}`, or `{"path", "error"}` for what cannot be read.
 
     The path of an image in memory is `image N`, counted from `first`. With `prompts`, an item has its
-    `"prompt"` too, and with a `source`, what that says of its features; its size is unknown then.
+    `"prompt"` too, and with a `source`, what that says of its features; its size is unknown then. With
+    `at_least`, a JPEG file may be decoded at a fraction of its size, both sides of at least so many pixels.
     """
 
     def __init__(
@@ -31,11 +32,13 @@ class ImageFiles(Dataset):
         prompts: Sequence[str] | None = None,
         source: FeatureSource | None = None,
         first: int = 0,
+        at_least: int | None = None,
     ) -> None:
         self.paths = paths
         self.prompts = prompts
         self.source = source
         self.first = first
+        self.at_least = at_least
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -47,11 +50,18 @@ class ImageFiles(Dataset):
         try:
             if self.source and not in_memory:
                 return self._add_prompt(index, {"path": path, "size": (0, 0)} | self.source.open(path))
-            image = normalize_image(given.copy()) if in_memory else open_image(path)
+            image, size = self._open(given)
         except ImageError as error:
             # The message of a file begins with its path.
             return {"path": path, "error": f"{path}: {error}" if in_memory else str(error)}
-        return self._add_prompt(index, {"path": path, "size": image.size, "image": image})
+        return self._add_prompt(index, {"path": path, "size": size, "image": image})
+
+    def _open(self, given: Path | Image.Image) -> tuple[Image.Image, tuple[int, int]]:
+        """Return an image, and its size in full."""
+        if self.at_least and not isinstance(given, Image.Image):
+            return open_measured(given, at_least=self.at_least)[:2]
+        image = normalize_image(given.copy()) if isinstance(given, Image.Image) else open_image(given)
+        return image, image.size
 
     def _add_prompt(self, index: int, item: dict[str, Any]) -> dict[str, Any]:
         return item if self.prompts is None else item | {"prompt": self.prompts[index]}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,19 +16,25 @@ from torch.utils.data import DataLoader, Dataset
 
 from caption_train.adapters.quantization import quantization_config
 from caption_train.adapters.record import Base, read_adapter
+from caption_train.captioning.batch_size import (
+    BatchSize,
+    GrowingBatches,
+    OutOfMemoryError,
+    free_memory,
+    out_of_memory_explained,
+)
 from caption_train.captioning.encoding import Encode, ImageFiles
 from caption_train.captioning.engines.graphs import DecodeGraphs
 from caption_train.captioning.plan import CaptionResult, Unreadable
 from caption_train.captioning.sampling import make_sampler
 from caption_train.config.captioning import CaptionOptions
-from caption_train.data.images import estimate_megapixels
-from caption_train.errors import CaptionTrainError, is_out_of_memory, naming_model
+from caption_train.errors import CaptionTrainError, naming_model
 from caption_train.families.base import Family, Generated
 from caption_train.features.source import Keeping
 from caption_train.system.damage import explaining_damage
 from caption_train.system.devices import choose_dtype, move_batch, use_tensor_cores
 from caption_train.system.signals import ignore_in_worker
-from caption_train.system.workers import choose_workers, limit_workers, reading
+from caption_train.system.workers import limit_batch, limit_workers, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -50,30 +54,6 @@ class Generation:
     prompt: str
     settings: dict[str, Any]
     make_sampler: Callable[[Sequence[str]], Any] | None = None
-
-
-@dataclass
-class BatchSize:
-    """How many images are captioned at once, for several calls of `caption_images` after each other.
-
-    Attributes:
-        now: halved when memory does not suffice.
-        said: the lines that were printed.
-    """
-
-    now: int
-    said: set[str] = field(default_factory=set)
-
-    def choose_workers(self, device: torch.device, images: Sequence[Path | Image.Image]) -> int:
-        """Return what `--num_workers auto` means, and print it once."""
-        count = choose_workers(
-            device, estimate_megapixels(images), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        )
-        line = f"--num_workers auto: {count}"
-        if line not in self.said:
-            print(line, file=sys.stderr)
-            self.said.add(line)
-        return count
 
 
 def make_generation(options: CaptionOptions, prompt: str) -> Generation:
@@ -149,12 +129,13 @@ def caption_images(
     images: Sequence[Path | Image.Image],
     generation: Generation,
     *,
-    batch_size: BatchSize | int = 4,
+    batch_size: BatchSize | int | Literal["auto"] = 4,
     num_workers: int | Literal["auto"] = 0,
     worker_timeout: float = 0,
     prompts: Sequence[str] | None = None,
     keeping: Keeping | None = None,
     graphs: DecodeGraphs | None = None,
+    draft: bool = False,
 ) -> Iterator[CaptionResult | Unreadable]:
     """Caption images.
 
@@ -164,13 +145,15 @@ def caption_images(
         processor: the model's processor.
         images: files, or images in memory.
         generation: prompt and settings.
-        batch_size: images per batch; halved when memory does not suffice.
+        batch_size: images per batch; halved when memory does not suffice. "auto" begins with a few, and makes
+            the batches larger while memory has room.
         num_workers: processes that open and encode images ahead of the model; "auto" goes by cores and the
             size of the images.
         worker_timeout: seconds to wait for a batch of theirs; 0 waits for ever.
         prompts: that of each image, where they differ from `generation`'s.
         keeping: what the model's vision tower keeps of images; by default nothing.
         graphs: records the model's decoding steps, if that is wanted.
+        draft: whether JPEG files may be decoded at a fraction of their size, not below what the model reads.
 
     Yields:
         A result for each image, in order, as soon as its batch is done.
@@ -179,24 +162,25 @@ def caption_images(
         CaptionTrainError: out of memory with a single image, or a worker died or does not answer; names the
             flags that help.
     """
-    size = BatchSize(batch_size) if isinstance(batch_size, int) else batch_size
+    size = BatchSize.of(batch_size, model.device)
     if num_workers == "auto":
-        num_workers = size.choose_workers(model.device, images)
+        num_workers = size.choose_workers(images)
     run = CaptionRun(
-        *(family, model, processor, generation, num_workers, worker_timeout, keeping, graphs), size.said
+        *(family, model, processor, generation, num_workers, worker_timeout, keeping, graphs),
+        draft=draft,
+        said=size.said,
     )
     done = 0
     while done < len(images):
         try:
-            loader = run.load(images[done:], prompts and prompts[done:], size.now, done)
-            for result in run.caption(loader, size.now):
+            loader = run.load(images[done:], prompts and prompts[done:], size, done)
+            for result in run.caption(loader, size):
                 yield result
                 done += 1
         except OutOfMemoryError:
             if size.now == 1:
                 raise
-            line = f"out of memory with --batch_size {size.now}: going on with {size.now // 2}"
-            size.now //= 2
+            line = size.halve()
         else:
             return
         # Outside of the except block, where the traceback would keep the batch's tensors alive.
@@ -218,42 +202,56 @@ class CaptionRun:
     worker_timeout: float
     keeping: Keeping | None
     graphs: DecodeGraphs | None
+    draft: bool = False
     said: set[str] = field(default_factory=set)
 
-    def caption(self, loader: DataLoader, batch_size: int) -> Iterator[CaptionResult | Unreadable]:
+    def caption(self, loader: DataLoader, size: BatchSize) -> Iterator[CaptionResult | Unreadable]:
         """Yield a result for each image of a loader that `load` or `load_batches` made, in order."""
         with reading(loader) as batches:
             for number, batch in enumerate(batches):
                 # What is wrong with a checkpoint's generation_config.json shows when it first generates.
                 explained = explaining_damage("the model cannot caption: is it damaged?")
-                with nullcontext() if number else explained:
-                    results = self.caption_batch(batch, batch_size)
+                rows = sum("error" not in item for item in batch["items"])
+                with nullcontext() if number else explained, size.measuring(rows):
+                    results = self.caption_batch(batch, size.now)
                 yield from results
 
     def load(
-        self, images: Sequence[Path | Image.Image], prompts: Sequence[str] | None, batch_size: int, first: int
+        self, images: Sequence[Path | Image.Image], prompts: Sequence[str] | None, size: BatchSize, first: int
     ) -> DataLoader:
         """Return a loader of these images; `first` is the number of the first one in memory."""
         longest = max(prompts or [self.generation.prompt], key=len)
-        workers = min(self.num_workers, len(images) // batch_size)
-        files = ImageFiles(images, prompts, self.keeping and self.keeping.source, first)
-        return self.load_batches(files, batch_size, workers, longest, batch_size=batch_size)
+        workers = min(self.num_workers, len(images) // size.now)
+        source = self.keeping and self.keeping.source
+        files = ImageFiles(images, prompts, source, first, self.find_least_side())
+        if size.is_auto:
+            batches = GrowingBatches(len(images), size)
+            return self.load_batches(files, size, workers, longest, batch_sampler=batches)
+        return self.load_batches(files, size, workers, longest, batch_size=size.now)
+
+    def find_least_side(self) -> int | None:
+        """Return the `at_least` of ImageFiles."""
+        return self.family.find_side(self.processor) if self.draft else None
 
     def load_batches(
-        self, images: Dataset, most: int, workers: int, longest: str, **batching: Any
+        self, images: Dataset, size: BatchSize, workers: int, longest: str, **batching: Any
     ) -> DataLoader:
         """Return a loader.
 
         Args:
             images: gives items as ImageFiles does.
-            most: images in a batch.
+            size: says how many images a batch may have.
             workers: processes that are asked for.
             longest: the longest prompt.
             batching: arguments of DataLoader that say what a batch is.
         """
-        workers, line = limit_workers(
-            workers, lambda: self.family.measure_inputs(self.processor, longest) * most
-        )
+
+        def measure(images: int) -> int:
+            return images * self.family.measure_inputs(self.processor, longest)
+
+        if workers and size.is_auto:
+            size.limit(limit_batch(workers, measure(1)))
+        workers, line = limit_workers(workers, lambda: measure(size.most))
         if line and line not in self.said:
             print(line, file=sys.stderr)
             self.said.add(line)
@@ -294,29 +292,3 @@ class CaptionRun:
         decoding = self.graphs.decoding(inputs, settings) if self.graphs else nullcontext({})
         with decoding as more:
             return self.family.generate(self.model, self.processor, inputs, **settings, **more)
-
-
-class OutOfMemoryError(CaptionTrainError):
-    """Memory does not suffice, which a smaller batch may mend."""
-
-
-def free_memory(device: torch.device) -> None:
-    """Give back what the tensors of a batch that did not fit still hold."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-@contextmanager
-def out_of_memory_explained(device: torch.device, batch_size: int) -> Iterator[None]:
-    """Turn an out-of-memory error into one line that names the flags that help."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        lower = "--batch_size, --beams" if batch_size > 1 else "--beams"
-        raise OutOfMemoryError(
-            f"out of memory on {device} with --batch_size {batch_size}: lower {lower} or "
-            "--max_token_length, or try --dtype bfloat16"
-        ) from error

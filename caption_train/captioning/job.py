@@ -8,8 +8,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from caption_train.adapters.record import Base
+from caption_train.captioning.batch_size import MOST_AT_ONCE
 from caption_train.captioning.engines.choose import make_engine
 from caption_train.captioning.engines.engine import Engine
 from caption_train.captioning.inputs import find_inputs
@@ -25,6 +27,7 @@ from caption_train.captioning.plan import (
     open_keyed_outputs,
 )
 from caption_train.captioning.prompts import Task
+from caption_train.captioning.sinks.writer import CaptionWriter
 from caption_train.captioning.storage.image_list import ImageList
 from caption_train.captioning.storage.shard import Shard
 from caption_train.captioning.summary import CaptioningSummary, describe_meanwhile
@@ -81,6 +84,7 @@ def caption_folder(options: CaptionOptions, family: Family) -> int:
     finally:
         if job.engine:
             job.engine.close()
+        job.writer.close()
         job.outputs.close()
         job.processes.leave()
 
@@ -94,6 +98,7 @@ class CaptionJob:
         self.processes = join_processes()
         notice_launcher(self.processes.count)
         self.outputs = open_keyed_outputs(options, family, self.processes.rank)
+        self.writer = CaptionWriter(self.outputs)
         self.images = ImageList()
         self.plan: CaptionPlan | None = None
         self.planner: Planner | None = None
@@ -140,6 +145,8 @@ class CaptionJob:
 
     def keep_finished(self) -> None:
         """Write what was finished before an interrupt or error. Other processes may still be running."""
+        with suppress(Exception):  # that of the writer, which has ended the run
+            self._note_written(wait=True)
         if self.processes.is_main and self.summary.written:
             with suppress(CaptionTrainError):
                 complete = self.processes.count == 1
@@ -165,7 +172,8 @@ class CaptionJob:
         inputs = find_inputs(options.images, recursive=options.recursive, shard=Shard.parse(options.shard))
         self.images, self.plan = inputs.images, make_plan(options, self.family, inputs)
         self.outputs.open(self.images)
-        at_once = options.batch_size * self.processes.count
+        batch_size = MOST_AT_ONCE if options.batch_size == "auto" else options.batch_size
+        at_once = batch_size * self.processes.count
         size = max(CHUNK // at_once, 1) * at_once
         self.planner = Planner(self.images, self.outputs, self.plan, options.limit, size)
         return self.plan.base
@@ -205,15 +213,10 @@ class CaptionJob:
         self.bar.set_total(self.bar.done + len(share) if self.chunk.is_last else -(-most // count))
         with explaining_dead_worker(self.options.num_workers):
             for number, (task, result) in enumerate(zip(share, results, strict=True)):
-                line = self._handle(task, result)
-                self.summary.seconds = time.monotonic() - self.started
-                self.bar.update(escape_unprintable(result.image.name)[:40])
-                if self.outputs.exist or isinstance(result, Unreadable):
-                    continue
-                if count == 1:
-                    print_result(line)
-                else:
-                    self.lines.append((number * count + self.processes.rank, line))
+                self._handle(task, result, number * count + self.processes.rank)
+                # What is only printed is printed at once.
+                self._note_written(wait=not self.outputs.exist)
+            self._note_written(wait=True)
 
     def _open_engine(self) -> Engine:
         """Load what captions, with lines on it before and after."""
@@ -230,21 +233,39 @@ class CaptionJob:
             print_line(*self.base.changes, *prompts, *lines)
         return engine
 
-    def _handle(self, task: Task, result: CaptionResult | Unreadable) -> str:
-        """Write and count the result of one image; return it as a line."""
+    def _handle(self, task: Task, result: CaptionResult | Unreadable, place: int) -> None:
+        """Have the caption of one image written; `place` is its place among all of the chunk."""
         if isinstance(result, Unreadable):
             self.summary.unreadable.append(result.reason)
-            return result.reason
+            self._advance(result.image)
+            return
         generated = result.generated
         text = finish_caption(generated.text, self.options)
         answer = self.family.parse_answer(generated.text, task.prompt, result.size)
-        remarks = find_remarks(generated)
-        if not self.outputs.write(Caption(result.image, text, answer, remarks), task.key):
-            self.summary.note_meanwhile([str(result.image)], counted=False)
-            return f"{escape_unprintable(result.image)}: has a caption by now, which stays"
-        self.summary.count(str(result.image), remarks)
-        key = f"[{task.key}] " if task.key else ""
-        return f"{escape_unprintable(result.image)}: {key}{escape_unprintable(text)}"
+        self.writer.put(Caption(result.image, text, answer, find_remarks(generated)), task.key, place)
+
+    def _note_written(self, *, wait: bool = False) -> None:
+        """Count, and print, what is on the disk by now."""
+        for written in self.writer.finished(wait=wait):
+            caption, image = written.caption, escape_unprintable(written.caption.image)
+            if written.is_ours:
+                self.summary.count(str(caption.image), caption.remarks)
+                key = f"[{written.key}] " if written.key else ""
+                line = f"{image}: {key}{escape_unprintable(caption.text)}"
+            else:
+                self.summary.note_meanwhile([str(caption.image)], counted=False)
+                line = f"{image}: has a caption by now, which stays"
+            self._advance(caption.image)
+            if self.outputs.exist:
+                continue
+            if self.processes.count == 1:
+                print_result(line)
+            else:
+                self.lines.append((written.place, line))
+
+    def _advance(self, image: Path) -> None:
+        self.summary.seconds = time.monotonic() - self.started
+        self.bar.update(escape_unprintable(image.name)[:40])
 
     def _describe_prompt(self, *, always: bool = False) -> str:
         options = self.options

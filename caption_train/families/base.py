@@ -104,6 +104,8 @@ class Family(ABC):
     """Whether `generate` hands its arguments to that of transformers, so that `--cuda_graphs` is allowed."""
     kept_parts: Sequence[str] = ("vision",)
     """The parts that make the features which `--cache_features` keeps: they stay frozen."""
+    reads_one_size = False
+    """Whether all images are resized to one size, which `find_side` tells, so `--draft_decode` is allowed."""
     features_vary = False
     """Whether the features of a large image are larger than those of a small one: `weigh_image` says how."""
     image_inputs: Sequence[str] = ("pixel_values",)
@@ -125,6 +127,7 @@ class Family(ABC):
             "task": not self.tasks,
             "preset": not self.presets,
             "cuda_graphs": not self.has_recordable_steps,
+            "draft_decode": not self.reads_one_size,
             "visualize": not self.draws_answers,
             "cache_converted": not self.converts_checkpoints,
             **dict.fromkeys(("cache_features", "cache_limit"), not self.keeps_features),
@@ -205,11 +208,14 @@ class Family(ABC):
             B captions, in the order of the rows.
         """
 
-    def speed_up(self, model: PreTrainedModel) -> None:  # noqa: B027  (most models are fast as they are)
+    def speed_up(self, model: PreTrainedModel) -> None:
         """Make a model that only captions, in eval mode and not quantized, faster.
 
         Its captions stay the same up to rounding. The adapter, if any, is put on it later.
         """
+        from caption_train.families.few_rows import speed_up_few_rows
+
+        speed_up_few_rows(model)
 
     def find_image_encoder(self, model: PreTrainedModel) -> ImageEncoder:
         """Return what turns pixels into the features that `--cache_features` keeps.
@@ -325,6 +331,11 @@ class Family(ABC):
     def read_settings(self, processor: ProcessorMixin) -> dict[str, Any]:
         """Return the settings in effect, by flag, as an adapter's record keeps them for captioning."""
         return {}
+
+    def find_side(self, processor: ProcessorMixin) -> int:
+        """Return the larger side, in pixels, of the size that `reads_one_size` speaks of."""
+        size = processor.image_processor.size
+        return max(size["height"], size["width"])
 
     def describe_inputs(self, processor: ProcessorMixin) -> list[str]:
         """Return lines on what the model reads of an image, such as how many tokens it takes."""

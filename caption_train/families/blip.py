@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from transformers.models.blip.modeling_blip import BlipAttention
 
 
+_IMAGE_PROJECTIONS = r".*\.crossattention\.self\.(key|value)"
+
+
 class Blip(Family):
     """BLIP captioning. The decoder starts from `[DEC]`, reads the prompt if there is one, ends at `[SEP]`."""
 
@@ -45,6 +48,7 @@ class Blip(Family):
     )
     train_defaults = {"learning_rate": 1e-3, "batch_size": 2}
     keeps_features = True
+    reads_one_size = True
 
     @guarding_load
     def load(
@@ -113,24 +117,25 @@ class Blip(Family):
         Rows are grouped by the length of their prompts, because the decoder starts after the last token of
         all rows. As in BLIP's own `generate`, the `[SEP]` of the prompt is left out.
         """
-        import torch
-
+        from caption_train.families.beams import sharing_image
         from caption_train.families.prompt_length import limit_new_tokens
 
+        decoder = model.text_decoder
         config, lengths = model.config.text_config, batch["attention_mask"].sum(dim=1)
         images = model.vision_model(pixel_values=batch["pixel_values"]).last_hidden_state
-        attended = torch.ones(images.shape[:2], dtype=torch.long, device=images.device)
         results: list[Generated | None] = [None] * len(lengths)
         for length in lengths.unique().tolist():
             rows = (lengths == length).nonzero()[:, 0]
-            sequences = model.text_decoder.generate(
-                input_ids=batch["input_ids"][rows, : length - 1],
-                attention_mask=batch["attention_mask"][rows, : length - 1],
-                encoder_hidden_states=images[rows],
-                encoder_attention_mask=attended[rows],
-                **{"eos_token_id": config.sep_token_id, "pad_token_id": config.pad_token_id}
-                | limit_new_tokens(settings, config, used=length - 1),
-            )
+            given = {"eos_token_id": config.sep_token_id, "pad_token_id": config.pad_token_id}
+            given |= limit_new_tokens(settings, config, used=length - 1)
+            with sharing_image(decoder, given, decoder.generation_config, _IMAGE_PROJECTIONS) as given:
+                # Without a mask for the image, which BLIP's layers would not look at.
+                sequences = decoder.generate(
+                    input_ids=batch["input_ids"][rows, : length - 1],
+                    attention_mask=batch["attention_mask"][rows, : length - 1],
+                    encoder_hidden_states=images[rows],
+                    **given,
+                )
             for row, sequence in zip(rows.tolist(), sequences.tolist(), strict=True):
                 results[row] = _to_generated(processor, sequence[length - 1 :])
         return results
@@ -145,6 +150,7 @@ class Blip(Family):
         transformers has only the plain one for BLIP. It writes the weights of all 577 × 577 pairs of patches
         to memory, several times in a layer: on a CPU a quarter of the tower's time.
         """
+        super().speed_up(model)
         for layer in model.vision_model.encoder.layers:
             layer.self_attn.forward = partial(_attend, layer.self_attn)
 

@@ -112,3 +112,44 @@ def resident_memory() -> int:
     import psutil
 
     return psutil.Process().memory_info().rss
+
+
+def start_peak(device: torch.device) -> int:
+    """Let `peak_memory` count from now on where it can; return the bytes that are held now, in its terms."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    return resident_memory()
+
+
+def available_memory(device: torch.device) -> int:
+    """Return how many bytes this process could take besides what it holds, before anything is swapped."""
+    if device.type == "cuda":
+        import torch
+
+        # What torch has reserved and does not use serves the next tensors.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    import psutil
+
+    return min([psutil.virtual_memory().available, *_find_room_in_container()])
+
+
+CGROUPS = Path("/sys/fs/cgroup")
+_LIMITS = (
+    (".", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Where Linux says what a container may use and uses, in both versions of control groups."""
+
+
+def _find_room_in_container() -> Iterator[int]:
+    for folder, limit, usage, cached in _LIMITS:
+        place = CGROUPS / folder
+        # "max" is no number: there is no limit.
+        with suppress(OSError, ValueError):
+            room = int((place / limit).read_text("utf-8")) - int((place / usage).read_text("utf-8"))
+            lines = (place / "memory.stat").read_text("utf-8").splitlines()
+            yield max(room + sum(int(line.split()[1]) for line in lines if line.startswith(f"{cached} ")), 0)

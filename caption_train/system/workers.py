@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -58,6 +59,14 @@ def limit_workers(asked: int, measure_batch: Callable[[], int]) -> tuple[int, st
     if room >= asked:
         return asked, None
     return room, f"--num_workers {asked}: {room or 'none'} used: {problems[room]}"
+
+
+def limit_batch(workers: int, image: int) -> int:
+    """Return how many images of `image` bytes a batch may have, so that all workers' batches have room."""
+    if not SHARED_MEMORY.is_dir():
+        return sys.maxsize
+    free = shutil.disk_usage(SHARED_MEMORY).free // max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+    return free // (PREFETCHED * (workers + 1)) // max(image, 1)
 
 
 def default_workers(device: torch.device, processes: int = 1) -> int:

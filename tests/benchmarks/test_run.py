@@ -4,9 +4,13 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image
+from transformers import BlipForConditionalGeneration, Florence2ForConditionalGeneration
 
-from benchmarks import run
+from benchmarks import draft_decode, run
+from benchmarks.speed.bases import make_adapter, make_base
+from benchmarks.speed.captioning_sides import make_pipeline
 from benchmarks.speed.photos import SIZES, write_photos
 from benchmarks.speed.report import HEADING, describe_machine, find_falls, put_section, render
 from benchmarks.speed.rows import (
@@ -47,6 +51,24 @@ def test_the_sides_of_captioning_make_the_same_tokens_and_one_that_fails_is_name
     assert found["sides"]["one at a time"]["images_with_other_tokens"] == 0
     assert "no such side" in found["sides"]["no such side"]["error"]
     assert "does not run" in render({"cpu": {"machine": describe_machine("cpu", "run.py"), row.name: found}})
+
+
+@pytest.mark.parametrize("family", ["blip", "florence"])
+def test_the_pipeline_captions_in_batches_of_the_size_that_ours_has(folder, family, monkeypatch):
+    base, rows = make_base(f"{family}-tiny", folder), []
+    spec = {"family": family, "base": str(base), "batch_size": 2, "tokens": 4}
+    spec["adapter"] = str(make_adapter(family, base, folder / f"{family}-tiny-adapter"))
+    caption = make_pipeline(spec, torch.device("cpu"), torch.float32)
+    for model_class in (BlipForConditionalGeneration, Florence2ForConditionalGeneration):
+        generate = model_class.generate
+
+        def note(model, *, pixel_values, generate=generate, **settings):
+            rows.append(len(pixel_values))
+            return generate(model, pixel_values=pixel_values, **settings)
+
+        monkeypatch.setattr(model_class, "generate", note)
+    tokens = caption(sorted(write_photos(folder, 3).glob("*.jpg")))
+    assert rows == [2, 1] and [len(ids) for ids in tokens] == [4] * 3
 
 
 def test_other_tokens_and_losses_are_reported():
@@ -125,3 +147,12 @@ def test_the_section_is_replaced_and_others_stay():
     old = f"# Results\n\n{HEADING}\n\nold\n\n### cpu\n\nold\n\n## Memory\n\nkept\n"
     assert put_section(old, f"{HEADING}\n\nnew\n") == f"# Results\n\n{HEADING}\n\nnew\n\n## Memory\n\nkept\n"
     assert put_section("# Results\n", f"{HEADING}\n\nnew\n") == f"# Results\n\n{HEADING}\n\nnew\n"
+
+
+def test_what_draft_decoding_saves_and_changes_is_a_line(tmp_path, tiny_base, capsys):
+    for number in range(2):
+        Image.effect_noise((1600, 1200), 60).convert("RGB").save(tmp_path / f"{number}.jpg")
+    flags = ["--model_id", str(tiny_base("blip")), "--images", str(tmp_path), "--captions"]
+    assert draft_decode.main(flags) == 0
+    line = capsys.readouterr().out
+    assert line.startswith("2 photos: ") and "levels at most" in line and "captions of 2 change" in line

@@ -16,6 +16,7 @@ from caption_train.captioning.job import caption_folder
 from caption_train.captioning.storage import blocks, image_list, mapping
 from caption_train.config.captioning import CaptionOptions
 from caption_train.families.base import Generated
+from tests.fixtures.browser import until
 from tests.fixtures.fake_family import FakeFamily
 
 COUNT = 23
@@ -109,6 +110,8 @@ def test_a_run_killed_in_a_later_chunk_goes_on_to_the_same_bytes(folder, tmp_pat
     class Dying(FakeFamily):
         def generate(self, *arguments, **settings):
             if len(self.model.batches) == 5:
+                # The captions before are on their way to the disk, which a kill may come before.
+                until(lambda: len(list(folder.rglob("*.txt"))) == 10)
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().generate(*arguments, **settings)
 

@@ -5,12 +5,15 @@ from functools import partial
 import pytest
 from PIL import Image
 
+from caption_train.captioning import encoding
+from caption_train.captioning.encoding import ImageFiles
 from caption_train.captioning.generate import Generation, caption_images
 from caption_train.captioning.plan import CaptionResult, Unreadable
 from caption_train.captioning.sampling import make_sampler
 from caption_train.errors import UsageError
 from caption_train.families import get_family
 from caption_train.system.devices import choose_device
+from tests.fixtures.photos import draw_photo
 
 
 @pytest.fixture(scope="module", params=["blip", "florence"])
@@ -52,7 +55,7 @@ def test_workers_change_nothing(loaded, images):
 
 
 def test_workers_are_left_to_the_machine(loaded, images, capsys, monkeypatch):
-    monkeypatch.setattr("caption_train.captioning.generate.choose_workers", lambda *_: 1)
+    monkeypatch.setattr("caption_train.captioning.batch_size.choose_workers", lambda *_: 1)
     assert texts(loaded, images, batch_size=2, num_workers="auto") == texts(loaded, images, batch_size=2)
     assert "--num_workers auto: 1" in capsys.readouterr().err
 
@@ -81,6 +84,39 @@ def test_unreadable_images_keep_their_place(loaded, images):
     assert [result.image for result in results] == images
     assert [isinstance(result, Unreadable) for result in results] == [False, False, True, False, False]
     assert results[4].size == (140, 90)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_large_jpeg_may_be_decoded_smaller_but_not_below_what_the_model_reads(loaded, tmp_path, turned):
+    family, _, processor = loaded
+    side = family.find_side(processor)
+    photo, exif = draw_photo(1, (8 * side + 3, 5 * side)), Image.Exif()
+    exif[0x0112] = 6 if turned else 1
+    photo.save(tmp_path / "a.jpg", quality=95, exif=exif)
+    draw_photo(2, (8 * side, 4 * side)).save(tmp_path / "a.png")
+    images = [tmp_path / "a.jpg", tmp_path / "a.png"]
+    full, draft = (ImageFiles(images, at_least=least) for least in (None, side))
+    assert draft[0]["size"] == full[0]["size"] == full[0]["image"].size
+    smaller = draft[0]["image"].size
+    assert min(smaller) >= side and max(smaller) <= 2 * side + 1
+    prompts = [family.facts.default_prompt]
+    pixels = [family.encode(processor, [f[0]["image"]], prompts)["pixel_values"] for f in (full, draft)]
+    assert 0 < (pixels[0] - pixels[1]).abs().max() < 0.2
+    assert draft[1]["image"].tobytes() == full[1]["image"].tobytes()
+
+
+def test_a_run_decodes_drafts_only_where_it_is_asked_to(loaded, tmp_path, monkeypatch):
+    asked, open_measured = [], encoding.open_measured
+    monkeypatch.setattr(
+        encoding,
+        "open_measured",
+        lambda path, at_least: asked.append(at_least) or open_measured(path, at_least=at_least),
+    )
+    draw_photo(1).save(tmp_path / "a.jpg")
+    generation = Generation(loaded[0].facts.default_prompt, {"max_new_tokens": 2})
+    for draft in (False, True):
+        list(caption_images(*loaded, [tmp_path / "a.jpg"], generation, draft=draft))
+    assert asked == [loaded[0].find_side(loaded[2])]
 
 
 def test_a_device_is_found_or_refused():

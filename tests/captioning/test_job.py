@@ -4,14 +4,17 @@ import json
 import os
 import signal
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from caption_train.captioning.job import caption_folder
+from caption_train.captioning.outputs import KeyedOutputs
 from caption_train.config.captioning import CaptionOptions
 from caption_train.errors import CaptionTrainError, UsageError
+from tests.fixtures.browser import until
 from tests.fixtures.fake_family import FakeFamily
 
 
@@ -191,6 +194,48 @@ def test_what_a_person_writes_while_the_run_is_at_work_stays_and_is_said(folder,
     assert rows["0.png"] == rows["1.png"] == "by hand"
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "somebody else" in line]
     assert line.startswith("2 images got a caption") and "0.png" in line and "1.png" in line
+
+
+def test_the_model_goes_on_while_captions_are_written(folder, monkeypatch):
+    family, write = FakeFamily(), KeyedOutputs.write
+
+    def write_late(outputs, caption, key):
+        until(lambda: len(family.model.batches) >= 2)
+        return write(outputs, caption, key)
+
+    monkeypatch.setattr(KeyedOutputs, "write", write_late)
+    assert run(family, folder, save_captions=True, output=folder / "captions.jsonl") == 0
+    assert len(captions(folder)) == len((folder / "captions.jsonl").read_text().splitlines()) == 7
+
+
+def test_an_interrupt_waits_for_captions_on_their_way_to_the_disk(folder, capsys, monkeypatch):
+    write = KeyedOutputs.write
+
+    def write_slowly(outputs, caption, key):
+        time.sleep(0.05)
+        return write(outputs, caption, key)
+
+    monkeypatch.setattr(KeyedOutputs, "write", write_slowly)
+    output = folder / "captions.jsonl"
+    assert run(FakeFamily(KeyboardInterrupt()), folder, save_captions=True, output=output) == 130
+    assert "Interrupted: 4 of 7" in capsys.readouterr().err
+    assert len(captions(folder)) == len(output.read_text().splitlines()) == 4
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_what_was_written_before(folder, monkeypatch):
+    write = KeyedOutputs.write
+
+    def fill(outputs, caption, key):
+        if caption.image.name == "3.png":
+            raise CaptionTrainError("3.txt: cannot be written: No space left on device")
+        return write(outputs, caption, key)
+
+    monkeypatch.setattr(KeyedOutputs, "write", fill)
+    output = folder / "captions.jsonl"
+    with pytest.raises(CaptionTrainError, match=r"^3\.txt: cannot be written"):
+        run(FakeFamily(), folder, save_captions=True, output=output)
+    assert list(captions(folder)) == ["0.txt", "1.txt", "2.txt"]
+    assert len(output.read_text().splitlines()) == 3
 
 
 def test_a_second_run_into_the_folder_is_refused_in_one_line(folder):

@@ -6,16 +6,17 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from caption_train.captioning.batch_size import BatchSize
 from caption_train.captioning.engines.engine import Engine
 from caption_train.captioning.engines.graphs import DecodeGraphs
 from caption_train.captioning.generate import (
-    BatchSize,
     CaptionRun,
     caption_images,
     find_dtype,
     load_captioner,
     make_generation,
 )
+from caption_train.captioning.grouping import in_first_order, order_by_length
 from caption_train.captioning.plan import CaptionResult, Unreadable
 from caption_train.captioning.prompts import Task
 from caption_train.captioning.stream import caption_stream
@@ -38,7 +39,7 @@ class LocalEngine(Engine):
                 f"--cuda_graphs: needs an NVIDIA GPU, and this runs on {self.device}: leave it out"
             )
         # Across chunks: what did not fit once is not tried again.
-        self._batch_size = BatchSize(self.options.batch_size)
+        self._batch_size = BatchSize(self.options.batch_size, self.device)
         self._graphs: DecodeGraphs | None = None
         self._loaded: tuple[Any, Any] | None = None
 
@@ -68,11 +69,19 @@ class LocalEngine(Engine):
             *(workers, self.options.worker_timeout),
             keeping=None,
             graphs=self._graphs,
+            draft=self.options.draft_decode,
         )
-        return caption_stream(run, tasks, self.options.batch_size)
+        return caption_stream(run, tasks, self._batch_size)
 
     def caption(self, tasks: Sequence[Task]) -> Iterator[CaptionResult | Unreadable]:
         """Caption; see `Engine.caption`."""
+        if not self.options.group_by_length:
+            return self._caption(tasks)
+        _, processor = self._loaded
+        order = order_by_length(self.family, processor, tasks, self._batch_size.most)
+        return in_first_order(self._caption([tasks[place] for place in order]), order)
+
+    def _caption(self, tasks: Sequence[Task]) -> Iterator[CaptionResult | Unreadable]:
         return caption_images(
             self.family,
             *self._loaded,
@@ -83,4 +92,5 @@ class LocalEngine(Engine):
             worker_timeout=self.options.worker_timeout,
             prompts=[task.prompt for task in tasks],
             graphs=self._graphs,
+            draft=self.options.draft_decode,
         )

@@ -59,6 +59,7 @@ class Florence(Family):
     converts_checkpoints = True
     has_legacy_layout = True
     keeps_features = True
+    reads_one_size = True
     load_elsewhere = (
         "Plain transformers and PEFT load it on a base in transformers' layout, which Microsoft's "
         "repositories are not: `python export_adapter.py {base} florence-native/` writes one, "
@@ -160,13 +161,15 @@ class Florence(Family):
         The checkpoint's `forced_eos_token_id` puts an end token at the token limit as well. A caption that
         ends exactly there counts as cut, because its end token says nothing.
         """
+        from caption_train.families.beams import sharing_image
         from caption_train.families.prompt_length import limit_new_tokens
 
         defaults = model.generation_config
         settings = limit_new_tokens(settings, model.config.text_config, used=1)
         if settings.get("num_beams", defaults.num_beams) in (None, 1):
             settings = {"early_stopping": False, **settings}  # transformers warns of it without beams
-        sequences = model.generate(**batch, **settings)
+        with sharing_image(model, settings, defaults, r".*\.encoder_attn\.[kv]_proj") as settings:
+            sequences = model.generate(**batch, **settings)
         forced = settings.get("forced_eos_token_id", defaults.forced_eos_token_id) is not None
         limit = settings.get("max_new_tokens") if forced else None
         return [_to_generated(processor, sequence[1:], limit) for sequence in sequences.tolist()]

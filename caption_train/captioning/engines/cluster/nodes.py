@@ -43,7 +43,8 @@ class CaptionActor:
         """Load the model, if this process has not done so. Not in the constructor: what it raises is lost."""
         if self._loaded is not None:
             return
-        from caption_train.captioning.generate import BatchSize, load_captioner, make_generation
+        from caption_train.captioning.batch_size import BatchSize
+        from caption_train.captioning.generate import load_captioner, make_generation
         from caption_train.system.devices import choose_device
 
         work = self._work
@@ -51,7 +52,7 @@ class CaptionActor:
         model, processor = load_captioner(self._family, work.base, work.options, device)
         generation = make_generation(work.options, work.base.prompt)
         self._loaded = self._family, model, processor, generation
-        self._size = BatchSize(work.options.batch_size)
+        self._size = BatchSize(work.options.batch_size, device)
 
     def caption(self, encoded: bytes) -> list[Any]:
         """Caption what `encode` made; return the results without their images.
@@ -71,7 +72,8 @@ class CaptionActor:
 
     def _try_whole(self, batch: dict[str, Any]) -> list[Any] | None:
         """Return the results; None where memory does not suffice."""
-        from caption_train.captioning.generate import CaptionRun, OutOfMemoryError
+        from caption_train.captioning.batch_size import OutOfMemoryError
+        from caption_train.captioning.generate import CaptionRun
 
         try:
             run = CaptionRun(*self._loaded, 0, 0, keeping=None, graphs=None)
@@ -82,7 +84,8 @@ class CaptionActor:
             return None
 
     def _caption_parts(self, tasks: Sequence[Task]) -> list[Any]:
-        from caption_train.captioning.generate import caption_images, free_memory
+        from caption_train.captioning.batch_size import free_memory
+        from caption_train.captioning.generate import caption_images
 
         *loaded, generation = self._loaded
         free_memory(loaded[1].device)
