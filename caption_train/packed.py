@@ -147,6 +147,16 @@ class PackedFile(type(Path())):
         )
 
     @property
+    def folder(self) -> str:
+        """The container, as a person names it."""
+        return str(self._folder)
+
+    @property
+    def container(self) -> Container | None:
+        """The file that holds its bytes; None where they are in memory."""
+        return self._container
+
+    @property
     def span(self) -> tuple[int, int]:
         """Where its bytes are in the container: offset and size."""
         return self._offset, self._size
@@ -186,7 +196,7 @@ class PackedFile(type(Path())):
         held = self._container
         if held is None:
             return PackedStatus(self._size, 0, 0, 0)
-        return PackedStatus(self._size, held.mtime_ns, held.ctime_ns, held.inode ^ (self._offset << 20))
+        return PackedStatus(self._size, held.mtime_ns, held.ctime_ns, inode_inside(held, self._offset))
 
     def read_bytes(self) -> bytes:
         """Return the bytes of the file.
@@ -208,6 +218,11 @@ class PackedFile(type(Path())):
         if mode != "rb":
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
         return io.BytesIO(self.read_bytes())
+
+
+def inode_inside(container: Container, offset: int) -> int:
+    """Return a number that tells a file in a container from others in it, as an inode does on a disk."""
+    return container.inode ^ (offset << 20)
 
 
 def open_regular(path: Path | str) -> IO[bytes]:

@@ -15,7 +15,6 @@ from caption_train.data.formats import METADATA_NAME, TEXT_COLUMNS, is_portable
 from caption_train.data.pairs import Pair, match_captions
 from caption_train.data.rows import read_rows, write_metadata
 from caption_train.data.scan import Folder, scan_folder
-from caption_train.data.split import split_by_content
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.system.console import escape_unprintable, summarize
 
@@ -165,6 +164,9 @@ def make_rows(compiled: Compiled, options: CompileOptions) -> None:
         _refuse_too_many(compiled.repeats)
         compiled.unrepeated = [name for name in pairs if not compiled.repeats_of(name)]
     if options.validation_split:
+        # Only here, because it needs numpy.
+        from caption_train.data.split import split_by_content
+
         _, held_out = split_by_content(list(pairs.values()), options.validation_split, options.seed)
         if pairs and not held_out:
             raise UsageError("--validation_split needs two different images at least")

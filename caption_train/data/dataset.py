@@ -5,17 +5,26 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from caption_train.data.columns.parts import (
+    FilesFound,
+    PartFound,
+    Work,
+    join_files,
+    read_here,
+    split_files,
+    split_rows,
+)
+from caption_train.data.columns.table import SPLITS, Pairs, PairTable
 from caption_train.data.formats import (
     CAPTION_SUFFIXES,
     IMAGE_SUFFIXES,
     METADATA_NAME,
-    advise_unread,
     describe_unread,
     is_inside,
+    natural_key,
 )
-from caption_train.data.pairs import Pair, match_captions
-from caption_train.data.rows import caption_of, make_locator, prompt_of, read_rows, split_of
-from caption_train.data.scan import Folder, scan_folder
+from caption_train.data.pairs import Pair
+from caption_train.data.scan import Folder, open_folder
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.system.console import escape_unprintable, summarize
 
@@ -65,13 +74,41 @@ def inspect_dataset(
     Raises:
         UsageError: there is no pair at all in this split.
     """
+    pairs, problems = inspect_table(
+        dataset_dir,
+        caption_extensions=caption_extensions,
+        encoding=encoding,
+        follow_symlinks=follow_symlinks,
+        split=split,
+    )
+    return list(pairs), problems
+
+
+def inspect_table(
+    dataset_dir: Path | str,
+    *,
+    caption_extensions: Sequence[str] = CAPTION_SUFFIXES,
+    encoding: str = "utf-8",
+    follow_symlinks: bool = False,
+    split: str | None = "train",
+    work: Work = read_here,
+) -> tuple[Pairs, list[str]]:
+    """Return what `inspect_dataset` does, the pairs in columns.
+
+    Args:
+        dataset_dir, caption_extensions, encoding, follow_symlinks, split: as in `inspect_dataset`.
+        work: reads the parts of the dataset.
+
+    Raises:
+        UsageError: there is no pair at all in this split.
+    """
     root = Path(dataset_dir)
     if (root / METADATA_NAME).exists():
-        pairs, problems = read_metadata(root / METADATA_NAME, follow_symlinks=follow_symlinks)
+        pairs, problems = _read_metadata(root / METADATA_NAME, follow_symlinks, work)
         found = f"{METADATA_NAME} has no usable row"
     else:
-        pairs, problems, found = _read_pairs(root, caption_extensions, encoding, follow_symlinks)
-    wanted = [pair for pair in pairs if split in (None, pair.split)]
+        pairs, problems, found = _read_files(root, caption_extensions, encoding, follow_symlinks, work)
+    wanted = pairs if split is None else pairs.keep(pairs.table.split[pairs.rows] == SPLITS.index(split))
     if not wanted:
         found = found if not pairs else f"{len(pairs)} pairs, none of them in the split {split!r}"
         raise UsageError(summarize(f"{escape_unprintable(root)}: nothing to read: {found}", problems))
@@ -88,67 +125,51 @@ def read_metadata(path: Path | str, *, follow_symlinks: bool = False) -> tuple[l
     Returns:
         The pairs of the good rows in the file's order, and one line per bad row (`metadata.jsonl:12: …`).
     """
-    path = Path(path)
-    locate = make_locator(path.parent, follow_symlinks)
-    pairs, problems = [], []
-    for number, row in read_rows(path):
-        where = f"{path.name}:{number}"
-        try:
-            if isinstance(row, ValueError):
-                raise row
-            image, caption = locate(row.get("file_name")), caption_of(row)
-            pairs.append(Pair(image, caption, where, split_of(row), prompt_of(row)))
-        except ValueError as error:
-            problems.append(f"{where}: {error}")
-    return pairs, problems
+    pairs, problems = _read_metadata(Path(path), follow_symlinks, read_here)
+    return list(pairs), problems
 
 
-def _read_pairs(
-    root: Path, caption_extensions: Sequence[str], encoding: str, follow_symlinks: bool
-) -> tuple[list[Pair], list[str], str]:
-    folder = scan_folder(root, caption_extensions, follow_symlinks=follow_symlinks)
-    matches = match_captions(folder, caption_extensions, encoding=encoding)
+def _read_metadata(path: Path, follow_symlinks: bool, work: Work) -> tuple[Pairs, list[str]]:
+    found = work(split_rows(path, follow_symlinks=follow_symlinks))
+    return join_found(found), [line for part in found for line in part.problems]
+
+
+def join_found(found: Sequence[PartFound]) -> Pairs:
+    """Return the pairs of all parts."""
+    return Pairs(PairTable.join([part.table for part in found]))
+
+
+def _read_files(
+    root: Path, caption_extensions: Sequence[str], encoding: str, follow_symlinks: bool, work: Work
+) -> tuple[Pairs, list[str], str]:
+    folder = open_folder(root)
+    parts: list[FilesFound] = work(
+        split_files(folder, caption_extensions, encoding, follow_symlinks=follow_symlinks)
+    )
+    every = join_files(parts)
     found = (
-        f"no {METADATA_NAME}, {len(folder.images)} images, {len(folder.captions)} "
+        f"no {METADATA_NAME}, {every.images} images, {every.captions} "
         f"{'/'.join(caption_extensions)} files beside them"
     )
-    found = "; ".join([found, *describe_unread(folder.unread)])
-    # Zero-byte images are left out here. Other damage is found later, when images are decoded.
-    void = {name for name, pair in matches.pairs.items() if not _size(pair.image)}
+    found = "; ".join([found, *describe_unread(every.suffixes.elements())])
     problems = [
-        *matches.unreadable,
-        *(f"{name}: no caption in it" for name in matches.empty),
-        *(f"{name}: empty (0 bytes)" for name in sorted(void)),
-        *_find_unread(folder),
-        *folder.unusable,
+        *every.unreadable,
+        *(f"{name}: no caption in it" for name in every.empty),
+        *(f"{name}: empty (0 bytes)" for name in every.void),
+        *every.unread,
+        *sorted(folder.unusable, key=natural_key),
         *_find_bad_links(folder, (*IMAGE_SUFFIXES, *caption_extensions)),
     ]
-    return [pair for name, pair in matches.pairs.items() if name not in void], problems, found
-
-
-def _find_unread(folder: Folder) -> Iterator[str]:
-    """Yield one line per image that has a caption beside it, but a format that is not read."""
-    stems = {stem for stem, _ in folder.captions}
-    for name in folder.unread:
-        stem, _, suffix = name.rpartition(".")
-        if stem in stems or name in stems:
-            yield f"{name}: .{suffix} files are not read: {advise_unread(f'.{suffix}')}"
+    return Pairs(every.table), problems, found
 
 
 def _find_bad_links(folder: Folder, endings: Sequence[str]) -> Iterator[str]:
     """Yield one line per link that was not followed although data could be behind it."""
     root, endings = os.path.realpath(folder.root), tuple(map(str.lower, endings))
-    for name in folder.links:
+    for name in sorted(folder.links, key=natural_key):
         path = folder.root / name
         counts = path.is_dir() or name.lower().endswith(endings)
         if counts and not is_inside(os.path.realpath(path), root):
             yield f"{name}: a link that leads out of the folder (--follow_symlinks follows it)"
         elif counts and not path.exists():
             yield f"{name}: a link to nothing"
-
-
-def _size(image: Path) -> int:
-    try:
-        return image.stat().st_size
-    except OSError:
-        return -1

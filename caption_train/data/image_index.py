@@ -17,16 +17,23 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import PIL
 
+from caption_train.data.columns.parts import Stamp, stamp_file
+from caption_train.data.columns.table import PairTable
 from caption_train.data.images import ImageError, check_images, inspect_image
+from caption_train.packed import PackedFile
 from caption_train.system.files import cache_folder
 
 if TYPE_CHECKING:
     import sqlite3
 
+T = TypeVar("T")
+Row = tuple[bytes, int, bytes]
+"""A row of the database: key, day of its last use, value."""
 FORMAT = 1
 """Goes up when `inspect_image` finds other things in the same file: nothing kept before is used then."""
 MAX_ROWS = 4_000_000
@@ -83,7 +90,7 @@ class ImageIndex:
         self._database: sqlite3.Connection | None = None
         # Thousands of images lie in the same few folders.
         self._real_folder = cache(os.path.realpath)
-        self._new: list[tuple[bytes, int, bytes]] = []
+        self._new: list[Row] = []
         self._used: list[bytes] = []
         self._written = time.monotonic()
         self._has_grown = False
@@ -104,47 +111,92 @@ class ImageIndex:
         """Return image → SHA-256 and pixels, of the images that are known as they are now."""
         if self._database is None:
             return {}
-        stamps = {image: self._identify(image) for image in images}
-        images_of: dict[bytes, list[Path]] = {}
-        for image, stamp in stamps.items():
-            if stamp:
-                images_of.setdefault(stamp[0], []).append(image)
-        found = {}
+        keyed = []
+        for image in images:
+            with suppress(ValueError):  # A name that cannot be encoded.
+                if stamp := _look(image):
+                    keyed.append((image, self._make_key(str(image), stamp)))
+        return self._select_known(keyed)
+
+    def find_rows(self, table: PairTable, stamps: Sequence[Stamp]) -> None:
+        """Put digests and pixels of the images that are known into a table.
+
+        Args:
+            table: the table.
+            stamps: what each of its images is now.
+        """
+        if self._database is None:
+            return
+        rows = []
+        names = table.image_names(np.arange(len(table)))
+        for row, (name, stamp) in enumerate(zip(names, stamps, strict=True)):
+            with suppress(ValueError):  # A name that cannot be encoded.
+                rows.append((row, self._make_key(name, stamp)))
+        known = self._select_known(rows)
+        if known:
+            where = np.fromiter(known, np.int64, len(known))
+            digests = bytes.fromhex("".join(digest for digest, _ in known.values()))
+            table.digest[where] = np.frombuffer(digests, np.uint8).reshape(-1, 32)
+            table.pixels[where] = [pixels for _, pixels in known.values()]
+
+    def _select_known(self, keyed: Sequence[tuple[T, bytes]]) -> dict[T, tuple[str, int]]:
+        """Return what is known of things, each with its key."""
+        things_of: dict[bytes, list[T]] = {}
+        for thing, key in keyed:
+            things_of.setdefault(key, []).append(thing)
+        found: dict[T, tuple[str, int]] = {}
         try:
-            for key, day, value in _select(self._database, list(images_of)):
+            for key, day, value in _select(self._database, list(things_of)):
                 known = _unpack(key, value)
                 if known and day < self._today - _DAYS_BETWEEN_MARKS:
                     self._used.append(key)
-                found.update({image: known for image in images_of[key] if known})
+                if known:
+                    found.update(dict.fromkeys(things_of[key], known))
         # A damaged page shows when it is read, as any of these.
         except _errors() as error:
             self._give_up(error)
         return found
 
+    def take_used(self) -> list[bytes]:
+        """Return which rows were found that no run had used for days, for another process to `note_used`."""
+        used, self._used = self._used, []
+        return used
+
+    def note_used(self, keys: Sequence[bytes]) -> None:
+        """Have rows marked as used today."""
+        self._used += keys
+
     def inspect(self, image: Path) -> tuple[str, int]:
         """Return what `inspect_image` does, or raise it, and keep it; threads may call this."""
-        before, now = self._identify(image), time.time_ns()
-        found = inspect_image(image)
-        # A file that was changed meanwhile, or as short a time ago that it could look the same once changed.
-        if before and before[1] + _RACY_NS < now and before == self._identify(image):
-            with self._lock:
-                self._new.append((before[0], self._today, _pack(before[0], found)))
-                overdue = time.monotonic() - self._written > _BATCH_SECONDS
-                if overdue or len(self._new) >= _BATCH_ROWS:
-                    self._write()
+        found, row = self.examine(image)
+        if row:
+            self.keep([row])
         return found
 
-    def _identify(self, image: Path) -> tuple[bytes, int] | None:
-        """Return a hash of all that tells an image file from others, and its last change in nanoseconds."""
-        try:
-            status = image.stat()
-            folder, name = os.path.split(image)
-            stamp = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-            told = f"{_decoders()} {stamp} {self._real_folder(folder)}/{name}"
-        except (OSError, ValueError):
-            return None
-        key = hashlib.blake2b(told.encode("utf-8", "surrogateescape"), digest_size=16).digest()
-        return key, max(status.st_mtime_ns, status.st_ctime_ns)
+    def examine(self, image: Path) -> tuple[tuple[str, int], Row | None]:
+        """Return what `inspect_image` does, or raise it, and what another process can `keep` of it."""
+        before, now = _look(image), time.time_ns()
+        found = inspect_image(image)
+        # A file that was changed meanwhile, or as short a time ago that it could look the same once changed.
+        if before and max(before[1:3]) + _RACY_NS < now and before == _look(image):
+            with suppress(ValueError):  # A name that cannot be encoded.
+                key = self._make_key(str(image), before)
+                return found, (key, self._today, _pack(key, found))
+        return found, None
+
+    def keep(self, rows: Sequence[Row]) -> None:
+        """Keep what `examine` returned; it is written every few seconds."""
+        with self._lock:
+            self._new += rows
+            overdue = time.monotonic() - self._written > _BATCH_SECONDS
+            if overdue or len(self._new) >= _BATCH_ROWS:
+                self._write()
+
+    def _make_key(self, image: str, stamp: Stamp) -> bytes:
+        """Return a hash of all that tells an image file from others."""
+        folder, _, name = image.rpartition(os.sep)
+        told = f"{_decoders()} {stamp} {self._real_folder(folder or _root_of(image))}/{name}"
+        return hashlib.blake2b(told.encode("utf-8", "surrogateescape"), digest_size=16).digest()
 
     def _write(self) -> None:
         """Write what is new in one transaction."""
@@ -189,6 +241,18 @@ class ImageIndex:
             with suppress(*_errors()):
                 self._database.close()
             self._database = None
+
+
+def _look(image: Path) -> Stamp | None:
+    """Return what tells a file from others and from itself once changed; None if it cannot be looked at."""
+    if not isinstance(image, PackedFile):
+        return stamp_file(str(image))
+    status = image.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+def _root_of(image: str) -> str:
+    return os.sep if image.startswith(os.sep) else ""
 
 
 def _open(path: Path) -> sqlite3.Connection | None:

@@ -1,6 +1,7 @@
 """Opens one image safely, for training and captioning alike: upright RGB on white, or an ImageError."""
 
 import hashlib
+import io
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -103,7 +104,7 @@ def inspect_image(path: Path | str) -> tuple[str, int]:
     Raises:
         ImageError: as `open_image`.
     """
-    with _opening(path) as (file, image):
+    with _opening(path, in_memory=_MOST_IN_MEMORY) as (file, image):
         pixels = image.width * image.height
         if image.format in ("JPEG", "MPO"):
             image.draft("L", (1, 1))
@@ -123,13 +124,25 @@ def read_size(path: Path | str) -> int:
         return 0
 
 
+_MOST_IN_MEMORY = 64 << 20
+"""Bytes of a file that is read as a whole: decoder and hash ask the system for a few of them at a time."""
+
+
 @contextmanager
-def _opening(path: Path | str) -> Iterator[tuple[IO[bytes], Image.Image]]:
-    """Open an image file and close it again; turn every error into an ImageError."""
+def _opening(path: Path | str, *, in_memory: int = 0) -> Iterator[tuple[IO[bytes], Image.Image]]:
+    """Open an image file and close it again; turn every error into an ImageError.
+
+    Args:
+        path: the file.
+        in_memory: a file of so many bytes or fewer is read at once.
+    """
     try:
         with open_regular(path) as file:
-            if not _size_of(file):
+            size = _size_of(file)
+            if not size:
                 raise ValueError("empty (0 bytes)")
+            if size <= in_memory:
+                file = io.BytesIO(file.read())
             with Image.open(file, formats=_find_formats(path)) as image:
                 yield file, image
     # Pillow's decoders raise errors of any type for damaged files, not only OSError.
@@ -150,7 +163,8 @@ def _size_of(file: IO[bytes]) -> int:
 
 
 def _find_formats(path: Path | str) -> Sequence[str]:
-    if Path(path).suffix.lower() not in HEIF_SUFFIXES or not find_spec("pillow_heif"):
+    suffix = os.path.splitext(path)[1]  # noqa: PTH122 - of a million images
+    if suffix.lower() not in HEIF_SUFFIXES or not find_spec("pillow_heif"):
         return FORMATS
     import pillow_heif
 

@@ -91,7 +91,25 @@ def match_captions(
         encoding: the encoding of the caption files.
         given: image → (caption, where it was read) for captions from elsewhere; they win over caption files.
     """
-    matches, given = Matches(), given or {}
+    texts, matches = match_texts(folder, caption_extensions, encoding=encoding, given=given)
+    matches.pairs = {name: Pair(folder.root / name, *found) for name, found in texts.items()}
+    return matches
+
+
+def match_texts(
+    folder: Folder,
+    caption_extensions: Sequence[str] = CAPTION_SUFFIXES,
+    *,
+    encoding: str = "utf-8",
+    given: Mapping[str, tuple[str, str]] | None = None,
+) -> tuple[dict[str, tuple[str, str]], Matches]:
+    """Return image → (caption, where it was read), and what `match_captions` returns, with no pairs in it.
+
+    Args:
+        folder, caption_extensions, encoding, given: as in `match_captions`.
+    """
+    texts: dict[str, tuple[str, str]] = {}
+    matches, given, start = Matches(), given or {}, f"{folder.root}/"
     extensions = [with_dot(extension) for extension in caption_extensions]
     used: dict[str, list[str]] = {}
     candidates: set[str] = set()
@@ -101,27 +119,25 @@ def match_captions(
         found = [caption for key in keys for caption in folder.captions.get(key, ())]
         candidates.update(found)
         if name in given:
-            _add(matches, folder.root, name, *given[name])
+            caption, source = given[name]
         elif found:
-            used.setdefault(found[0], []).append(name)
+            source = found[0]
+            used.setdefault(source, []).append(name)
             try:
-                caption = read_caption(f"{folder.root}/{found[0]}", encoding)
+                caption = read_caption(start + source, encoding)
             except CaptionTrainError as error:
                 matches.unreadable.append(str(error).removeprefix(f"{escape_unprintable(folder.root)}/"))
-            else:
-                _add(matches, folder.root, name, caption, found[0])
+                continue
         else:
             matches.without_caption.append(name)
+            continue
+        if caption:
+            texts[name] = (caption, source)
+        else:
+            matches.empty.append(source)
     matches.shared = [f"{caption}: {', '.join(names)}" for caption, names in used.items() if len(names) > 1]
     files = set(chain.from_iterable(folder.captions.values()))
     # A candidate lies beside an image. Those that no image uses lost to another candidate.
     matches.second = sorted(candidates - used.keys(), key=natural_key)
     matches.without_image = sorted(files - candidates, key=natural_key)
-    return matches
-
-
-def _add(matches: Matches, root: Path, name: str, caption: str, source: str) -> None:
-    if caption:
-        matches.pairs[name] = Pair(root / name, caption, source)
-    else:
-        matches.empty.append(source)
+    return texts, matches

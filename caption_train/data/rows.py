@@ -29,6 +29,12 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict | ValueError]]:
     Raises:
         CaptionTrainError: the file cannot be read, or is UTF-16.
     """
+    for number, line in read_lines(path):
+        yield number, parse_row(line)
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (line number from 1, line) for each line that is not blank; errors as of `read_rows`."""
     if not path.is_file():
         raise CaptionTrainError(f"{escape_unprintable(path)}: not a regular file")
     try:
@@ -39,12 +45,13 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict | ValueError]]:
                 if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
                     raise CaptionTrainError(f"{escape_unprintable(path)}: is UTF-16, save it as UTF-8")
                 if line.strip():
-                    yield number, _parse(line)
+                    yield number, line
     except OSError as error:
         raise CaptionTrainError(f"{escape_unprintable(path)}: {error.strerror or error}") from error
 
 
-def _parse(line: bytes) -> dict | ValueError:
+def parse_row(line: bytes) -> dict | ValueError:
+    """Return the row of a line; a ValueError where it is broken."""
     try:
         row = parse_json(line)
     except ValueError as error:
@@ -52,7 +59,7 @@ def _parse(line: bytes) -> dict | ValueError:
     return row if isinstance(row, dict) else ValueError("not a JSON object")
 
 
-def make_locator(root: Path, follow_symlinks: bool) -> Callable[[Any], Path]:
+def make_looker(root: Path, follow_symlinks: bool) -> Callable[[Any], tuple[str, os.stat_result]]:
     """Return a function that finds the image of a row.
 
     Args:
@@ -60,37 +67,46 @@ def make_locator(root: Path, follow_symlinks: bool) -> Callable[[Any], Path]:
         follow_symlinks: whether an image may be a link that leads out of `root`.
 
     Returns:
-        A function from a row's `file_name` to the image's path. It raises ValueError, with the reason, for a
-        name that is not a regular, non-empty file in or below `root`.
+        A function from a row's `file_name` to the image's path relative to `root`, and its status. It raises
+        ValueError, with the reason, for a name that is not a regular, non-empty file in or below `root`.
     """
-    real_root = os.path.realpath(root)
+    real_root, start = os.path.realpath(root), f"{root}/"
     # Cached, since thousands of images lie in the same few folders.
-    real_folder = cache(os.path.realpath)
+    is_in_root = cache(lambda folder: is_inside(os.path.realpath(folder), real_root))
 
-    def locate(name: Any) -> Path:
+    def look(name: Any) -> tuple[str, os.stat_result]:
         if not isinstance(name, str) or not name or "\0" in name:
             raise ValueError("no file_name" if not name else "file_name is no file's name")
-        shown, relative = escape_unprintable(name), posixpath.normpath(name.replace("\\", "/"))
+        relative = posixpath.normpath(name.replace("\\", "/"))
         if relative.startswith(("/", "../")) or relative == ".." or _DRIVE.match(relative):
-            raise ValueError(f"{shown} points outside the dataset folder")
-        path = root / relative
+            raise ValueError(f"{escape_unprintable(name)} points outside the dataset folder")
+        path = start + relative
         try:
+            status = os.lstat(path)
+            is_link = stat.S_ISLNK(status.st_mode)
             if not follow_symlinks:
-                real = os.path.realpath(path) if path.is_symlink() else real_folder(path.parent)
-                if not is_inside(real, real_root):
-                    raise ValueError(f"{shown} is a link that leads outside the dataset folder")
-            status = path.stat()
+                inside = (
+                    is_inside(os.path.realpath(path), real_root)
+                    if is_link
+                    else is_in_root(path.rpartition("/")[0])
+                )
+                if not inside:
+                    raise ValueError(
+                        f"{escape_unprintable(name)} is a link that leads outside the dataset folder"
+                    )
+            status = os.stat(path) if is_link else status  # noqa: PTH116 - of a million rows
         except FileNotFoundError:
-            raise ValueError(f"{shown} is missing") from None
+            raise ValueError(f"{escape_unprintable(name)} is missing") from None
         except (OSError, UnicodeError) as error:
-            raise ValueError(f"{shown}: {getattr(error, 'strerror', None) or 'is no file name'}") from None
+            reason = getattr(error, "strerror", None) or "is no file name"
+            raise ValueError(f"{escape_unprintable(name)}: {reason}") from None
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{shown} is not a regular file")
+            raise ValueError(f"{escape_unprintable(name)} is not a regular file")
         if not status.st_size:
-            raise ValueError(f"{shown} is empty (0 bytes)")
-        return path
+            raise ValueError(f"{escape_unprintable(name)} is empty (0 bytes)")
+        return relative, status
 
-    return locate
+    return look
 
 
 # An absolute path on Windows, C:/…

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from caption_train.data.formats import (
     IMAGE_SUFFIXES,
     UNREAD_SUFFIXES,
     is_inside,
+    natural_bytes,
     natural_key,
     with_dot,
 )
@@ -69,31 +70,55 @@ def scan_folder(
     Raises:
         UsageError: `root` is not a folder.
     """
+    folder = open_folder(root)
+    names = [
+        f"{inner}/{base}" if inner else base
+        for inner, base in walk_folder(folder, recursive=recursive, follow_symlinks=follow_symlinks)
+    ]
+    sort_files(folder, names, caption_extensions)
+    for found in (folder.hidden, folder.links, folder.unusable):
+        found.sort(key=natural_key)
+    return folder
+
+
+def open_folder(root: Path | str) -> Folder:
+    """Return a folder of which nothing is known yet; UsageError where `root` is none."""
     folder = Folder(Path(root))
     if not folder.root.is_dir():
         raise UsageError(
             f"{escape_unprintable(root)}: {'not a folder' if folder.root.exists() else 'no such folder'}"
         )
+    return folder
+
+
+def sort_files(folder: Folder, names: Iterable[str], caption_extensions: Sequence[str]) -> None:
+    """Put files into a folder's `images`, `captions`, `metadata` and `unread`; all others are left alone.
+
+    Args:
+        folder: gets them.
+        names: of regular files, relative to the folder.
+        caption_extensions: as in `scan_folder`.
+    """
     # The longest extension is tried first: `a.wd14.txt` ends with `.txt` too.
-    extensions = sorted(map(with_dot, caption_extensions), key=len, reverse=True)
+    extensions = [(e, e.lower()) for e in sorted(map(with_dot, caption_extensions), key=len, reverse=True)]
+    endings = tuple(lower for _, lower in extensions)
     captions: list[tuple[str, str]] = []
-    for inner, base in walk_folder(folder, recursive=recursive, follow_symlinks=follow_symlinks):
-        name = f"{inner}/{base}" if inner else base
-        if _suffix(name) in IMAGE_SUFFIXES:
+    for name in names:
+        lower = name.lower()
+        suffix = lower[lower.rfind(".") :]
+        if suffix in IMAGE_SUFFIXES:
             folder.images.append(name)
-        elif extension := next((e for e in extensions if name.lower().endswith(e.lower())), None):
-            captions.append((name, extension))
+        elif lower.endswith(endings):
+            captions.append((name, next(e for e, ending in extensions if lower.endswith(ending))))
         elif name.rpartition("/")[2] in ("metadata.jsonl", "metadata.csv", "metadata.parquet"):
             folder.metadata.append(name)
-        elif _suffix(name) in UNREAD_SUFFIXES:
+        elif suffix in UNREAD_SUFFIXES:
             folder.unread.append(name)
-    folder.images.sort(key=natural_key)
+    folder.images.sort(key=natural_bytes)
+    folder.unread.sort(key=natural_bytes)
     # If both `a.txt` and `a.TXT` exist, the spelling that the user gave comes first.
     for name, extension in sorted(captions, key=lambda c: (not c[0].endswith(c[1]), c[0])):
         folder.captions.setdefault((name[: -len(extension)], extension), []).append(name)
-    for names in (folder.unread, folder.hidden, folder.links, folder.unusable):
-        names.sort(key=natural_key)
-    return folder
 
 
 def image_id(name: str) -> str:
@@ -106,10 +131,6 @@ def image_id(name: str) -> str:
         name: the path relative to the folder of images, `/` between its parts.
     """
     return hashlib.blake2b(os.fsencode(name), digest_size=12).hexdigest()
-
-
-def _suffix(name: str) -> str:
-    return name[name.rfind(".") :].lower()
 
 
 def walk_folder(folder: Folder, *, recursive: bool, follow_symlinks: bool) -> Iterator[tuple[str, str]]:

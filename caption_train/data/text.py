@@ -1,6 +1,7 @@
 """Reads the text of a caption file."""
 
 import re
+from codecs import BOM_UTF8
 from pathlib import Path
 
 from caption_train.data.formats import MAX_CAPTION_BYTES
@@ -77,7 +78,9 @@ def decode_caption(data: bytes, encoding: str = "utf-8") -> str:
             "not UTF-8 but UTF-16, by its first bytes; compile_captions.py --encoding utf-16 reads it"
         )
     try:
-        text = data.decode("utf-8-sig" if plain else encoding)
+        has_mark = data.startswith(BOM_UTF8)
+        # Without a mark both are the same, and the codec that looks for it is written in Python.
+        text = data.decode(("utf-8-sig" if has_mark else "utf-8") if plain else encoding)
     except UnicodeError as error:
         at = f" (position {error.start})" if isinstance(error, UnicodeDecodeError) else ""
         hint = (

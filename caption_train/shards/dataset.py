@@ -10,17 +10,20 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from caption_train.data.dataset import inspect_dataset, require_good
-from caption_train.data.formats import CAPTION_SUFFIXES, METADATA_NAME, natural_key
+from caption_train.data.columns.parts import PartFound, Work, read_here, stamp_file
+from caption_train.data.columns.table import SPLITS as CODES
+from caption_train.data.columns.table import Pairs, PairTable, Place
+from caption_train.data.dataset import inspect_table, join_found, require_good
+from caption_train.data.formats import CAPTION_SUFFIXES, MAX_CAPTION_BYTES, METADATA_NAME, natural_key
 from caption_train.data.pairs import Pair
 from caption_train.data.rows import SPLITS
 from caption_train.data.scan import scan_folder
 from caption_train.errors import UsageError
-from caption_train.packed import PackedFile
+from caption_train.packed import PackedFile, inode_inside
 from caption_train.shards.formats import write_samples
 from caption_train.shards.parquet import ParquetReader
 from caption_train.shards.places import (
@@ -70,12 +73,31 @@ def inspect_any_dataset(dataset_dir: Path | str, **settings: Any) -> tuple[list[
     Raises:
         UsageError: there is no pair at all.
     """
+    pairs, problems, notes = inspect_any_table(dataset_dir, **settings)
+    print_line(*notes)
+    return list(pairs), problems
+
+
+def inspect_any_table(
+    dataset_dir: Path | str, *, work: Work = read_here, **settings: Any
+) -> tuple[Pairs, list[str], list[str]]:
+    """Return what `inspect_any_dataset` does, the pairs in columns, and what is odd but harms nothing.
+
+    Args:
+        dataset_dir: the folder of the dataset, or what names shards.
+        work: reads the parts of the dataset.
+        settings: keyword arguments of `inspect_dataset`.
+
+    Raises:
+        UsageError: there is no pair at all.
+    """
     if not is_in_shards(dataset_dir):
-        return inspect_dataset(dataset_dir, **settings)
-    return inspect_shards(
+        return *inspect_table(dataset_dir, work=work, **settings), []
+    return _inspect_shards(
         dataset_dir,
-        caption_extensions=settings.get("caption_extensions", CAPTION_SUFFIXES),
-        split=settings.get("split", "train"),
+        settings.get("caption_extensions", CAPTION_SUFFIXES),
+        settings.get("split", "train"),
+        work,
     )
 
 
@@ -106,47 +128,89 @@ def inspect_shards(
     Raises:
         UsageError: there are no shards, or no pair in them.
     """
+    pairs, problems, notes = _inspect_shards(dataset_dir, caption_extensions, split, read_here)
+    print_line(*notes)
+    return list(pairs), problems
+
+
+def _inspect_shards(
+    dataset_dir: Path | str, extensions: Sequence[str], split: str | None, work: Work
+) -> tuple[Pairs, list[str], list[str]]:
     place = complete_url(dataset_dir)
     shards = find_shards([place], "--dataset_dir")
-    splits = [_SPLIT_NAME.match(shard.name) for shard in shards]
-    names = {match[1] if match else None for match in splits}
-    pairs: list[Pair] = []
-    problems: list[str] = []
-    for shard, match in zip(shards, splits, strict=True):
-        found, more = _read_shard(shard, caption_extensions)
-        name = SPLITS.get({"valid": "val"}.get(match[1], match[1])) if match and len(names) > 1 else "train"
-        pairs += found if name == "train" else [replace(pair, split=name) for pair in found]
-        problems += more
-    wanted = [pair for pair in pairs if split in (None, pair.split)]
+    matches = [_SPLIT_NAME.match(shard.name) for shard in shards]
+    are_told = len({match[1] if match else None for match in matches}) > 1
+    names = [
+        SPLITS.get({"valid": "val"}.get(match[1], match[1])) if match and are_told else "train"
+        for match in matches
+    ]
+    found = work(
+        ShardPart(shard, extensions, name or "train") for shard, name in zip(shards, names, strict=True)
+    )
+    pairs = join_found(found)
+    problems = [line for part in found for line in part.problems]
+    notes = [line for part in found for line in part.notes]
+    wanted = pairs if split is None else pairs.keep(pairs.table.split[pairs.rows] == CODES.index(split))
     if not wanted:
         said = f"{len(shards)} shards without a caption" if not pairs else f"no pairs of the split {split!r}"
         raise UsageError(summarize(f"{escape_unprintable(place)}: nothing to read: {said}", problems))
-    return wanted, problems
+    return wanted, problems, notes
 
 
-def _read_shard(shard: Shard, extensions: Sequence[str]) -> tuple[list[Pair], list[str]]:
-    """Return the pairs of one shard, in the order in which a folder of its files would be read."""
-    try:
-        reader = _open(shard, extensions)
-        if not isinstance(reader, TarReader):
-            pairs, table = _collect(shard, reader)
-        else:
-            kept = KeptTable(reader.container, [reader.name, *reader.extensions])
-            table = kept.read()
+@dataclass
+class ShardPart:
+    """One shard of a dataset.
+
+    Attributes:
+        shard: the shard.
+        extensions: endings of caption files, the preferred one first.
+        split: which one its pairs belong to.
+    """
+
+    shard: Shard
+    extensions: Sequence[str]
+    split: str
+
+    def read(self) -> PartFound:
+        """Return the pairs, in the order in which a folder of the shard's files would be read."""
+        try:
+            reader, made = _open(self.shard, self.extensions)
+            table = _read_tar(self.shard, reader, made) if isinstance(reader, TarReader) else None
             if table is None:
-                pairs, table = _collect(shard, reader)
-                table.rows = [(p.image.inner, *p.image.span, p.caption, p.source) for p in pairs]
-                kept.write(table)
-            else:
-                name, container = reader.name, reader.container
-                pairs = [
-                    Pair(PackedFile(name, inner, container, offset, size), caption, source)
-                    for inner, offset, size, caption, source in table.rows
-                ]
-    except (ShardError, OSError) as error:
-        return [], [str(error)]
-    print_line(*table.notes)
-    return pairs, table.problems
+                pairs, table = _collect(self.shard, reader)
+                found = Pairs.of(replace(pair, split=self.split) for pair in pairs).table
+                stamps = [stamp_file(str(pair.image)) or (0, 0, 0, 0) for pair in pairs]
+                found.size[:] = [stamp[0] for stamp in stamps]
+                return PartFound(found, stamps, table.problems, table.notes)
+        except (ShardError, OSError) as error:
+            return PartFound(PairTable.join([]), [], [str(error)])
+        held = reader.container
+        names, offsets, sizes, captions, sources = zip(*table.rows, strict=True) if table.rows else [()] * 5
+        pairs = PairTable.of(
+            *(Place(reader.name, held), names, captions, sources),
+            offset=offsets,
+            size=sizes,
+            split=[CODES.index(self.split)] * len(names),
+        )
+        stamps = [
+            (size, held.mtime_ns, held.ctime_ns, inode_inside(held, offset))
+            for offset, size in zip(offsets, sizes, strict=True)
+        ]
+        return PartFound(pairs, stamps, table.problems, table.notes)
+
+
+def _read_tar(shard: Shard, reader: TarReader, made: Table | None) -> Table:
+    """Return what is in a tar, from what was kept of it or by walking it; `made` is known already."""
+    kept = KeptTable(reader.container, [reader.name, *reader.extensions])
+    if made is not None:
+        kept.write(made, is_own=True)
+        return made
+    table = kept.read()
+    if table is None:
+        pairs, table = _collect(shard, reader)
+        table.rows = [(p.image.inner, *p.image.span, p.caption, p.source) for p in pairs]
+        kept.write(table)
+    return table
 
 
 def _collect(shard: Shard, reader: ShardReader) -> tuple[list[Pair], Table]:
@@ -176,19 +240,34 @@ def _collect(shard: Shard, reader: ShardReader) -> tuple[list[Pair], Table]:
     return [found[name] for name in sorted(found, key=natural_key)], table
 
 
-def _open(shard: Shard, extensions: Sequence[str]) -> ShardReader:
-    """Return a reader whose images can be read one by one, in any order, later."""
+def _open(shard: Shard, extensions: Sequence[str]) -> tuple[ShardReader, Table | None]:
+    """Return a reader whose images can be read one by one, in any order, later.
+
+    And what is in it, where it is a copy that was made now of rows with which nothing is wrong.
+    """
     path = keep_remote(shard) if shard.is_remote else None
     reader = open_shard(shard, path, extensions)
     if not isinstance(reader, ParquetReader) or not reader.holds_bytes:
-        return reader
+        return reader, None
+    rows: list[tuple[str, int, int, str, str]] = []
+    are_plain = [False]
+
+    def note(record: Record, name: str, offset: int, size: int) -> None:
+        are_plain[0] &= bool(size) and not record.bad_caption and _is_plain(record.caption)
+        if record.caption is not None:
+            rows.append((name, offset, size, record.caption, f"{shard.name}/{record.key}"))
 
     def write(file: IO[bytes]) -> None:
-        write_samples(file, _complete(reader))
+        are_plain[0] = True
+        write_samples(file, _complete(reader), note=note)
 
-    return TarReader(
-        keep_copy(shard, ".tar", write, facts=str(reader.caption_column)), shard.place, (".txt",)
-    )
+    copy = keep_copy(shard, ".tar", write, facts=str(reader.caption_column))
+    return TarReader(copy, shard.place, (".txt",)), Table(rows) if are_plain[0] else None
+
+
+def _is_plain(caption: str | None) -> bool:
+    """Tell whether a caption is surely read from its file as it was written."""
+    return caption is None or (len(caption) < MAX_CAPTION_BYTES // 4 and not caption.startswith("\ufeff"))
 
 
 def _complete(reader: ParquetReader) -> Iterator[Record]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
+import os
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import IO, Any
 
 from caption_train.data.formats import IMAGE_SUFFIXES
 from caption_train.errors import CaptionTrainError
 from caption_train.packed import PackedFile, open_regular
+from caption_train.shards.members import BLOCK
 from caption_train.shards.records import Merged, NewCaption, Record, ShardReader
 
 FORMATS = {"webdataset": ".tar", "parquet": ".parquet", "jsonl": ".jsonl"}
@@ -56,34 +58,65 @@ def _dump(row: Mapping[str, Any]) -> bytes:
         return (json.dumps(row) + "\n").encode()
 
 
-def write_samples(file: IO[bytes], records: Iterator[Record], extension: str = ".txt") -> None:
+def write_samples(
+    file: IO[bytes],
+    records: Iterator[Record],
+    extension: str = ".txt",
+    note: Callable[[Record, str, int, int], None] = lambda *_: None,
+) -> None:
     """Write records as a WebDataset tar: for each its image and, if it has one, its caption.
 
     Args:
         file: where to write.
         records: with their images; those that cannot be read are left out.
         extension: of caption files.
+        note: called with each record that is written, and name, offset and size of its image.
     """
-    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for record in records:
-            try:
-                with open_regular(record.image) as image:
-                    content = image.read()
-            except (OSError, ValueError):
-                continue
-            suffix = record.image.suffix.lower()
-            if suffix not in IMAGE_SUFFIXES:
-                suffix = next((s for magic, s in _MAGIC.items() if content.startswith(magic)), ".png")
-            _add(tar, record.key + suffix, content)
-            if record.caption is not None:
-                _add(tar, f"{record.key}.{extension.lstrip('.')}", f"{record.caption}\n".encode())
+    written = 0
+    for record in records:
+        try:
+            with open_regular(record.image) as image:
+                content = image.read()
+        except (OSError, ValueError):
+            continue
+        suffix = os.path.splitext(record.image)[1].lower()  # noqa: PTH122 - of a million images
+        if suffix not in IMAGE_SUFFIXES:
+            suffix = next((s for magic, s in _MAGIC.items() if content.startswith(magic)), ".png")
+        member = make_member(record.key + suffix, content)
+        padded = -(-len(content) // BLOCK) * BLOCK
+        note(record, record.key + suffix, written + len(member) - padded, len(content))
+        if record.caption is not None:
+            name = f"{record.key}.{extension.lstrip('.')}"
+            member += make_member(name, f"{record.caption}\n".encode())
+        file.write(member)
+        written += len(member)
+    file.write(bytes(2 * BLOCK + -(written + 2 * BLOCK) % tarfile.RECORDSIZE))
 
 
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    tar.addfile(info, io.BytesIO(content))
-    tar.members = []  # Or it keeps them all.
+def make_member(name: str, content: bytes) -> bytes:
+    """Return header and content of a file in a tar, padded, as tarfile writes them in its PAX format."""
+    size = b"%011o" % len(content)
+    if len(name) > 100 or not name.isascii() or len(size) > 11:
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        header = info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+    else:
+        # tarfile takes ten times as long for a header in which only name, size and their sum differ.
+        start, end, total = _blank_header()
+        told = name.encode()
+        total += sum(told) + sum(size)
+        header = told.ljust(100, b"\0") + start + size + end % total
+    return b"".join((header, content, bytes(-len(content) % BLOCK)))
+
+
+@cache
+def _blank_header() -> tuple[bytes, bytes, int]:
+    """Return what stands between name and size in a header, what comes after, and the sum of its bytes."""
+    blank = bytearray(tarfile.TarInfo("").tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape"))
+    blank[124:135] = bytes(11)
+    blank[148:156] = b" " * 8
+    end = bytes(blank[135:148]) + b"%06o\0 " + bytes(blank[156:])
+    return bytes(blank[100:124]), end, sum(blank)
 
 
 def _caption_records(reader: ShardReader, captions: Iterator[NewCaption]) -> Iterator[Record]:

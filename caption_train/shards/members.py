@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO
@@ -92,11 +93,16 @@ def _parse_plain(block: bytes) -> tuple[str, int] | None:
         name = block[:100].split(b"\0", 1)[0].decode()
     except ValueError:
         return None
-    if told != sum(block[:148]) + sum(block[156:]) + 256 or not name or name[-1] == "/":
+    if told != _sum_bytes(block) - sum(block[148:156]) + 256 or not name or name[-1] == "/":
         return None
     if block[345]:
         return None  # The start of a long name, or what GNU tar keeps there.
     return name, size
+
+
+def _sum_bytes(block: bytes) -> int:
+    """Return the sum of a block's bytes: the low half of Adler-32, which is one more, of 256 bytes a time."""
+    return (zlib.adler32(block[:256]) & 0xFFFF) + (zlib.adler32(block[256:]) & 0xFFFF) - 2
 
 
 class _SlowHeaders:

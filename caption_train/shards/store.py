@@ -45,7 +45,7 @@ def keep_copy(shard: Shard, kind: str, write: Callable[[IO[bytes]], None], facts
         folder.mkdir(parents=True, exist_ok=True)
         if path.is_file():
             return path
-        with _waiting(folder / ".lock"):
+        with _waiting(folder / ".lock", path.name):
             if not path.is_file():
                 clear_temporary(folder)
                 shown = escape_unprintable(shard.place)
@@ -66,12 +66,15 @@ def keep_remote(shard: Shard) -> Path:
 
 
 @contextmanager
-def _waiting(path: Path) -> Iterator[None]:
-    """Wait for other processes that make copies; the system ends the lock of one that dies."""
+def _waiting(path: Path, name: str) -> Iterator[None]:
+    """Wait for another process that makes the copy of this name; the system ends the lock of one that dies.
+
+    Each name has a byte of the file to lock, so that several copies can be made at a time.
+    """
     descriptor = open_own(path, os.O_RDWR | os.O_CREAT)
     try:
         if fcntl is not None:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX)
+            fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, int(name[:7], 16))
         yield
     finally:
         os.close(descriptor)

@@ -73,10 +73,15 @@ class KeptTable:
         except (OSError, ValueError, TypeError):
             return None
 
-    def write(self, table: Table) -> None:
-        """Keep what was found, if the tar is old enough that a change of it would show, and can be kept."""
+    def write(self, table: Table, *, is_own: bool = False) -> None:
+        """Keep what was found, if the tar is old enough that a change of it would show, and can be kept.
+
+        Args:
+            table: what was found.
+            is_own: the tar is a copy of ours, which nobody changes.
+        """
         changed = max(self._container.mtime_ns, self._container.ctime_ns)
-        if changed + _RACY_NS >= time.time_ns():
+        if not is_own and changed + _RACY_NS >= time.time_ns():
             return
         kept = {"rows": table.rows, "problems": table.problems, "notes": table.notes}
         with suppress(OSError, UnicodeError):

@@ -227,7 +227,11 @@ def read_regular_file(path: Path | str, limit: int = MAX_BYTES, *, is_own: bool 
     descriptor, size = _open_regular_file(path, limit, is_own)
     try:
         # Without a file object, which costs more than reading a caption does.
-        left, pieces = min(limit, size + 1), []
+        wanted = min(limit, size + 1)
+        content = os.read(descriptor, wanted)
+        if len(content) == size:
+            return content
+        pieces, left = [content], wanted - len(content)
         while left and (piece := os.read(descriptor, left)):
             pieces.append(piece)
             left -= len(piece)
@@ -241,11 +245,13 @@ def opening_regular_file(path: Path | str, limit: int | None = None, *, is_own: 
     return open(_open_regular_file(path, limit, is_own)[0], "rb")  # noqa: PTH123
 
 
+_READ_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
+
 def _open_regular_file(path: Path | str, limit: int | None, is_own: bool) -> tuple[int, int]:
     """Return a file's descriptor and its size."""
     # Opened without blocking, since a named pipe would wait for a writer for ever.
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = open_own(path) if is_own else os.open(path, flags)
+    descriptor = open_own(path) if is_own else os.open(path, _READ_FLAGS)
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):

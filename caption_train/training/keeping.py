@@ -43,12 +43,11 @@ def start_keeping(
         UsageError: a part of the vision tower is trained, or this kind of model cannot be given features.
         CaptionTrainError: the folder for features cannot be written.
     """
-    images = {pair.image for pair in data.train + data.validation}
     opening = Opening(
         accelerator.unwrap_model(model),
         family,
         processor,
-        {image: data.digests[image] for image in images},
+        data.digests,
         data.train[0].prompt or prompt,
         precision=accelerator.mixed_precision,
         limit=options.cache_limit and parse_bytes(options.cache_limit),

@@ -1,6 +1,5 @@
 """Loads the base, makes it trainable, and records where the run comes from."""
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -27,7 +26,7 @@ from caption_train.adapters.record import (
 from caption_train.adapters.targets import freeze_outside
 from caption_train.config.training import TrainOptions
 from caption_train.config.values import read_part_rates
-from caption_train.data.pairs import Pair
+from caption_train.data.columns.table import Pairs
 from caption_train.errors import UsageError
 from caption_train.families.base import Family, ModelFacts
 from caption_train.families.weight_files import fingerprint_model
@@ -156,13 +155,16 @@ def make_record(options: TrainOptions, family: Family, base: Base, data: Trainin
     )
 
 
-def check_prompts(family: Family, pairs: Sequence[Pair]) -> None:
+def check_prompts(family: Family, pairs: Pairs) -> None:
     """Raise UsageError for the prompt of a row that the family cannot read, naming the row."""
-    for pair in pairs:
+    prompts = pairs.prompts()
+    # Each once: a dataset of a million rows mostly has a few.
+    for prompt in dict.fromkeys(prompts):
         try:
-            family.check_prompt(pair.prompt or "")
+            family.check_prompt(prompt or "")
         except UsageError as error:
-            raise UsageError(f"{pair.source}: {str(error).removeprefix('--')}") from error
+            source = pairs[prompts.index(prompt)].source
+            raise UsageError(f"{source}: {str(error).removeprefix('--')}") from error
 
 
 def _base_name(options: TrainOptions) -> str:

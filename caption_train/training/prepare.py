@@ -153,7 +153,7 @@ def _load(
     with raise_on_all_ranks(accelerator):
         model, processor = load_trainable(options, family, base.facts, accelerator, start.checkpoint)
         # A prompt too long for this model is better refused here than in a process that reads images.
-        prompts = {pair.prompt for pair in data.train + data.validation if pair.prompt}
+        prompts = set(filter(None, (data.train + data.validation).prompts()))
         family.set_up(processor, options.model_id, base.settings, [base.prompt, *sorted(prompts)])
     print_once(accelerator, *base.facts.notes, *base.changes, *family.describe_inputs(processor))
     record.settings = family.read_settings(processor)
@@ -171,8 +171,7 @@ def _limit_workers(
     # Those of this machine: other machines have cores of their own.
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
     if asked == "auto":
-        megapixels = sum(data.pixels.values()) / max(len(data.pixels), 1) / 1e6
-        asked = choose_workers(accelerator.device, megapixels, processes)
+        asked = choose_workers(accelerator.device, data.measure_megapixels(), processes)
         print_once(accelerator, f"--num_workers auto: {asked}")
     elif "num_workers" not in options.sources:
         asked = asked or default_workers(accelerator.device, processes)
@@ -267,7 +266,7 @@ def _make_plan(
 
 def _make_loader(
     options: TrainOptions,
-    pairs: list[Pair],
+    pairs: Sequence[Pair],
     plan: BatchPlan,
     collate_fn: Callable[[Sequence[dict]], Batch],
     device: torch.device,

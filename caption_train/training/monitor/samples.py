@@ -48,8 +48,8 @@ class PreviewCaptioner:
         self.latest: list[Sample] = []
         options = run.options
         self.wanted = bool(options.sample_every_n_steps or options.sample_every_n_epochs)
-        chosen = pick_images(pairs, options.seed, data.digests) if self.wanted else []
-        for pair in chosen[:COUNT]:
+        chosen = pick_images(pairs, options.seed)[:COUNT] if self.wanted else []
+        for pair in (pairs[place] for place in chosen):
             try:
                 item, image = open_item(run, pair.image), open_image(pair.image)
             except ImageError:

@@ -12,8 +12,8 @@ import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
+from caption_train.data.columns.table import Pairs
 from caption_train.data.images import ImageError
-from caption_train.data.pairs import Pair
 from caption_train.data.split import drop_repeats, rank_images
 from caption_train.families.base import Batch, Family
 from caption_train.features.source import attach_rows
@@ -59,8 +59,8 @@ class Evaluator:
         collate_fn: Callable[[Sequence[dict]], Batch],
     ) -> None:
         self.run, self.family, self.log, self.collate_fn = run, family, log, collate_fn
-        self.pairs = drop_repeats(data.validation, data.digests)
-        self.questions = _list_questions(self.pairs, data, run)[: run.options.metric_samples]
+        self.pairs = drop_repeats(data.validation)
+        self.questions = _list_questions(self.pairs, run)[: run.options.metric_samples]
         self.captions: dict[tuple[Path, str], str] = {}
         shown = [((question.image, question.prompt), question.references) for question in self.questions]
         self.report = RunReport(run, shown, is_wanted=bool(self.pairs))
@@ -214,15 +214,15 @@ class Evaluator:
         print_once(self.run.accelerator, *lines)
 
 
-def _list_questions(pairs: Sequence[Pair], data: TrainingData, run: TrainingRun) -> list[Question]:
+def _list_questions(pairs: Pairs, run: TrainingRun) -> list[Question]:
     """Return what `--metrics` captions: each image and prompt once, in the order of `rank_images`.
 
     The order of the folder would show the model one category only, if folders or names are categories.
     """
     found: dict[tuple[str, str], Question] = {}
-    for pair in pairs:
+    for pair, digest in zip(pairs, pairs.digests(), strict=True):
         prompt = pair.prompt or run.record.prompt
-        question = found.setdefault((data.digests[pair.image], prompt), Question(pair.image, prompt))
+        question = found.setdefault((digest, prompt), Question(pair.image, prompt))
         question.references.append(pair.caption)
     order = {d: place for place, d in enumerate(rank_images((d for d, _ in found), run.options.seed))}
     return [found[key] for key in sorted(found, key=lambda key: order[key[0]])]

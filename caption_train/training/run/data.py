@@ -4,23 +4,25 @@ import gc
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from caption_train.config.training import TrainOptions
+from caption_train.data.columns.table import Pairs
 from caption_train.data.image_index import inspect_images
 from caption_train.data.images import ImageError
 from caption_train.data.pairs import Pair
-from caption_train.data.split import fingerprint, name_images, split_by_content
+from caption_train.data.split import fingerprint_named, name_images, split_by_content
 from caption_train.errors import CaptionTrainError, UsageError
-from caption_train.system.console import escape_unprintable, print_once, summarize
+from caption_train.system.console import escape_unprintable, print_line, print_once, summarize
 from caption_train.training.distributed.ranks import check_same_on_all_ranks, raise_on_all_ranks
-from caption_train.training.run.reading import Ahead, list_images, read_pairs
+from caption_train.training.run.reading import Ahead, Unknown, read_pairs
 
 NEED_VALIDATION = (
     *("validation_split", "validation_dir", "eval_every_n_epochs", "eval_every_n_steps"),
@@ -28,53 +30,76 @@ NEED_VALIDATION = (
 )
 
 
-@dataclass
 class TrainingData:
     """The data of a run.
 
-    Attributes:
+    Args:
         train: good pairs to train on.
-        validation: good pairs to validate on.
+        validation: good pairs to validate on, of the same table.
         skipped: one line per row or file that was left out.
-        digests: image → SHA-256.
-        pixels: image → how many pixels it has.
+        digests: image → SHA-256; of pairs in columns, these are in them.
+        pixels: image → how many pixels it has; the same.
     """
 
-    train: list[Pair]
-    validation: list[Pair] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    digests: dict[Path, str] = field(default_factory=dict)
-    pixels: dict[Path, int] = field(default_factory=dict)
+    def __init__(
+        self,
+        train: Sequence[Pair],
+        validation: Sequence[Pair] = (),
+        skipped: Sequence[str] = (),
+        digests: Mapping[Path, str] | None = None,
+        pixels: Mapping[Path, int] | None = None,
+    ) -> None:
+        if not isinstance(train, Pairs):
+            every = Pairs.of([*train, *validation], digests, pixels)
+            train, validation = every[: len(train)], every[len(train) :]
+        self.train: Pairs = train
+        self.validation: Pairs = validation or train[:0]
+        self.skipped = list(skipped)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TrainingData) and all(
+            getattr(self, name) == getattr(other, name)
+            for name in ("train", "validation", "skipped", "digests", "pixels")
+        )
+
+    __hash__ = None
+
+    @property
+    def digests(self) -> dict[Path, str]:
+        """Image → SHA-256, of all images: made when it is asked for, and large."""
+        every = self.train + self.validation
+        return {pair.image: digest for pair, digest in zip(every, every.digests(), strict=True)}
+
+    @property
+    def pixels(self) -> dict[Path, int]:
+        """Image → how many pixels it has, of all images: made when it is asked for, and large."""
+        every = self.train + self.validation
+        return dict(zip((pair.image for pair in every), every.pixels.tolist(), strict=True))
+
+    def measure_megapixels(self) -> float:
+        """Return how many megapixels an image has, on average."""
+        every = self.train + self.validation
+        found = every.table.pixels[np.unique(every.rows)]
+        return float(found.mean()) / 1e6 if len(found) else 0.0
 
     def describe(self) -> dict[str, Any]:
         """Return what identifies the data wherever its folder is. The order counts: batches depend on it."""
-        described = {
-            "pairs": len(self.train),
-            "fingerprint": self._identify(self.train, lambda pairs: fingerprint(pairs, self.digests)),
-            "order": self._identify(self.train, _hash_order),
-        }
-        if self.validation:
-            described |= {
-                "held-out pairs": len(self.validation),
-                "held-out fingerprint": self._identify(
-                    self.validation, lambda pairs: fingerprint(pairs, self.digests)
-                ),
-                "held-out order": self._identify(self.validation, _hash_order),
-            }
+        described = {"pairs": len(self.train)}
+        for start, pairs in (("", self.train), ("held-out ", self.validation)):
+            if start and pairs:
+                described[f"{start}pairs"] = len(pairs)
+            if pairs or not start:
+                fingerprint, order = _identify(pairs)
+                described |= {f"{start}fingerprint": fingerprint, f"{start}order": order}
         return described
-
-    def _identify(self, pairs: Sequence[Pair], identify: Callable[[Sequence[Pair]], str]) -> str:
-        """Return what `identify` says of one dataset; of several, a hash without their places."""
-        numbers = sorted({pair.dataset for pair in pairs})
-        if numbers in ([], [0]):
-            return identify(pairs)
-        parts = [[n, identify([pair for pair in pairs if pair.dataset == n])] for n in numbers]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def find_worst(self, count: int) -> list[Pair]:
         """Return `count` pairs of the longest captions and the largest images, which need the most memory."""
-        longest = sorted(self.train, key=lambda pair: len(pair.caption), reverse=True)[:count]
-        largest = sorted(self.train, key=lambda pair: self.pixels.get(pair.image, 0), reverse=True)
+        lengths = np.fromiter(map(len, self.train.captions()), np.int64, len(self.train))
+        longest, largest = (
+            (self.train[int(place)] for place in np.argsort(-values, kind="stable")[:count])
+            for values in (lengths, self.train.pixels)
+        )
         return [replace(pair, image=other.image) for pair, other in zip(longest, largest, strict=False)]
 
     def describe_cut(self, tokenize: Callable[[str], list[int]], max_length: int) -> str | None:
@@ -85,7 +110,8 @@ class TrainingData:
             max_length: the limit in tokens, end token included.
         """
         # A token is at least one byte long, so most captions need not be tokenized.
-        long = [p for p in self.train + self.validation if len(p.caption.encode()) >= max_length]
+        every = self.train + self.validation
+        long = every.keep(every.table.captions.lengths(every.rows) >= max_length)
         counts = {pair: len(tokenize(pair.caption)) + 1 for pair in long}
         cut = [pair for pair in long if counts[pair] > max_length]
         if not cut:
@@ -117,19 +143,20 @@ def read_training_data(
     with raise_on_all_ranks(accelerator), _without_garbage_collection():
         found = (ahead and ahead.take()) or read_pairs(options)
         data = TrainingData(found.train, found.validation, found.problems)
+    print_line(*found.notes)
     if accelerator.num_processes > 1:
         # Each image is decoded by one process for all, so all must have the same files.
-        check_same_on_all_ranks(accelerator, _list_rows(data))
-    _inspect_images(data, accelerator, found.images)
+        _check_same_rows(accelerator, data)
+    _inspect_images(data, accelerator)
     with raise_on_all_ranks(accelerator):
         if options.validation_split:
-            data.train, data.validation = split_by_content(
-                data.train, options.validation_split, options.seed, data.digests
-            )
+            data.train, data.validation = split_by_content(data.train, options.validation_split, options.seed)
         _refuse_or_report(data, options, accelerator)
     # After the split, which counts every image once.
-    weights = [weight for _, weight in options.datasets]
-    data.train = [pair for pair in data.train for _ in range(weights[pair.dataset])]
+    weights = np.array([weight for _, weight in options.datasets])
+    if (weights != 1).any():
+        train = data.train
+        data.train = Pairs(train.table, np.repeat(train.rows, weights[train.table.dataset[train.rows]]))
     return data
 
 
@@ -168,41 +195,67 @@ def _refuse_or_report(data: TrainingData, options: TrainOptions, accelerator: Ac
         )
 
 
+def _check_same_rows(accelerator: Accelerator, data: TrainingData) -> None:
+    """Raise a UsageError that names images of which the processes have other files, captions or prompts."""
+    rows = _list_rows(data)
+    digest = hashlib.sha256()
+    for name in sorted(rows):
+        digest.update(f"{name}\0{rows[name]}\n".encode("utf-8", "surrogatepass"))
+    # What differs is only sent around where something does: a dataset may have a million images.
+    if len(set(gather_object([digest.hexdigest()]))) > 1:
+        check_same_on_all_ranks(accelerator, rows)
+
+
 def _list_rows(data: TrainingData) -> dict[str, str]:
     """Return image → a hash of its size, captions, prompts and splits, to compare what each process reads."""
     rows: dict[str, list] = {}
-    for pair in data.train + data.validation:
-        with suppress(OSError):
-            rows.setdefault(str(pair.image), [pair.image.stat().st_size])
-        rows.setdefault(str(pair.image), []).append((pair.caption, pair.prompt, pair.split))
+    every = data.train + data.validation
+    facts = zip(every.captions(), every.prompts(), every.splits(), strict=True)
+    sizes = every.table.size[every.rows].tolist()
+    for name, size, fact in zip(every.image_names(), sizes, facts, strict=True):
+        rows.setdefault(name, [size]).append(fact)
     return {
         f"{name} with its caption": hashlib.sha256(repr(row).encode()).hexdigest()[:8]
         for name, row in rows.items()
     }
 
 
-def _inspect_images(
-    data: TrainingData, accelerator: Accelerator, known: Mapping[Path, tuple[str, int]]
-) -> None:
+def _inspect_images(data: TrainingData, accelerator: Accelerator) -> None:
     """Decode every image that is not known; leave out pairs with bad images. Each process does its share."""
-    images = list_images(data.train + data.validation)
-    share = images[accelerator.process_index :: accelerator.num_processes]
-    unknown = [image for image in share if image not in known]
-    results: dict[Path, Any] = {image: known[image] for image in share if image in known}
-    inspected = inspect_images(unknown, show_progress=accelerator.is_main_process) if unknown else []
-    results.update(zip(unknown, inspected, strict=True))
-    found_here = [(i, str(r) if isinstance(r, ImageError) else r) for i, r in results.items()]
-    bad = {}
-    for image, found in gather_object(found_here):
+    unknown = Unknown.among(data.train, data.validation)
+    share = range(accelerator.process_index, len(unknown), accelerator.num_processes)
+    images = [unknown.image(number) for number in share]
+    inspected = inspect_images(images, show_progress=accelerator.is_main_process) if images else []
+    found_here = [
+        (number, str(found) if isinstance(found, ImageError) else found)
+        for number, found in zip(share, inspected, strict=True)
+    ]
+    bad: dict[Path, str] = {}
+    is_bad = np.zeros(len(data.train.table), bool)
+    for number, found in gather_object(found_here):
         if isinstance(found, str):
-            bad[image] = found
+            bad[unknown.image(number)] = found
+            is_bad[unknown.rows_of(number)] = True
         else:
-            data.digests[image], data.pixels[image] = found
-    data.train = [pair for pair in data.train if pair.image not in bad]
-    data.validation = [pair for pair in data.validation if pair.image not in bad]
-    data.skipped += [bad[image] for image in sorted(bad)]
+            unknown.note(number, *found)
+    if bad:
+        data.train = data.train.keep(~is_bad[data.train.rows])
+        data.validation = data.validation.keep(~is_bad[data.validation.rows])
+        data.skipped += [bad[image] for image in sorted(bad)]
 
 
-def _hash_order(pairs: Sequence[Pair]) -> str:
-    names = "\n".join(name_images(pairs))
-    return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+def _identify(pairs: Pairs) -> tuple[str, str]:
+    """Return fingerprint and a hash of the order; of several datasets, hashes without their places."""
+    datasets = pairs.table.dataset[pairs.rows]
+    numbers = np.unique(datasets).tolist()
+    if numbers in ([], [0]):
+        return _identify_one(pairs)
+    parts = [(number, *_identify_one(pairs.keep(datasets == number))) for number in numbers]
+    fingerprints, orders = ([[part[0], part[which]] for part in parts] for which in (1, 2))
+    return tuple(hashlib.sha256(json.dumps(some).encode()).hexdigest() for some in (fingerprints, orders))
+
+
+def _identify_one(pairs: Pairs) -> tuple[str, str]:
+    names = name_images(pairs) if pairs else []
+    order = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return fingerprint_named(pairs, names), order

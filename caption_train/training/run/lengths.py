@@ -37,10 +37,11 @@ def measure_lengths(
         return round(family.weigh_image(processor, (side, side)))
 
     lengths = array("L")
-    for pair in data.train:
-        length = min(count(pair.caption) + 1, options.max_length) + count(pair.prompt or "")
+    train = data.train
+    for caption, prompt, pixels in zip(train.captions(), train.prompts(), train.pixels.tolist(), strict=True):
+        length = min(count(caption) + 1, options.max_length) + count(prompt or "")
         if family.features_vary:
-            side = math.isqrt(data.pixels[pair.image])
+            side = math.isqrt(pixels)
             length += weigh(min(max(side // STEP, 1) * STEP, LARGEST))
         lengths.append(length)
     return lengths

@@ -96,6 +96,13 @@ def test_epochs_differ_in_order_and_seeds_do_too():
     assert first != [index for step in range(20) for [(_, index)] in other.micro_batches(step)]
 
 
+def test_epochs_are_the_permutations_of_earlier_versions():
+    plan = BatchPlan(num_samples=12, batch_size=12, epochs=2, seed=7)
+    first, second = ([index for _, index in batch] for batch in plan)
+    assert first == [1, 11, 4, 9, 3, 2, 7, 5, 8, 6, 0, 10]
+    assert second == [9, 0, 3, 2, 6, 8, 11, 1, 7, 10, 5, 4]
+
+
 @pytest.mark.parametrize("ahead", [0, 1, 3, 9])
 def test_each_epoch_is_shuffled_once_however_far_the_loader_reads_ahead(ahead, monkeypatch):
     shuffles, shuffle = [], random.Random.shuffle

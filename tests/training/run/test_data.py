@@ -149,13 +149,13 @@ def test_a_second_run_decodes_nothing_and_knows_the_same_data(folder, accelerato
 def test_no_garbage_is_looked_for_while_pairs_are_read_and_it_is_again_afterwards(
     there, folder, accelerator, monkeypatch
 ):
-    seen, inspect_dataset = [], reading.inspect_any_dataset
+    seen, inspect_dataset = [], reading.inspect_any_table
 
     def note(*args, **settings):
         seen.append(gc.isenabled())
         return inspect_dataset(*args, **settings)
 
-    monkeypatch.setattr(reading, "inspect_any_dataset", note)
+    monkeypatch.setattr(reading, "inspect_any_table", note)
     if there:
         read(folder, accelerator)
     else:
