@@ -23,7 +23,7 @@ ROUNDS = 5
 
 def measure(family: Any, processor: Any, images: list[Path]) -> dict[str, float]:
     """Return median CPU milliseconds of an image until it is the model's input, and how far inputs differ."""
-    from caption_train.captioning.encoding import ImageFiles
+    from caption_train.captioning.batches.encoding import ImageFiles
 
     side, prompt = family.find_side(processor), family.facts.default_prompt
     files = {"full": ImageFiles(images), "draft": ImageFiles(images, at_least=side)}

@@ -16,14 +16,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from caption_train.adapters.quantization import quantization_config
 from caption_train.adapters.record import Base, read_adapter
-from caption_train.captioning.batch_size import (
+from caption_train.captioning.batches.encoding import Encode, ImageFiles
+from caption_train.captioning.batches.size import (
     BatchSize,
     GrowingBatches,
     OutOfMemoryError,
     free_memory,
     out_of_memory_explained,
 )
-from caption_train.captioning.encoding import Encode, ImageFiles
 from caption_train.captioning.engines.graphs import DecodeGraphs
 from caption_train.captioning.plan import CaptionResult, Unreadable
 from caption_train.captioning.sampling import make_sampler

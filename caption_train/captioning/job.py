@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from caption_train.adapters.record import Base
-from caption_train.captioning.batch_size import MOST_AT_ONCE
+from caption_train.captioning.batches.size import MOST_AT_ONCE
 from caption_train.captioning.engines.choose import make_engine
 from caption_train.captioning.engines.engine import Engine
 from caption_train.captioning.inputs import find_inputs

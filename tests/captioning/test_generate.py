@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 from PIL import Image
 
-from caption_train.captioning import encoding
-from caption_train.captioning.encoding import ImageFiles
+from caption_train.captioning.batches import encoding
+from caption_train.captioning.batches.encoding import ImageFiles
 from caption_train.captioning.generate import Generation, caption_images
 from caption_train.captioning.plan import CaptionResult, Unreadable
 from caption_train.captioning.sampling import make_sampler
@@ -55,7 +55,7 @@ def test_workers_change_nothing(loaded, images):
 
 
 def test_workers_are_left_to_the_machine(loaded, images, capsys, monkeypatch):
-    monkeypatch.setattr("caption_train.captioning.batch_size.choose_workers", lambda *_: 1)
+    monkeypatch.setattr("caption_train.captioning.batches.size.choose_workers", lambda *_: 1)
     assert texts(loaded, images, batch_size=2, num_workers="auto") == texts(loaded, images, batch_size=2)
     assert "--num_workers auto: 1" in capsys.readouterr().err
 

@@ -6,7 +6,9 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from caption_train.captioning.batch_size import BatchSize
+from caption_train.captioning.batches.grouping import in_first_order, order_by_length
+from caption_train.captioning.batches.size import BatchSize
+from caption_train.captioning.batches.stream import caption_stream
 from caption_train.captioning.engines.engine import Engine
 from caption_train.captioning.engines.graphs import DecodeGraphs
 from caption_train.captioning.generate import (
@@ -16,10 +18,8 @@ from caption_train.captioning.generate import (
     load_captioner,
     make_generation,
 )
-from caption_train.captioning.grouping import in_first_order, order_by_length
 from caption_train.captioning.plan import CaptionResult, Unreadable
 from caption_train.captioning.prompts import Task
-from caption_train.captioning.stream import caption_stream
 from caption_train.errors import UsageError
 from caption_train.system.console import print_line
 from caption_train.system.devices import choose_device

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from caption_train.captioning.encoding import Encode
+from caption_train.captioning.batches.encoding import Encode
 from caption_train.cli.commands import caption_main
 from caption_train.errors import CaptionTrainError
 from caption_train.families import get_family

@@ -43,7 +43,7 @@ class CaptionActor:
         """Load the model, if this process has not done so. Not in the constructor: what it raises is lost."""
         if self._loaded is not None:
             return
-        from caption_train.captioning.batch_size import BatchSize
+        from caption_train.captioning.batches.size import BatchSize
         from caption_train.captioning.generate import load_captioner, make_generation
         from caption_train.system.devices import choose_device
 
@@ -72,7 +72,7 @@ class CaptionActor:
 
     def _try_whole(self, batch: dict[str, Any]) -> list[Any] | None:
         """Return the results; None where memory does not suffice."""
-        from caption_train.captioning.batch_size import OutOfMemoryError
+        from caption_train.captioning.batches.size import OutOfMemoryError
         from caption_train.captioning.generate import CaptionRun
 
         try:
@@ -84,7 +84,7 @@ class CaptionActor:
             return None
 
     def _caption_parts(self, tasks: Sequence[Task]) -> list[Any]:
-        from caption_train.captioning.batch_size import free_memory
+        from caption_train.captioning.batches.size import free_memory
         from caption_train.captioning.generate import caption_images
 
         *loaded, generation = self._loaded
@@ -100,7 +100,7 @@ def encode(tasks: Sequence[Task], shared: Sequence[Any]) -> bytes:
         tasks: what is asked of the images.
         shared: a reference to the work and its processor. In a list: Ray would fetch a bare one every time.
     """
-    from caption_train.captioning.encoding import Encode, ImageFiles
+    from caption_train.captioning.batches.encoding import Encode, ImageFiles
 
     work, processor = _fetch(shared[0])
     files = ImageFiles([task.image for task in tasks], [task.prompt for task in tasks])

@@ -4,9 +4,9 @@ import pytest
 from PIL import Image
 
 from caption_train.adapters.record import resolve_base
-from caption_train.captioning import grouping
+from caption_train.captioning.batches import grouping
+from caption_train.captioning.batches.grouping import in_first_order, order_by_length
 from caption_train.captioning.engines.local import LocalEngine
-from caption_train.captioning.grouping import in_first_order, order_by_length
 from caption_train.captioning.prompts import Task
 from caption_train.config.captioning import CaptionOptions
 from caption_train.families import get_family

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from torch.utils.data import Dataset, Sampler
 
-from caption_train.captioning.batch_size import BatchSize, OutOfMemoryError, free_memory
-from caption_train.captioning.encoding import ImageFiles
+from caption_train.captioning.batches.encoding import ImageFiles
+from caption_train.captioning.batches.size import BatchSize, OutOfMemoryError, free_memory
 from caption_train.captioning.generate import CaptionRun
 from caption_train.captioning.plan import CaptionResult, Unreadable
 from caption_train.captioning.prompts import Task

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from caption_train.captioning.batch_size import BatchSize
+from caption_train.captioning.batches.size import BatchSize
+from caption_train.captioning.batches.stream import _Batches
 from caption_train.captioning.prompts import Task
-from caption_train.captioning.stream import _Batches
 from caption_train.system.signals import NoAnswer, limiting_wait
 
 

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from caption_train.captioning import batch_size
-from caption_train.captioning.batch_size import BatchSize, GrowingBatches
+from caption_train.captioning.batches import size
+from caption_train.captioning.batches.size import BatchSize, GrowingBatches
 from caption_train.captioning.job import caption_folder
 from caption_train.config.captioning import CaptionOptions
 from caption_train.errors import UsageError
@@ -45,9 +45,9 @@ def machine(monkeypatch):
 
     def have(free):
         sizes = []
-        monkeypatch.setattr(batch_size, "available_memory", lambda device: free)
-        monkeypatch.setattr(batch_size, "start_peak", lambda device: 1000)
-        monkeypatch.setattr(batch_size, "peak_memory", lambda device: 1000 + 100 * sizes[-1])
+        monkeypatch.setattr(size, "available_memory", lambda device: free)
+        monkeypatch.setattr(size, "start_peak", lambda device: 1000)
+        monkeypatch.setattr(size, "peak_memory", lambda device: 1000 + 100 * sizes[-1])
         plain = FakeFamily.generate
 
         def generate(family, model, processor, batch, **settings):
