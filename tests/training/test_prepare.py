@@ -11,7 +11,7 @@ def test_workers_share_the_cores_of_their_own_machine_alone(monkeypatch):
     for name in ("choose_workers", "default_workers"):
         monkeypatch.setattr(prepare, name, lambda *given: asked.append(given[-1]) or 1)
     accelerator = SimpleNamespace(device="cpu", num_processes=16, is_main_process=False)
-    data = SimpleNamespace(pixels={})
+    data = SimpleNamespace(measure_megapixels=lambda: 0.0)
     for known in ({"LOCAL_WORLD_SIZE": "2"}, {}):
         monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
         for name, value in known.items():
