@@ -158,6 +158,25 @@ class Unknown:
         end = self.starts[number + 1] if number + 1 < len(self) else len(self.rows)
         return self.rows[self.starts[number] : end]
 
+    def images(self, start: int, end: int) -> list[Path | str]:
+        """Return some images; files of their own as strings, which take less time to make and send."""
+        rows = self.rows[self.starts[start:end]]
+        if any(place.container or place.only for place in self.table.places):
+            return [self.table.image(row) for row in rows.tolist()]
+        return list(self.table.image_names(rows))
+
+    def note_all(self, start: int, found: list[tuple[str, int] | None]) -> None:
+        """Put what was found in images into the table, from one number on; None where nothing was."""
+        numbers = start + np.flatnonzero([one is not None for one in found])
+        known = [one for one in found if one is not None]
+        rows = self.rows[self.starts[numbers]]
+        digests = bytes.fromhex("".join(digest for digest, _ in known))
+        self.table.digest[rows] = np.frombuffer(digests, np.uint8).reshape(-1, 32)
+        self.table.pixels[rows] = [pixels for _, pixels in known]
+        if len(self.rows) > len(self):
+            for number, one in zip(numbers.tolist(), known, strict=True):
+                self.note(number, *one)
+
     def note(self, number: int, digest: str, pixels: int) -> None:
         """Put what was found in an image into the table."""
         rows = self.rows_of(number)
@@ -292,12 +311,12 @@ def _decode(unknown: Unknown, forked: Forked, index: ImageIndex, teller: _Teller
     sizes, starts = _Sizes(), list[int]()
     done = 0
 
-    def make_tasks() -> Iterator[list[Path]]:
+    def make_tasks() -> Iterator[list[Path | str]]:
         at = 0
         while at < len(unknown):
             end = min(at + sizes.images, len(unknown))
             starts.append(at)
-            yield [unknown.image(number) for number in range(at, end)]
+            yield unknown.images(at, end)
             at = end
 
     def take(number: int, answer: tuple[float, list[Any]]) -> None:
@@ -305,9 +324,7 @@ def _decode(unknown: Unknown, forked: Forked, index: ImageIndex, teller: _Teller
         seconds, found = answer
         sizes.adapt(seconds, len(found))
         index.keep([row for known, row in filter(None, found) if row])
-        for place, one in enumerate(found, starts[number]):
-            if one is not None:
-                unknown.note(place, *one[0])
+        unknown.note_all(starts[number], [one and one[0] for one in found])
         done += len(found)
         teller.tell(done, len(unknown))
 
@@ -326,7 +343,7 @@ class _Sizes:
         self.images = max(1, min(wanted, 4 * self.images, _MOST_IMAGES))
 
 
-def _examine(images: list[Path]) -> tuple[float, list[Any]]:
+def _examine(images: list[Path | str]) -> tuple[float, list[Any]]:
     """Decode images; return the seconds it took and, for each, what was found and what to keep, or None."""
     began, index = time.monotonic(), _index(os.getpid())
     found: list[Any] = []

@@ -28,7 +28,7 @@ from caption_train.training.run.reading import read_ahead
 image_index._RACY_NS = -10**15
 if sys.argv[3:]:
     decode = image_index.inspect_image
-    image_index.inspect_image = lambda path: decode(path) if path.name in sys.argv[3:] else 1 / 0
+    image_index.inspect_image = lambda path: decode(path) if Path(path).name in sys.argv[3:] else 1 / 0
 ahead = read_ahead(TrainOptions(dataset_dir=Path(sys.argv[1]), output_dir=Path("out")))
 print(ahead._process.pid, flush=True)
 time.sleep(float(sys.argv[2]))
