@@ -2,8 +2,11 @@
 
 import gc
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator
@@ -11,8 +14,11 @@ from PIL import Image
 
 from caption_train.config.training import TrainOptions
 from caption_train.data import image_index
+from caption_train.data.images import inspect_image
+from caption_train.data.pairs import Pair
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families import get_family
+from caption_train.training.run import data as run_data
 from caption_train.training.run import reading
 from caption_train.training.run.data import TrainingData, read_training_data
 
@@ -162,3 +168,31 @@ def test_no_garbage_is_looked_for_while_pairs_are_read_and_it_is_again_afterward
         with pytest.raises(UsageError, match="no such folder"):
             read(folder / "missing", accelerator)
     assert seen == [False] and gc.isenabled()
+
+
+@pytest.mark.parametrize("known", [("012", "345"), ("012345", ""), ("", "")])
+def test_processes_whose_indexes_know_other_images_share_them_out_alike(folder, monkeypatch, known):
+    images = [folder / f"{index}.png" for index in range(6)]
+    truth = {image: inspect_image(image) for image in images}
+    both, given, local = threading.Barrier(2, timeout=60), [None, None], threading.local()
+
+    def gather(rows):
+        given[local.rank] = rows
+        both.wait()
+        found = given[0] + given[1]
+        both.wait()
+        return found
+
+    def inspect(rank):
+        local.rank = rank
+        here = {image: truth[image] for image in images if image.stem in known[rank]}
+        digests, pixels = ({image: found[part] for image, found in here.items()} for part in (0, 1))
+        data = TrainingData([Pair(image, "x", "x") for image in images], (), (), digests, pixels)
+        accelerator = SimpleNamespace(process_index=rank, num_processes=2, is_main_process=False)
+        run_data._inspect_images(data, accelerator)
+        return data.digests, data.pixels
+
+    monkeypatch.setattr(run_data, "gather_object", gather)
+    with ThreadPoolExecutor(2) as ranks:
+        for digests, pixels in ranks.map(inspect, (0, 1)):
+            assert {image: (digests[image], pixels[image]) for image in images} == truth
