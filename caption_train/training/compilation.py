@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from caption_train.errors import CaptionTrainError
-from caption_train.training.memory.gradient_checkpointing import find_blocks
+from caption_train.training.memory.gradient_checkpointing import find_blocks, is_recomputed_here
 
 PLAIN_STEPS = 4
 """Steps at the start of a run that are not compiled, for comparison. The first only warms up."""
@@ -97,11 +97,14 @@ class Compilation:
 
     def _start(self) -> None:
         self.is_on, self.graphs = True, count_graphs()
-        for block in find_blocks(self.model):
-            # A block that is recomputed by a function of ours stays as it is: see gradient_checkpointing.
-            if not isinstance(block.forward, partial):
-                compiled = torch.compile(block.forward, dynamic=True)
-                block.forward = partial(self._forward, block, block.forward, compiled)
+        # transformers recomputes the others outside of their forward.
+        blocks = [block for block in find_blocks(self.model) if not is_recomputed_here(block)]
+        for block in blocks:
+            compiled = torch.compile(block.forward, dynamic=True)
+            block.forward = partial(self._forward, block, block.forward, compiled)
+        if not blocks:
+            self.stop()
+            self.say("--compile: finds no blocks that it can compile: does nothing here")
 
     def _forward(
         self, block: nn.Module, plain: Callable, compiled: Callable, *args: Any, **keywords: Any

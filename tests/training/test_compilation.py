@@ -9,6 +9,8 @@ from caption_train.errors import CaptionTrainError
 from caption_train.families import get_family
 from caption_train.training import compilation
 from caption_train.training.compilation import MOST_STEPS, PLAIN_STEPS, QUIET_STEPS, Compilation
+from caption_train.training.memory import gradient_checkpointing
+from caption_train.training.memory.gradient_checkpointing import find_blocks
 from tests.fixtures.runs import make_options, prepare_run, read_log, save_base, write_pairs
 
 
@@ -23,7 +25,7 @@ def traced(monkeypatch):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """A compilation of a model without blocks, whose graphs the test counts."""
+    """Takes a step of a compilation, whose graphs the test counts; and what was said."""
     graphs, said = [0], []
     monkeypatch.setattr(compilation, "count_graphs", lambda: graphs[0])
 
@@ -32,6 +34,10 @@ def counted(monkeypatch):
         made.after_step(seconds)
 
     return step, said
+
+
+def make_blocks() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.ModuleList([torch.nn.Linear(2, 2)]))
 
 
 def run(tmp_path, name: str, **changes) -> list[float]:
@@ -55,8 +61,9 @@ def test_compiled_blocks_train_to_the_losses_of_plain_ones(tmp_path, traced, cap
 
 
 def test_only_training_steps_run_compiled_code(traced):
-    block = torch.nn.Linear(2, 2)
-    made = Compilation(torch.nn.ModuleList([torch.nn.ModuleList([block])]), PLAIN_STEPS, print)
+    model = make_blocks()
+    (block,) = find_blocks(model)
+    made = Compilation(model, PLAIN_STEPS, print)
     before = compilation.count_graphs()
     block.eval()(torch.ones(1, 2))
     with torch.no_grad():
@@ -71,7 +78,7 @@ def test_only_training_steps_run_compiled_code(traced):
 
 def test_the_line_counts_the_time_to_compile_and_the_steps_that_pay_for_it(counted):
     step, said = counted
-    made = Compilation(torch.nn.Identity(), 0, said.append)
+    made = Compilation(make_blocks(), 0, said.append)
     for seconds in (9.0, *[2.0] * (PLAIN_STEPS - 1)):
         step(made, seconds)
     for compiles in (True, False, True):
@@ -88,15 +95,26 @@ def test_the_line_counts_the_time_to_compile_and_the_steps_that_pay_for_it(count
 
 def test_a_step_that_is_no_faster_is_said(counted):
     step, said = counted
-    made = Compilation(torch.nn.Identity(), 0, said.append)
+    made = Compilation(make_blocks(), 0, said.append)
     for _ in range(PLAIN_STEPS + 1 + QUIET_STEPS):
         step(made, 2.0, compiles=len(made.plain) == PLAIN_STEPS and not made.warm_up)
     assert said[0].endswith("it does not pay here, leave it out")
 
 
+def test_nothing_to_compile_is_said(counted):
+    step, said = counted
+    model = make_blocks()
+    for block in find_blocks(model):
+        block.forward = partial(gradient_checkpointing._recompute, block, block.forward)
+    made = Compilation(model, 0, said.append)
+    for _ in range(PLAIN_STEPS + QUIET_STEPS):
+        step(made, 1.0)
+    assert said == ["--compile: finds no blocks that it can compile: does nothing here"]
+
+
 def test_a_resumed_run_is_compiled_from_its_first_step(counted):
     step, said = counted
-    made = Compilation(torch.nn.Identity(), PLAIN_STEPS, said.append)
+    made = Compilation(make_blocks(), PLAIN_STEPS, said.append)
     step(made, 30.0, True)
     for _ in range(QUIET_STEPS):
         step(made, 1.0)
@@ -105,7 +123,7 @@ def test_a_resumed_run_is_compiled_from_its_first_step(counted):
 
 def test_a_compiler_that_finds_no_end_is_stopped(counted):
     step, said = counted
-    made = Compilation(torch.nn.Identity(), 0, said.append)
+    made = Compilation(make_blocks(), 0, said.append)
     for number in range(PLAIN_STEPS + MOST_STEPS):
         step(made, 1.0, compiles=number % 3 == 0)
     assert not made.is_on
@@ -117,8 +135,9 @@ def test_a_failure_of_the_compiler_is_one_line_that_names_the_flag(traced, monke
         raise RuntimeError("no compiler\nlong story")
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile.func, backend=fail))
-    block = torch.nn.Linear(2, 2).train()
-    made = Compilation(torch.nn.ModuleList([torch.nn.ModuleList([block])]), PLAIN_STEPS, print)
+    model = make_blocks().train()
+    (block,) = find_blocks(model)
+    made = Compilation(model, PLAIN_STEPS, print)
     with pytest.raises(CaptionTrainError) as caught, made.explaining():
         block(torch.ones(1, 2))
     assert str(caught.value).startswith("--compile: torch.compile failed: no compiler; install")

@@ -48,6 +48,11 @@ def find_unreached_blocks(module: nn.Module) -> Iterator[nn.Module]:
             yield from find_unreached_blocks(child)
 
 
+def is_recomputed_here(block: nn.Module) -> bool:
+    """Return whether `enable_checkpointing` has wrapped the block's forward itself."""
+    return isinstance(block.forward, partial) and block.forward.func is _recompute
+
+
 def _recompute(block: nn.Module, forward: Callable, *args: Any, **keywords: Any) -> Any:
     if not block.training:
         return forward(*args, **keywords)
