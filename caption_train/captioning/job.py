@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from caption_train.adapters.record import Base
@@ -82,11 +82,13 @@ def caption_folder(options: CaptionOptions, family: Family) -> int:
         job.keep_finished()
         raise
     finally:
-        if job.engine:
-            job.engine.close()
-        job.writer.close()
-        job.outputs.close()
-        job.processes.leave()
+        with ExitStack() as closing:
+            # The last one first. What one raises, or a second Ctrl-C, keeps none of the others from its turn.
+            closing.callback(job.processes.leave)
+            closing.callback(job.outputs.close)
+            closing.callback(job.writer.close)
+            if job.engine:
+                closing.callback(job.engine.close)
 
 
 class CaptionJob:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from caption_train.errors import CaptionTrainError, is_out_of_memory
+from caption_train.system.console import print_line
 from caption_train.system.memory import available_memory, peak_memory, start_peak
 from caption_train.system.workers import choose_workers
 
@@ -43,6 +43,7 @@ class BatchSize:
             there is room for twice of what a batch took.
         most: what it grows to.
         said: the lines that were printed.
+        shows: whether this process prints what is the same in all.
     """
 
     asked: int | Literal["auto"]
@@ -50,6 +51,7 @@ class BatchSize:
     now: int = field(init=False)
     most: int = field(init=False)
     said: set[str] = field(default_factory=set)
+    shows: bool = True
     _held: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -92,7 +94,8 @@ class BatchSize:
     def say(self, line: str) -> None:
         """Print a line once."""
         if line not in self.said:
-            print(line, file=sys.stderr)
+            if self.shows:
+                print_line(line)
             self.said.add(line)
 
     def choose_workers(self, images: Sequence[Path | Image.Image]) -> int:

@@ -39,7 +39,7 @@ class LocalEngine(Engine):
                 f"--cuda_graphs: needs an NVIDIA GPU, and this runs on {self.device}: leave it out"
             )
         # Across chunks: what did not fit once is not tried again.
-        self._batch_size = BatchSize(self.options.batch_size, self.device)
+        self._batch_size = BatchSize(self.options.batch_size, self.device, shows=self.processes.is_main)
         self._graphs: DecodeGraphs | None = None
         self._loaded: tuple[Any, Any] | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 
@@ -63,10 +64,12 @@ def caption_shards(options: CaptionOptions, family: Family) -> int:
             )
         return 143 if isinstance(interrupt, Terminated) else 130
     finally:
-        if job.engine:
-            job.engine.close()
-        job.work.close()
-        job.processes.leave()
+        with ExitStack() as closing:
+            # The last one first; see caption_folder.
+            closing.callback(job.processes.leave)
+            closing.callback(job.work.close)
+            if job.engine:
+                closing.callback(job.engine.close)
 
 
 @dataclass(frozen=True)

@@ -134,9 +134,9 @@ class RayEngine(Engine):
         if gpus > has.get("GPU", 0):
             raise UsageError(f"--gpus_per_actor {gpus:g}: the cluster has {has.get('GPU', 0):g} GPUs")
         most = int(has.get("GPU", 0) / gpus) if gpus else max(int(has.get("CPU", 1)) // 2, 1)
-        actors = options.actors or most
-        if actors > (most if gpus else has.get("CPU", 1)):
-            raise UsageError(f"--actors {actors}: the cluster has room for {most}")
+        actors, room = options.actors or most, most if gpus else int(has.get("CPU", 1))
+        if actors > room:
+            raise UsageError(f"--actors {actors}: the cluster has room for {room}")
         self._encoders = max(int(has.get("CPU", 1)) - actors, 1)
         return gpus, actors
 

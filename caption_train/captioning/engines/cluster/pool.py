@@ -118,8 +118,9 @@ class ActorPool:
         """Have an actor load the model; it gets batches once it answers, which one that is lost does not."""
         actor.is_ready = False
         with explaining_ray():
-            # Ray keeps the call until the actor lives again.
-            self._loading[actor.handle.load.options(max_task_retries=-1).remote()] = actor
+            # Ray keeps the call until the actor lives again, but not for ever if loading is what it dies of.
+            load = actor.handle.load.options(max_task_retries=MOST_TRIES - 1)
+            self._loading[load.remote()] = actor
 
     def _go_on(self, *, waits: bool) -> None:
         """Note what has happened, and give out what can be; wait until something happens, if need be."""
@@ -156,7 +157,7 @@ class ActorPool:
             try:
                 self._ray.get(reference)
             except self._ray.exceptions.RayActorError:
-                # It is gone for good, which is bad only if it was the last one.
+                # It is gone for good, or died of loading each time: bad only if it was the last one.
                 self._actors.remove(actor)
                 if not self._actors:
                     raise
