@@ -5,7 +5,7 @@
 
 The images are hard links to one PNG of a pixel, nobody opens them, and what captions them needs no torch:
 what is measured is all that captioning does besides. `--again` measures a run that is killed half-way, and
-the one that goes on. The tree is made in --folder and deleted. CODE is another checkout to measure.
+the one that goes on. What is made in --folder is deleted. CODE is another checkout to measure.
 """
 
 import argparse
@@ -151,7 +151,10 @@ def main() -> None:
         print(json.dumps(measure(arguments)), flush=True)
     finally:
         if not args.keep:
-            shutil.rmtree(args.folder)
+            # Not the folder: it may hold what is not ours.
+            shutil.rmtree(args.folder / "images", ignore_errors=True)
+            for left in [*args.folder.glob("captions.jsonl*"), *args.folder.glob(".captions.jsonl*")]:
+                left.unlink()
 
 
 if __name__ == "__main__":

@@ -181,7 +181,9 @@ def main() -> None:
                 print(json.dumps(told | found), flush=True)
     finally:
         if not args.keep:
-            shutil.rmtree(args.folder, ignore_errors=True)
+            # Not the folder: it may hold what is not ours.
+            for made in (data, args.folder / "cache", args.folder / "out"):
+                shutil.rmtree(made, ignore_errors=True)
 
 
 if __name__ == "__main__":
