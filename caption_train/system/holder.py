@@ -102,6 +102,12 @@ class Beats:
             return any(os.path.samestat(os.fstat(lock.descriptor), there) for lock in list(self._locks))
         return False
 
+    def let_go(self) -> None:
+        """Wait until the thread, which holds every lock while it touches them, has let go of them."""
+        self._forget_parent()
+        with self._guard:
+            pass
+
     def add(self, lock: Any) -> None:
         self._forget_parent()
         with self._guard:

@@ -72,9 +72,13 @@ class OutputLock:
         """
         self.made_folder = not self.path.parent.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if beats.hold(self.path):
-            gc.collect()  # A run of this process that was dropped unfinished holds nothing.
-        if beats.hold(self.path):
+        for _ in range(3):
+            if not beats.hold(self.path):
+                break
+            # A run of this process that was dropped unfinished holds nothing.
+            beats.let_go()
+            gc.collect()
+        else:
             raise CaptionTrainError(self._refusal(f"process {os.getpid()} on {socket.gethostname()}"))
         left, holder = None, None
         while not self._create(instead_of=holder):

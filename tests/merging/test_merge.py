@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -84,9 +85,13 @@ def test_a_killed_shard_goes_on_and_a_merge_takes_what_it_left(folder, capsys):
     run(folder, output=output)
     expected = output.read_bytes()
     output.unlink()
+
+    def is_written():
+        return sum(part.read_text().count("say") for part in folder.glob(".*.part")) >= 2
+
     child = os.fork()
     if not child:
-        run(folder, "1/3", Dying(), output=output)
+        run(folder, "1/3", Dying(is_written), output=output)
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     for index in (2, 3):
@@ -180,10 +185,18 @@ def test_what_cannot_be_merged_is_one_line(folder, capsys, files, message):
 
 
 class Dying(FakeFamily):
-    """Is killed with -9 in its second batch."""
+    """Is killed with -9 in its second batch, when `is_written` says that the first one's captions are."""
+
+    def __init__(self, is_written):
+        super().__init__()
+        self.is_written = is_written
 
     def generate(self, *arguments, **settings):
         if self.model.batches:
+            deadline = time.monotonic() + 20
+            while not self.is_written():
+                assert time.monotonic() < deadline, "no caption was written"
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         return super().generate(*arguments, **settings)
 
@@ -241,9 +254,13 @@ def test_locks_that_a_killed_job_of_another_split_left_are_cleared(folder):
 def test_what_a_killed_job_of_another_split_has_added_is_not_added_again(folder):
     for name in NAMES:
         (folder / name).with_suffix(".txt").write_text("old\n")
+
+    def is_written():
+        return sum("say" in path.read_text() for path in folder.glob("*.txt")) == 2
+
     child = os.fork()
     if not child:
-        run(folder, "1/2", Dying(), save_captions=True, existing="append")
+        run(folder, "1/2", Dying(is_written), save_captions=True, existing="append")
         os._exit(0)
     os.waitpid(child, 0)
     for shard in ("1/3", None):

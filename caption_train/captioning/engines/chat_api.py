@@ -81,9 +81,9 @@ class Endpoint:
             Unanswered: it did not answer, in `--retries` more tries.
             CaptionTrainError: it would answer none, for want of a key or of the model.
         """
-        pause, reason = FIRST_PAUSE, ""
+        pause, reason = FIRST_PAUSE, "the run ends"
         for attempt in range(self.options.retries + 1):
-            if attempt and self.stopped.wait(pause * random.uniform(0.8, 1.2)):
+            if self.stopped.wait(pause * random.uniform(0.8, 1.2) if attempt else 0):
                 break
             try:
                 return read_answer(self._post(messages))
@@ -131,6 +131,9 @@ class Endpoint:
         if error.code == 400 and self.extras and "chat_template_kwargs" in said:
             self.extras = {}
             return reason
+        if error.code in (401, 403, 404, 405) or 300 <= error.code < 400:
+            # Nor would it answer those that other threads are about to ask for.
+            self.stopped.set()
         if error.code in (401, 403):
             advice = "does not take the key in" if self.key else "wants a key: put it into"
             raise CaptionTrainError(f"--endpoint {self.url}: {advice} {KEY_VARIABLE}") from error

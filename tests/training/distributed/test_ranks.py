@@ -12,6 +12,7 @@ import torch
 from caption_train.adapters import record
 from caption_train.cli import commands
 from caption_train.cli.commands import train_main
+from caption_train.data.columns.table import Pairs
 from caption_train.data.images import ImageError
 from caption_train.system.console import count_things
 from caption_train.training import batch_size
@@ -138,15 +139,14 @@ def test_processes_told_of_different_folders_are_refused_by_flag(run_script, pai
 
 @pytest.mark.parametrize("change", ["caption", "image", "file"])
 def test_a_machine_whose_folder_holds_other_data_is_named(change, run_script, pairs):
-    def change_own(data):
-        row = data.train[0]
+    def change_own(found):
+        row, *rest = found.train
         if change == "caption":
-            data.train[0] = replace(row, caption="something else")
+            rest.insert(0, replace(row, caption="something else"))
         elif change == "image":
-            data.train[0] = replace(row, image=data.train[1].image)
-        else:
-            del data.train[0]
-        return data
+            rest.insert(0, replace(row, image=rest[0].image))
+        train = Pairs.of(rest)
+        return replace(found, train=train, validation=train[:0])
 
     def see_otherwise() -> None:
         read = data.read_pairs
