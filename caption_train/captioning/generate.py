@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -168,7 +168,6 @@ def caption_images(
     run = CaptionRun(
         *(family, model, processor, generation, num_workers, worker_timeout, keeping, graphs),
         draft=draft,
-        said=size.said,
     )
     done = 0
     while done < len(images):
@@ -183,11 +182,7 @@ def caption_images(
             line = size.halve()
         else:
             return
-        # Outside of the except block, where the traceback would keep the batch's tensors alive.
-        if graphs:
-            graphs.free()
-        free_memory(model.device)
-        print(line, file=sys.stderr)
+        run.make_room(line)
 
 
 @dataclass
@@ -203,7 +198,6 @@ class CaptionRun:
     keeping: Keeping | None
     graphs: DecodeGraphs | None
     draft: bool = False
-    said: set[str] = field(default_factory=set)
 
     def caption(self, loader: DataLoader, size: BatchSize) -> Iterator[CaptionResult | Unreadable]:
         """Yield a result for each image of a loader that `load` or `load_batches` made, in order."""
@@ -252,9 +246,9 @@ class CaptionRun:
         if workers and size.is_auto:
             size.limit(limit_batch(workers, measure(1)))
         workers, line = limit_workers(workers, lambda: measure(size.most))
-        if line and line not in self.said:
+        if line and line not in size.said:
             print(line, file=sys.stderr)
-            self.said.add(line)
+            size.said.add(line)
         return DataLoader(
             images,
             collate_fn=Encode(self.family, self.processor, self.generation.prompt),
@@ -264,6 +258,16 @@ class CaptionRun:
             pin_memory=self.model.device.type == "cuda",
             **batching,
         )
+
+    def make_room(self, line: str) -> None:
+        """Give back what a batch that did not fit still holds, and print how it goes on.
+
+        Not to be called in the except block, where the traceback keeps the batch's tensors alive.
+        """
+        if self.graphs:
+            self.graphs.free()
+        free_memory(self.model.device)
+        print(line, file=sys.stderr)
 
     def caption_batch(self, batch: dict[str, Any], batch_size: int) -> list[CaptionResult | Unreadable]:
         """Return a result for each image of what `Encode` made."""

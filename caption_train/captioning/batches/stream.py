@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
@@ -11,7 +10,7 @@ from typing import Any, Literal
 from torch.utils.data import Dataset, Sampler
 
 from caption_train.captioning.batches.encoding import ImageFiles
-from caption_train.captioning.batches.size import BatchSize, OutOfMemoryError, free_memory
+from caption_train.captioning.batches.size import BatchSize, OutOfMemoryError
 from caption_train.captioning.generate import CaptionRun
 from caption_train.captioning.plan import CaptionResult, Unreadable
 from caption_train.captioning.prompts import Task
@@ -58,11 +57,7 @@ def caption_stream(
             line = size.halve()
         else:
             return
-        # Outside of the except block, where the traceback would keep the batch's tensors alive.
-        if run.graphs:
-            run.graphs.free()
-        free_memory(run.model.device)
-        print(line, file=sys.stderr)
+        run.make_room(line)
 
 
 class _Batches(Sampler):
