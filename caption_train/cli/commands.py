@@ -15,6 +15,7 @@ from caption_train.errors import UsageError
 from caption_train.families import FAMILIES, get_family
 from caption_train.system.console import print_result, set_quiet
 from caption_train.system.launcher import program_name, start_command
+from caption_train.system.memory import pausing_garbage_collection
 from caption_train.system.processes import refuse_several_processes
 from caption_train.version import __version__
 
@@ -170,9 +171,10 @@ def train_main(family_name: str, argv: Sequence[str] | None = None, prog: str | 
         from caption_train.training.run.reading import read_ahead
 
         ahead = read_ahead(options)
-        from caption_train.training.failures import explain_lost_process
-        from caption_train.training.monitor.console import print_summary
-        from caption_train.training.prepare import prepare_training
+        with pausing_garbage_collection():
+            from caption_train.training.failures import explain_lost_process
+            from caption_train.training.monitor.console import print_summary
+            from caption_train.training.prepare import prepare_training
 
         with explain_lost_process(options.output_dir, options.rank_timeout):
             trainer = prepare_training(options, family, ahead)

@@ -17,12 +17,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from caption_train.data.formats import HEIF_SUFFIXES, UNREAD_SUFFIXES, advise_unread
 from caption_train.data.pairs import Pair
 from caption_train.errors import CaptionTrainError
-from caption_train.packed import open_regular
+from caption_train.packed import PackedFile, open_regular
 from caption_train.system.console import ProgressBar, escape_unprintable
+from caption_train.system.files import TooLarge, read_regular_file
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
 _HEIF = "HEIF"
 BACKGROUND = (255, 255, 255)
+_EMPTY = "empty (0 bytes)"
+_MOST_IN_MEMORY = 64 << 20
+"""Bytes of a file that is read as a whole to be checked."""
 _PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
@@ -104,15 +108,37 @@ def inspect_image(path: Path | str) -> tuple[str, int]:
     Raises:
         ImageError: as `open_image`.
     """
-    with _opening(path, in_memory=_MOST_IN_MEMORY) as (file, image):
+    with _explaining(path):
+        # As a whole, if it is not very large: decoder and hash ask the system for a few bytes at a time.
+        content = _read_whole(path)
+        if content is None:
+            with open_regular(path) as file:
+                return hashlib.file_digest(file, "sha256").hexdigest(), _try_decoding(file, path)
+        if not content:
+            raise ValueError(_EMPTY)
+        return hashlib.sha256(content).hexdigest(), _try_decoding(io.BytesIO(content), path)
+
+
+def _read_whole(path: Path | str) -> bytes | None:
+    """Return the bytes of a regular file; None if it is larger than _MOST_IN_MEMORY."""
+    if isinstance(path, PackedFile):
+        return path.read_bytes()
+    with suppress(TooLarge):
+        return read_regular_file(path, _MOST_IN_MEMORY)
+    return None
+
+
+def _try_decoding(file: IO[bytes], path: Path | str) -> int:
+    """Decode an image, and return how many pixels it has."""
+    file.seek(0)
+    with Image.open(file, formats=_find_formats(path)) as image:
         pixels = image.width * image.height
         if image.format in ("JPEG", "MPO"):
             image.draft("L", (1, 1))
         image.load()
         if image.mode not in _PLAIN_MODES:
             _to_rgb(image)
-        file.seek(0)
-        return hashlib.file_digest(file, "sha256").hexdigest(), pixels
+        return pixels
 
 
 def read_size(path: Path | str) -> int:
@@ -124,27 +150,21 @@ def read_size(path: Path | str) -> int:
         return 0
 
 
-_MOST_IN_MEMORY = 64 << 20
-"""Bytes of a file that is read as a whole: decoder and hash ask the system for a few of them at a time."""
+@contextmanager
+def _opening(path: Path | str) -> Iterator[tuple[IO[bytes], Image.Image]]:
+    """Open an image file and close it again; turn every error into an ImageError."""
+    with _explaining(path), open_regular(path) as file:
+        if not _size_of(file):
+            raise ValueError(_EMPTY)
+        with Image.open(file, formats=_find_formats(path)) as image:
+            yield file, image
 
 
 @contextmanager
-def _opening(path: Path | str, *, in_memory: int = 0) -> Iterator[tuple[IO[bytes], Image.Image]]:
-    """Open an image file and close it again; turn every error into an ImageError.
-
-    Args:
-        path: the file.
-        in_memory: a file of so many bytes or fewer is read at once.
-    """
+def _explaining(path: Path | str) -> Iterator[None]:
+    """Turn every error into an ImageError that begins with the path of the image."""
     try:
-        with open_regular(path) as file:
-            size = _size_of(file)
-            if not size:
-                raise ValueError("empty (0 bytes)")
-            if size <= in_memory:
-                file = io.BytesIO(file.read())
-            with Image.open(file, formats=_find_formats(path)) as image:
-                yield file, image
+        yield
     # Pillow's decoders raise errors of any type for damaged files, not only OSError.
     except Exception as error:
         reason = _reason(error)

@@ -6,6 +6,7 @@ from caption_train.adapters.record import Base
 from caption_train.captioning.engines.engine import Engine
 from caption_train.config.captioning import CaptionOptions
 from caption_train.families.base import Family
+from caption_train.system.memory import pausing_garbage_collection
 from caption_train.system.processes import Processes
 
 
@@ -16,5 +17,6 @@ def make_engine(family: Family, base: Base, options: CaptionOptions, processes: 
     elif options.engine == "ray":
         from caption_train.captioning.engines.cluster.engine import RayEngine as Chosen
     else:
-        from caption_train.captioning.engines.local import LocalEngine as Chosen
+        with pausing_garbage_collection():
+            from caption_train.captioning.engines.local import LocalEngine as Chosen
     return Chosen(family, base, options, processes)

@@ -23,6 +23,7 @@ from caption_train.captioning.prompts import Task
 from caption_train.errors import UsageError
 from caption_train.system.console import print_line
 from caption_train.system.devices import choose_device
+from caption_train.system.memory import pausing_garbage_collection
 from caption_train.system.workers import choose_workers
 
 
@@ -51,7 +52,9 @@ class LocalEngine(Engine):
 
     def open(self) -> list[str]:
         """Load the model; see `Engine.open`."""
-        model, processor = load_captioner(self.family, self.base, self.options, self.device)
+        # It imports transformers and PEFT.
+        with pausing_garbage_collection():
+            model, processor = load_captioner(self.family, self.base, self.options, self.device)
         self._loaded = model, processor
         self._graphs = DecodeGraphs(model) if self.options.cuda_graphs else None
         return self.family.describe_inputs(processor)

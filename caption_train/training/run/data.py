@@ -1,10 +1,8 @@
 """Reads a run's training and validation pairs, and checks every image before training starts."""
 
-import gc
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from caption_train.data.pairs import Pair
 from caption_train.data.split import fingerprint_named, name_images, split_by_content
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.system.console import escape_unprintable, print_line, print_once, summarize
+from caption_train.system.memory import pausing_garbage_collection
 from caption_train.training.distributed.ranks import check_same_on_all_ranks, raise_on_all_ranks
 from caption_train.training.run.reading import Ahead, Unknown, read_pairs
 
@@ -140,7 +139,7 @@ def read_training_data(
         CaptionTrainError: lists all bad rows and files, unless `--on_bad_data skip` leaves them out.
         UsageError: no pair is left, or validation images are needed and there are none.
     """
-    with raise_on_all_ranks(accelerator), _without_garbage_collection():
+    with raise_on_all_ranks(accelerator), pausing_garbage_collection():
         found = (ahead and ahead.take()) or read_pairs(options)
         data = TrainingData(found.train, found.validation, found.problems)
     print_line(*found.notes)
@@ -158,18 +157,6 @@ def read_training_data(
         train = data.train
         data.train = Pairs(train.table, np.repeat(train.rows, weights[train.table.dataset[train.rows]]))
     return data
-
-
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Pause what looks for cycles: among pairs there are none, and it goes through all of torch each time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _refuse_or_report(data: TrainingData, options: TrainOptions, accelerator: Accelerator) -> None:
