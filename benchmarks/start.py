@@ -32,7 +32,7 @@ from caption_train.shards.formats import make_member  # noqa: E402
 FORMS = ("files", "rows", "tars", "parquet")
 IN_FOLDER = 1000
 IN_SHARD = 10_000
-PROBE_SECONDS = 0.25
+PROBE_SECONDS = 1.0
 SETTLED_SECONDS = 3
 """Images that changed less than two seconds ago are not kept in the index."""
 
