@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -96,14 +97,12 @@ def make_shards(root: Path, images: int, form: str) -> None:
             parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=1000)
 
 
-def measure(command: list[str], log: Path, cache: Path) -> dict[str, float]:
-    """Start a run, and end it after its first step; return seconds and the peak of its memory."""
+def measure(command: list[str], code: Path, log: Path, cache: Path) -> dict[str, float]:
+    """Start a run of a checkout, end it after its first step; return seconds and the peak of its memory."""
     environment = os.environ | OFFLINE | {"XDG_CACHE_HOME": str(cache)}
     began = time.perf_counter()
     with (log.parent / "output.txt").open("w") as output:
-        process = subprocess.Popen(
-            command, cwd=Path(command[1]).parent, env=environment, stdout=output, stderr=output
-        )
+        process = subprocess.Popen(command, cwd=code, env=environment, stdout=output, stderr=output)
         peak, most = 0.0, {}
         try:
             while not log.exists() or not log.stat().st_size:
@@ -116,7 +115,8 @@ def measure(command: list[str], log: Path, cache: Path) -> dict[str, float]:
             seconds = time.perf_counter() - began
             spent = read_cpu(process.pid)
         finally:
-            process.kill()
+            for one in reversed(_list_processes(process.pid)):
+                one.kill()
             process.wait()
     return {
         "s": round(seconds, 1),
@@ -126,23 +126,32 @@ def measure(command: list[str], log: Path, cache: Path) -> dict[str, float]:
     }
 
 
+def _list_processes(number: int) -> list[psutil.Process]:
+    """Return a process and its descendants; none if it has ended."""
+    with suppress(psutil.Error):
+        main = psutil.Process(number)
+        return [main, *main.children(recursive=True)]
+    return []
+
+
 def read_memory(number: int) -> list[int]:
     """Return the bytes that a process and its descendants hold, what several share divided among them."""
     held = []
-    try:
-        main = psutil.Process(number)
-        for process in [main, *main.children(recursive=True)]:
+    with suppress(OSError, IndexError):
+        for process in _list_processes(number):
             text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
             held.append(int(text.partition("\nPss:")[2].split()[0]) * 1024)
-    except (OSError, IndexError, psutil.Error):
-        pass
     return held
 
 
 def read_cpu(number: int) -> float:
-    """Return the CPU seconds of a process and of those that it has waited for."""
-    times = psutil.Process(number).cpu_times()
-    return times.user + times.system + times.children_user + times.children_system
+    """Return the CPU seconds of a process and of its descendants, and of those that they have waited for."""
+    spent = 0.0
+    with suppress(psutil.Error):
+        for process in _list_processes(number):
+            times = process.cpu_times()
+            spent += times.user + times.system + times.children_user + times.children_system
+    return spent
 
 
 def main() -> None:
@@ -157,6 +166,7 @@ def main() -> None:
         "--keep", action="store_true", help="use the dataset of an earlier call, and leave it"
     )
     parser.add_argument("--rounds", type=int, default=1, help="how often each start is measured")
+    parser.add_argument("--processes", type=int, default=1, help="training processes, started by torchrun")
     parser.add_argument("--code", type=Path, default=ROOT, help="the checkout to measure")
     parser.add_argument("flags", nargs="*", help="further flags of training, after --")
     args = parser.parse_args()
@@ -174,10 +184,13 @@ def main() -> None:
                 out = args.folder / "out"
                 shutil.rmtree(out, ignore_errors=True)
                 out.mkdir()
-                command = [sys.executable, str(args.code / "train_blip_network.py"), str(data), str(out)]
+                launch = ["-m", "torch.distributed.run", f"--nproc_per_node={args.processes}", "--standalone"]
+                command = [sys.executable, *(launch if args.processes > 1 else ())]
+                command += [str(args.code / "train_blip_network.py"), str(data), str(out)]
                 command += ["--model_id", str(base), "--device", "cpu", *args.flags]
-                found = measure(command, out / "log.jsonl", cache)
+                found = measure(command, args.code, out / "log.jsonl", cache)
                 told = {"images": args.images, "form": args.form, "index": index}
+                told |= {"processes": args.processes} if args.processes > 1 else {}
                 print(json.dumps(told | found), flush=True)
     finally:
         if not args.keep:
