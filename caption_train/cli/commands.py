@@ -168,7 +168,7 @@ def train_main(family_name: str, argv: Sequence[str] | None = None, prog: str | 
             from caption_train.training.plan_command import plan_training
 
             return plan_training(options, family)
-        from caption_train.training.run.reading import read_ahead
+        from caption_train.training.run.ahead import read_ahead
 
         ahead = read_ahead(options)
         with pausing_garbage_collection():

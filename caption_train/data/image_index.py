@@ -62,13 +62,18 @@ def inspect_images(
     Returns:
         For each image its SHA-256 and how many pixels it has, or why it cannot be used.
     """
-    with index or ImageIndex(cache_folder("images") / "index.sqlite") as index:
+    with index or ImageIndex(index_path()) as index:
         found: dict[Path, Any] = dict(index.find(images))
         unknown = [image for image in dict.fromkeys(images) if image not in found]
         if unknown:
             results = check_images(unknown, show_progress=show_progress, inspect=index.inspect)
             found.update(zip(unknown, results, strict=True))
         return [found[image] for image in images]
+
+
+def index_path() -> Path:
+    """Return where this user's index is."""
+    return cache_folder("images") / "index.sqlite"
 
 
 class ImageIndex:

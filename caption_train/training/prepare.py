@@ -43,11 +43,11 @@ from caption_train.training.monitor.validation import Evaluator
 from caption_train.training.optim.optimizer import make_lr_scheduler, make_optimizer
 from caption_train.training.results import check_hub
 from caption_train.training.resume import adopt_batch_size, check_same_run, find_resume_point, resume_run
+from caption_train.training.run.ahead import Ahead
 from caption_train.training.run.batch_plan import BatchPlan
 from caption_train.training.run.batches import CaptionDataset, make_train_dataloader
 from caption_train.training.run.data import TrainingData, read_training_data
 from caption_train.training.run.lengths import describe_padding, measure_lengths
-from caption_train.training.run.reading import Ahead
 from caption_train.training.run.run import TrainingRun
 from caption_train.training.saving import CheckpointSaver
 

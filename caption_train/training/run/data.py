@@ -21,7 +21,9 @@ from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.system.console import escape_unprintable, print_line, print_once, summarize
 from caption_train.system.memory import pausing_garbage_collection
 from caption_train.training.distributed.ranks import check_same_on_all_ranks, raise_on_all_ranks
-from caption_train.training.run.reading import Ahead, Unknown, read_pairs
+from caption_train.training.run.ahead import Ahead
+from caption_train.training.run.reading import read_pairs
+from caption_train.training.run.unknown import Unknown
 
 NEED_VALIDATION = (
     *("validation_split", "validation_dir", "eval_every_n_epochs", "eval_every_n_steps"),

@@ -12,7 +12,8 @@ import pytest
 
 from caption_train.config.training import TrainOptions
 from caption_train.data.image_index import inspect_images
-from caption_train.training.run.reading import read_ahead, read_pairs
+from caption_train.training.run.ahead import read_ahead
+from caption_train.training.run.reading import read_pairs
 from tests.fixtures.paths import REPOSITORY
 from tests.fixtures.runs import write_pairs
 from tests.fixtures.shards import write_tar
@@ -24,7 +25,7 @@ import json, sys, time
 from pathlib import Path
 from caption_train.config.training import TrainOptions
 from caption_train.data import image_index
-from caption_train.training.run.reading import read_ahead
+from caption_train.training.run.ahead import read_ahead
 image_index._RACY_NS = -10**15
 if sys.argv[3:]:
     decode = image_index.inspect_image
