@@ -124,16 +124,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         verb = "--help"
     if verb in for_family and rest and rest[0] in FAMILIES:
         return for_family[verb](rest[0], rest[1:], prog=f"{program_name()} {verb} {rest[0]}")
+    return run(lambda: _tell_or_refuse(verb, rest))
+
+
+def _tell_or_refuse(verb: str, rest: Sequence[str]) -> int:
+    """Print what was asked of the command itself; UsageError for what is no verb."""
     if verb in ("-h", "--help"):
         print(MAIN.format(families="|".join(FAMILIES)))
         return 0
     if verb == "--version":
         print(f"caption-train {__version__}")
         return 0
-    return run(lambda: _refuse_command(verb, rest))
-
-
-def _refuse_command(verb: str, rest: Sequence[str]) -> int:
     if verb in ("train", "caption"):
         named = f"{verb} {rest[0]}: no such family" if rest else f"{verb}: name a family"
         raise UsageError(f"{named}; the families are {', '.join(FAMILIES)}")

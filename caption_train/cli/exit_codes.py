@@ -45,7 +45,12 @@ def _run(work: Callable[[], int], advise: Callable[[], str]) -> int:
         # Captions may contain characters that the terminal's encoding lacks.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return work()
+        try:
+            return work()
+        finally:
+            # Here, and not when Python ends, where a reader that has gone away could not be dealt with.
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except CaptionTrainError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:

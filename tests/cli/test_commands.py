@@ -1,5 +1,6 @@
 """Where errors become exit codes."""
 
+import os
 import subprocess
 import sys
 
@@ -92,3 +93,17 @@ def test_a_reader_that_goes_away_is_no_error():
     command = f'"{sys.executable}" -c "{code}" | head -c 1'
     done = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("x", "")
+
+
+@pytest.mark.parametrize("command", ["-m caption_train", "-m caption_train --version", "inference.py --help"])
+def test_a_reader_that_has_gone_away_is_no_error(command):
+    here, there = os.pipe()
+    os.close(here)
+    # As users have it: with PYTHONUNBUFFERED it is not when Python ends that the text is written.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, *command.split()],
+        **{"cwd": REPOSITORY, "env": environment, "stdout": there, "stderr": subprocess.PIPE},
+    )
+    os.close(there)
+    assert (done.returncode, done.stderr) == (1, b"")
