@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import hashlib
-import io
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +20,7 @@ from caption_train.evaluation.questions import Question
 from caption_train.families.base import Family
 from caption_train.metrics.output_health import REMARKS, find_remarks
 from caption_train.system.console import ProgressBar, escape_unprintable, print_line
-from caption_train.system.files import open_own, parse_json, read_regular_file
+from caption_train.system.files import AppendedRows, parse_rows, read_regular_file
 from caption_train.system.workers import explaining_dead_worker
 
 if TYPE_CHECKING:
@@ -51,7 +48,7 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.path = folder / JOURNAL
         self._made = self._read()
-        self._file: io.FileIO | None = None
+        self._file = AppendedRows(self.path)
 
     def get(self, key: str) -> Made | None:
         """Return the caption under a key, if it was made."""
@@ -64,24 +61,14 @@ class Journal:
             CaptionTrainError: it cannot be written.
         """
         self._made[key] = made
-        row = {"key": key, "text": made.text, "remarks": list(made.remarks), **about}
-        line = (json.dumps(row) + "\n").encode()
         try:
-            if self._file is None:
-                descriptor = open_own(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                # Unbuffered: data that could not be written would raise again when the file is closed.
-                self._file = open(descriptor, "ab", buffering=0)  # noqa: PTH123, SIM115
-                line = b"\n" + line  # A killed process may have left half a line.
-            if self._file.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._file.append({"key": key, "text": made.text, "remarks": list(made.remarks), **about})
         except OSError as error:
             raise CaptionTrainError(f"{self.path}: cannot be written: {error.strerror or error}") from error
 
     def close(self) -> None:
         """Close the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._file.close()
 
     def _read(self) -> dict[str, Made]:
         try:
@@ -92,11 +79,7 @@ class Journal:
             reason = getattr(error, "strerror", None) or error
             raise CaptionTrainError(f"{self.path}: {reason}, where finished captions would be") from error
         made = {}
-        for line in content.split(b"\n"):
-            try:
-                row = parse_json(line)
-            except ValueError:
-                continue  # The last line of a killed process.
+        for row in parse_rows(content.split(b"\n")):
             match row:
                 case {"key": str(key), "text": str(text), "remarks": list(remarks)}:
                     made[key] = Made(text, tuple(remark for remark in REMARKS if remark in remarks))

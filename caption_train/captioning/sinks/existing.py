@@ -5,10 +5,8 @@ the captions before it is written to them, with what was there. The next run of 
 log what is done, and completes what was cut off between the two. Standard library only.
 """
 
-import errno
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from caption_train.captioning.storage.mapping import DiskDict
 from caption_train.config.captioning import CaptionOptions
 from caption_train.errors import CaptionTrainError
 from caption_train.system.console import escape_unprintable, print_line
-from caption_train.system.files import find_matching, open_own, opening_regular_file, parse_json
+from caption_train.system.files import AppendedRows, find_matching, opening_regular_file, parse_rows
 
 _MOST_BYTES = 1 << 30
 _SENTENCE_ENDS = tuple(".!?:;,。！？、，；：")
@@ -103,9 +101,8 @@ class AddedLog:
     def __init__(self, folder: Path, name: str, rank: int, where: str) -> None:
         self._folder = folder
         self._pattern = re.compile(rf"\.{re.escape(name)}\.\d+\.added", re.DOTALL)
-        self._path = folder / f".{name}.{rank}.added"
+        self._file = AppendedRows(folder / f".{name}.{rank}.added", is_synced=True)
         self._where = where
-        self._descriptor: int | None = None
         self.is_complete = False
         """Whether the run was killed at its very end, when all was added and its logs were being deleted."""
 
@@ -147,25 +144,17 @@ class AddedLog:
             self._append({"run": run, "done": True})
 
     def _append(self, row: Mapping[str, Any]) -> None:
-        line = (json.dumps(row) + "\n").encode()
         try:
-            if self._descriptor is None:
-                self._descriptor = open_own(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                line = b"\n" + line  # A killed process may have left half a line.
-            if os.write(self._descriptor, line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self._descriptor)
+            self._file.append(row)
         except OSError as error:
-            shown = escape_unprintable(self._path)
+            shown = escape_unprintable(self._file.path)
             raise CaptionTrainError(
                 f"{self._where}: {shown} cannot be written: {error.strerror or error}"
             ) from error
 
     def close(self) -> None:
         """Close the file."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        self._file.close()
 
     def discard(self) -> None:
         """Delete the logs of all processes: what they say is done, or void."""
@@ -179,7 +168,7 @@ class AddedLog:
     def _read(self, path: Path) -> Iterator[Mapping[str, Any]]:
         try:
             with opening_regular_file(path, _MOST_BYTES, is_own=True) as file:
-                yield from filter(None, map(_parse, file))
+                yield from filter(_is_entry, parse_rows(file))
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise CaptionTrainError(
@@ -188,16 +177,11 @@ class AddedLog:
             ) from error
 
 
-def _parse(line: bytes) -> Mapping[str, Any] | None:
-    try:
-        row = parse_json(line)
-    except ValueError:
-        return None  # The last line of a killed process, which has then added nothing.
+def _is_entry(row: Any) -> bool:
     if not isinstance(row, dict) or not isinstance(row.get("run"), str):
-        return None
-    is_entry = row.get("done") is True or (
+        return False
+    return row.get("done") is True or (
         all(isinstance(row.get(name), str) for name in ("name", "text"))
         and isinstance(row.get("was"), list)
         and all(isinstance(text, str) for text in row["was"])
     )
-    return row if is_entry else None

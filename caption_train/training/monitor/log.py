@@ -1,8 +1,5 @@
 """Writes a run's numbers to `log.jsonl` in the output folder and to the trackers."""
 
-import errno
-import io
-import json
 import math
 import os
 import re
@@ -17,9 +14,9 @@ from accelerate import Accelerator
 from PIL import Image
 
 from caption_train.system.files import (
+    AppendedRows,
     copy_atomically,
     find_free_name,
-    open_own,
     parse_json,
     read_regular_file,
     write_atomically,
@@ -45,24 +42,20 @@ class RunLog:
     def __init__(self, accelerator: Accelerator, output_dir: Path, first_step: int = 0) -> None:
         self.accelerator = accelerator
         self.path = output_dir / LOG_FILE
-        self.file: io.FileIO | None = None
+        self.file: AppendedRows | None = None
         if accelerator.is_main_process:
             with explain_failure(output_dir, LOG_FILE):
                 if first_step == 0:
                     set_log_aside(output_dir)
                 write_atomically(self.path, "".join(_lines_before(self.path, first_step)))
-                descriptor = open_own(self.path, os.O_WRONLY | os.O_APPEND)
-                # Unbuffered: data that could not be written would raise again when the file is closed.
-                self.file = open(descriptor, "ab", buffering=0)  # noqa: PTH123, SIM115
+                self.file = AppendedRows(self.path)
 
     def write(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
         """Log the values of an optimizer step, which is counted from 1; step 0 is the untrained model's."""
         if self.file is not None:
             finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-            line = (json.dumps({"step": step, "epoch": epoch, **finite}) + "\n").encode()
             with explain_failure(self.path.parent, LOG_FILE):
-                if self.file.write(line) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self.file.append({"step": step, "epoch": epoch, **finite})
         self.accelerator.log({**values, "epoch": epoch}, step=step)
 
     def write_samples(self, step: int, samples: Sequence["Sample"], *, with_images: bool = True) -> None:

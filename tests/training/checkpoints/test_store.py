@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from caption_train.errors import CaptionTrainError
-from caption_train.system import files
+from caption_train.system.files import write_atomically
 from caption_train.training.checkpoints import find, store
 from caption_train.training.checkpoints.find import STATE, find_damage, find_latest
 from caption_train.training.checkpoints.progress import Progress
@@ -93,8 +93,8 @@ def test_a_checkpoint_that_is_being_deleted_is_no_damaged_one(tmp_path, monkeypa
 def test_what_a_kill_left_of_a_finished_file_is_cleared(tmp_path):
     process_id = os.fork()
     if process_id == 0:
-        files.os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
-        files.write_atomically(tmp_path / "adapter_model.safetensors", b"weights")
+        os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+        write_atomically(tmp_path / "adapter_model.safetensors", b"weights")
     os.waitpid(process_id, 0)
     assert list(tmp_path.iterdir())
     (tmp_path / ".notes").touch()
@@ -177,7 +177,7 @@ def test_any_refusal_of_the_system_ends_in_one_line(tmp_path, monkeypatch, numbe
     def refuse(descriptor: int) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(files.os, "fsync", refuse)
+    monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(CaptionTrainError) as error:
         write(tmp_path, "step-2", 2)
     monkeypatch.undo()

@@ -16,8 +16,6 @@ from caption_train.system.files import (
     copy_atomically,
     hash_file,
     open_atomically,
-    open_own,
-    read_regular_file,
     write_atomically,
 )
 
@@ -96,29 +94,6 @@ def test_nothing_else_is_written_through_a_link(tmp_path, target, follow_link):
     assert (tmp_path / "real").read_text() == "old" and not (tmp_path / "gone").exists()
 
 
-def test_a_file_of_ours_is_opened_only_where_it_is_one(tmp_path):
-    (tmp_path / "outside").write_text("theirs")
-    (tmp_path / "link").symlink_to("outside")
-    (tmp_path / "dangling").symlink_to("made")
-    (tmp_path / "folder").mkdir()
-    os.mkfifo(tmp_path / "pipe")
-    said = {}
-    for name in ("link", "dangling", "folder", "pipe"):
-        with pytest.raises(OSError) as caught:
-            open_own(tmp_path / name, os.O_RDWR | os.O_CREAT)
-        said[name] = caught.value.strerror
-    assert said == {
-        "link": "is a link",
-        "dangling": "is a link",
-        "folder": "Is a directory",
-        "pipe": "is no regular file",
-    }
-    assert not (tmp_path / "made").exists()
-    with pytest.raises(OSError, match="is a link"):
-        read_regular_file(tmp_path / "link", is_own=True)
-    assert read_regular_file(tmp_path / "link") == b"theirs"
-
-
 def test_what_a_killed_write_left_is_cleared_and_what_is_being_written_is_not(tmp_path):
     others = [".a.txt.swp", ".a.txt.abcdefgh.tmp", "a.txt.abcdefgh.caption-train.tmp", ".b.caption-train.tmp"]
     for name in others:
@@ -141,11 +116,6 @@ def test_what_a_killed_write_left_is_cleared_and_what_is_being_written_is_not(tm
     os.waitpid(writer, 0)
     clear_temporary(tmp_path)
     assert sorted(names_in(tmp_path)) == sorted(others)
-
-
-def test_the_hash_is_sha256(tmp_path):
-    (tmp_path / "a").write_bytes(b"abc")
-    assert hash_file(tmp_path / "a").startswith("ba7816bf8f01cfea414140de5dae2223")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no umask")
