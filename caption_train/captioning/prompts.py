@@ -12,8 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from caption_train.captioning.sinks.caption_paths import CaptionPaths
 from caption_train.captioning.sinks.row_text import make_table
-from caption_train.captioning.sinks.sidecars import Sidecars
 from caption_train.captioning.storage.mapping import DiskDict
 from caption_train.config.captioning import CaptionOptions
 from caption_train.data.formats import TEXT_COLUMNS
@@ -96,7 +96,7 @@ class Prompts:
         self._templates = {key: Template(f"--prompts {key}", text) for key, text in named.items()}
         if options.prompt_template is not None:
             self._templates[""] = Template("--prompt_template", options.prompt_template)
-        self._sidecars = Sidecars(options.caption_extension)
+        self._paths = CaptionPaths(options.caption_extension)
         self._rows: DiskDict[Mapping[str, Any]] = DiskDict()
         source = options.metadata or options.output
         if source and (options.metadata or source.exists()):
@@ -156,7 +156,7 @@ class Prompts:
         return template.fill(values)
 
     def _caption(self, image: Path, row: Mapping[str, Any]) -> str:
-        path = self._sidecars.find(image)
+        path = self._paths.find(image)
         if path is not None:
             return read_caption(path)
         return join_lines(next((row[c] for c in TEXT_COLUMNS if isinstance(row.get(c), str)), ""))

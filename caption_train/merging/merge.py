@@ -5,7 +5,7 @@ from contextlib import closing
 from pathlib import Path
 
 from caption_train.captioning.inputs import find_inputs
-from caption_train.captioning.sinks.sidecars import Sidecars
+from caption_train.captioning.sinks.caption_paths import CaptionPaths
 from caption_train.captioning.storage.names import FirstLines
 from caption_train.config.merging import MergeOptions
 from caption_train.data.formats import describe_unread
@@ -44,5 +44,5 @@ def merge_captions(options: MergeOptions) -> int:
 
 
 def _find_without_file(images: Sequence[Path], extension: str) -> FirstLines:
-    sidecars = Sidecars(extension)
-    return FirstLines(escape_unprintable(image) for image in images if sidecars.find(image) is None)
+    paths = CaptionPaths(extension)
+    return FirstLines(escape_unprintable(image) for image in images if paths.find(image) is None)

@@ -4,8 +4,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from caption_train.captioning.sinks.caption_file import CaptionFile, find_caption
+from caption_train.captioning.sinks.caption_file import CaptionFile
 from caption_train.captioning.sinks.merging import RowMerge
+from caption_train.captioning.sinks.row_file import find_caption
 from caption_train.captioning.sinks.row_text import REPLACED, Row, Table, TextRow
 from caption_train.captioning.storage.mapping import DiskDict
 from caption_train.captioning.storage.names import FirstLines
@@ -54,16 +55,16 @@ class ShardFiles:
         """
         captioned: DiskDict[str] = DiskDict()
         repeated, left = FirstLines(), FirstLines()
-        merge = RowMerge(map(self._output.name_of, images))
+        merge = RowMerge(map(self._output.rows.name_of, images))
         merge.add_new(self._read_shards(captioned, repeated))
         if repeated:
             return {"with several captions, so nothing is written": repeated}
-        for row in self._output.read_rows():
+        for row in self._output.rows.read():
             if self._has_all(row.values, self._output) and row.values["file_name"] not in captioned:
                 captioned[row.values["file_name"]] = "none"
-        self._output.write_merged(merge, lambda table: self._change_rows(table, merge, left))
+        self._output.rows.write(merge, lambda table: self._change_rows(table, merge, left))
         lacking = FirstLines(
-            escape_unprintable(image) for image in images if self._output.name_of(image) not in captioned
+            escape_unprintable(image) for image in images if self._output.rows.name_of(image) not in captioned
         )
         count = len(images) - lacking.total
         print_line(
@@ -120,7 +121,7 @@ class ShardFiles:
     def _read_shards(self, captioned: DiskDict[str], repeated: FirstLines) -> Iterator[Row]:
         """Yield one row for each image that has all its captions, and note its name and shard."""
         for shard, file in self._files.items():
-            for row in file.read_rows():
+            for row in file.rows.read():
                 name = row.values["file_name"]
                 if not self._has_all(row.values, file):
                     continue

@@ -12,8 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from caption_train.captioning.sinks.caption_paths import CaptionPaths
 from caption_train.captioning.sinks.row_text import JsonLines, TextRow
-from caption_train.captioning.sinks.sidecars import Sidecars, encode_caption
+from caption_train.captioning.sinks.sidecars import encode_caption
 from caption_train.data.formats import MAX_CAPTION_BYTES, METADATA_NAME, TEXT_COLUMNS
 from caption_train.data.text import join_lines, read_caption, refuse_odd_characters
 from caption_train.errors import CaptionTrainError, UsageError
@@ -92,11 +93,11 @@ class FileStore(Store):
     def __init__(self, library: Library, extension: str) -> None:
         self._library = library
         self._extension = extension
-        self._sidecars = Sidecars(extension)
+        self._paths = CaptionPaths(extension)
         self._read: dict[Path, tuple[Signature, str]] = {}
 
     def read_all(self, items: Mapping[str, Item]) -> tuple[dict[str, str], dict[str, str]]:
-        self._sidecars = Sidecars(self._extension)  # which lists folders once
+        self._paths = CaptionPaths(self._extension)  # which lists folders once
         captions, problems = {}, {}
         for id, item in items.items():
             try:
@@ -106,7 +107,7 @@ class FileStore(Store):
         return captions, problems
 
     def read(self, item: Item) -> str:
-        found = self._sidecars.find(item.path)
+        found = self._paths.find(item.path)
         return "" if found is None else self._read_file(found)[1]
 
     def clean(self, text: str) -> str:
@@ -118,10 +119,10 @@ class FileStore(Store):
             return list(pool.map(self._write, changes))
 
     def _write(self, change: Change) -> Outcome:
-        path = self._sidecars.caption_path(change.item.path)
+        path = self._paths.path_of(change.item.path)
         try:
             for _ in range(MOST_TRIES):
-                found = self._sidecars.find(change.item.path)
+                found = self._paths.find(change.item.path)
                 was, text = (None, "") if found is None else self._read_file(found)
                 if text != change.base:
                     return Outcome(change, theirs=text)

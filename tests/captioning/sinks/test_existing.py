@@ -11,7 +11,7 @@ import pytest
 
 from caption_train.captioning.outputs import Caption
 from caption_train.captioning.plan import open_keyed_outputs
-from caption_train.captioning.sinks import caption_file, existing, sidecars
+from caption_train.captioning.sinks import caption_file, existing, row_file, sidecars
 from caption_train.captioning.sinks.existing import Existing
 from caption_train.config.captioning import CaptionOptions
 from caption_train.errors import UsageError
@@ -150,7 +150,7 @@ def _die_at(moment):
     targets = [
         (existing.AddedLog, ("note", "mark_done", "discard")),
         (sidecars, ("replace_unchanged", "create_atomically")),
-        (caption_file, ("replace_unchanged", "create_atomically")),
+        (row_file, ("replace_unchanged", "create_atomically")),
         (caption_file.CaptionFile, ("_append", "_discard_journals")),
         (Path, ("unlink",)),
     ]
