@@ -1,26 +1,17 @@
-"""Defines the flags of the training scripts, with the checks that need no model. Standard library only.
+"""Defines the flags of the training scripts. Standard library only.
 
 A field is a flag of the same name: its type parses the value, its metadata holds the help. `check()` returns
 everything that is wrong, one line each, naming the flags.
 """
 
-import os
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from caption_train.config import compatibility
-from caption_train.config.fields import (
-    LARGEST_SEED,
-    CountOrAuto,
-    find_above,
-    find_below,
-    find_not_utf8,
-    flag,
-)
-from caption_train.config.values import PARTS, check_cache, check_part_rates, parse_bytes
-
-METRICS = ("cider", "bleu", "rouge_l", "exact_match")
+from caption_train.config.fields import CountOrAuto, flag
+from caption_train.config.training_checks import find_problems
+from caption_train.config.values import METRICS, PARTS
 
 OPTIMIZERS = ("AdamW", "AdamW8bit", "PagedAdamW", "PagedAdamW8bit", "Flora")
 INITS = ("gaussian", "pissa", "pissa_niter_16", "olora", "eva")
@@ -256,97 +247,4 @@ class TrainOptions:
 
     def check(self) -> list[str]:
         """Return everything that is wrong with these options, one line each."""
-        problems = [
-            f"--{name} is required" for name in ("dataset_dir", "output_dir") if getattr(self, name) is None
-        ]
-        problems += find_not_utf8(self)
-        problems += (
-            find_below(self, 1, *_COUNTS)
-            + find_below(self, 2, "max_length")
-            + find_below(self, 1, "max_pixels")
-        )
-        problems += find_below(self, 0, "keep_tokens", "num_workers", "worker_timeout", "warmup_steps")
-        problems += find_below(self, 0, "weight_decay", "seed")
-        problems += find_above(self, LARGEST_SEED, "seed")
-        problems += [
-            f"--{name} must be above 0, not {getattr(self, name)}"
-            for name in ("learning_rate", "alpha", "max_grad_norm", "lora_plus_ratio")
-            if getattr(self, name) is not None and not getattr(self, name) > 0
-        ]
-        problems += [
-            f"--{name} is a probability from 0 up to, not including, 1; {getattr(self, name)} is not"
-            for name in ("dropout", "caption_dropout")
-            if not 0 <= getattr(self, name) < 1
-        ]
-        problems += [
-            f"--{name} {part}: the parts are {', '.join(PARTS)}"
-            for name in ("train_parts", "quantize_parts")
-            for part in getattr(self, name)
-            if part not in PARTS
-        ]
-        problems += (
-            self._check_datasets()
-            + check_part_rates(self.part_learning_rates, self.train_parts or self.unfrozen_parts)
-            + self._check_validation()
-        )
-        if self.name is not None and (not self.name.strip(". ") or set(self.name) & set("/\\\0")):
-            problems.append(f"--name {self.name!r} cannot begin a folder's name: leave out slashes")
-        if self.keep_tokens and not self.shuffle_captions:
-            problems.append("--keep_tokens only has a meaning with --shuffle_captions")
-        if self.prompt is not None and self.task is not None:
-            problems.append("--prompt and --task name the same thing twice: give one")
-        if self.preset is not None and (self.prompt is not None or self.task is not None):
-            problems.append("--preset is a prompt: drop it, or --prompt and --task")
-        return problems + self._check_sizes() + compatibility.check(self)
-
-    def _check_sizes(self) -> list[str]:
-        problems = check_cache(self.cache_features, self.cache_limit)
-        if self.memory_budget is not None and not self.plan:
-            problems.append("--memory_budget only has a meaning with --plan")
-        if self.memory_budget is not None and parse_bytes(self.memory_budget) is None:
-            problems.append(f"--memory_budget {self.memory_budget} is no size like 8GB, 7.5GiB or 900MB")
-        return problems
-
-    def _check_datasets(self) -> list[str]:
-        folders, weights = [self.dataset_dir, *self.add_dataset], self.dataset_weights
-        problems = [f"--dataset_weights {n}: write whole numbers from 1" for n in weights if n < 1]
-        if weights and len(weights) != len(folders):
-            problems.append(
-                f"--dataset_weights names {len(weights)} weights, but there are {len(folders)} datasets"
-            )
-        real = [os.path.realpath(folder) for folder in folders if folder is not None]
-        twice = {str(folder) for folder in folders if folder and real.count(os.path.realpath(folder)) > 1}
-        return problems + [
-            f"--dataset_dir {folder} is given twice: use --dataset_weights" for folder in sorted(twice)
-        ]
-
-    def _check_validation(self) -> list[str]:
-        problems = [
-            f"--metrics {name}: the metrics are {', '.join(METRICS)}"
-            for name in self.metrics
-            if name not in METRICS
-        ]
-        if not 0 <= self.validation_split < 1:
-            problems.append(
-                f"--validation_split is a fraction, 0 or more and below 1, not {self.validation_split}"
-            )
-        if self.validation_split and self.validation_dir:
-            problems.append("--validation_split and --validation_dir both name validation images: give one")
-        if self.metric_for_best not in ("loss", *self.metrics):
-            problems.append(f"--metric_for_best {self.metric_for_best} is not measured: add it to --metrics")
-        return problems
-
-
-_COUNTS = (
-    *(
-        "rank",
-        "max_bad_steps",
-        "keep_last",
-        "batch_size",
-        "gradient_accumulation_steps",
-        "epochs",
-    ),
-    *("optimizer_rank", "accumulation_rank", "max_pixels", "rank_timeout"),
-    *("save_every_n_epochs", "save_every_n_steps", "sample_every_n_epochs", "sample_every_n_steps"),
-    *("eval_every_n_epochs", "eval_every_n_steps", "metric_samples", "early_stopping_patience"),
-)
+        return find_problems(self) + compatibility.check(self)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from caption_train.config.fields import number
 
 PARTS = ("vision", "projector", "language")
+METRICS = ("cider", "bleu", "rouge_l", "exact_match")
 
 
 def check_part_rates(entries: Sequence[str] | None, train_parts: Sequence[str]) -> list[str]:

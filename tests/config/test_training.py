@@ -55,6 +55,7 @@ def test_defaults_are_fine_and_what_is_required_is_named(options_class, needed):
         ({"seed": 2**32}, "--seed"),
         ({"name": "a/b"}, "--name"),
         ({"weight_decay": -1.0}, "--weight_decay"),
+        ({"max_pixels": 0}, "--max_pixels"),
     ],
 )
 def test_a_training_option_that_cannot_work_is_named_once(changes, flag):

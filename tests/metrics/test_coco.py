@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caption_train.config.training import METRICS
+from caption_train.config.values import METRICS
 from caption_train.metrics.coco import bleu, cider, rouge_l, score_captions
 from caption_train.metrics.ptb_tokenizer import tokenize
 
