@@ -8,7 +8,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tiny tensors gain nothing from threads, and two busy test runs on a few cores lose a factor of ten by them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import shutil
+import sys
 from functools import cache
 
 import hypothesis
@@ -16,11 +18,20 @@ import pytest
 
 from caption_train.errors import UsageError
 from tests.fixtures.browser import SECONDS
+from tests.fixtures.once import make_once
 from tests.fixtures.sample_set import CAPTIONS
+
+SAME = {"vlm": "vlm/qwen3_vl"}
+"""The kind of checkpoint that stands for a family of many."""
 
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
+
+
+def pytest_collection_finish():
+    """Spare the garbage collector, here and in forked processes, the objects of what was imported by now."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,14 +42,35 @@ def _own_cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_curves():
+    """A run's picture takes half a second, which hundreds of runs would add; its own tests draw it."""
+    if "torch" not in sys.modules:
+        yield
+        return
+    from caption_train.system.files import write_atomically
+    from caption_train.training import saving
+    from caption_train.training.monitor.curve import CURVE_FILE
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(
+            saving, "draw_curve", lambda folder, *_: write_atomically(folder / CURVE_FILE, b"not drawn")
+        )
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
     """`tiny_base("blip")`: the folder of a family's tiny base; what is not in examples/ is made once."""
-    from tests.fixtures.bases import find_or_save_base
+    from tests.fixtures.bases import find_base, save_tiny_base
 
-    return cache(
-        lambda family: find_or_save_base(family, tmp_path_factory.mktemp(f"{family.replace('/', '-')}-tiny"))
-    )
+    def find(family):
+        name = f"{family.replace('/', '-')}-tiny"
+        base = find_base(family)
+        return base or make_once(tmp_path_factory, name, lambda folder: save_tiny_base(family, folder))
+
+    find = cache(find)
+    return lambda family: find(SAME.get(family, family))
 
 
 @pytest.fixture(scope="session")
@@ -54,11 +86,12 @@ def pairs_folder(tmp_path_factory):
     """A folder of four pictures with captions beside them, file names sorted as in CAPTIONS."""
     from PIL import Image
 
-    folder = tmp_path_factory.mktemp("pairs with spaces")
-    for index, (colour, caption) in enumerate(CAPTIONS.items()):
-        Image.new("RGB", (48, 32), colour).save(folder / f"{index} {colour}.png")
-        (folder / f"{index} {colour}.txt").write_text(caption + "\n", encoding="utf-8")
-    return folder
+    def save(folder):
+        for index, (colour, caption) in enumerate(CAPTIONS.items()):
+            Image.new("RGB", (48, 32), colour).save(folder / f"{index} {colour}.png")
+            (folder / f"{index} {colour}.txt").write_text(caption + "\n", encoding="utf-8")
+
+    return make_once(tmp_path_factory, "pairs with spaces", save)
 
 
 @pytest.fixture(scope="session")
@@ -66,8 +99,8 @@ def train(tiny_base, pairs_folder, tmp_path_factory):
     """`train("blip", "--epochs", "2", …)` runs the family's script in this process; returns output_dir."""
     from caption_train.cli.commands import train_main
 
-    def run(family, *flags):
-        output_dir = tmp_path_factory.mktemp(f"{family.replace('/', '-')}-lora")
+    def run(family, *flags, output_dir=None):
+        output_dir = output_dir or tmp_path_factory.mktemp(f"{family.replace('/', '-')}-lora")
         paths = ["--dataset_dir", pairs_folder, "--output_dir", output_dir, "--model_id", tiny_base(family)]
         assert train_main(family.partition("/")[0], [*map(str, paths), "--device", "cpu", *flags]) == 0
         return output_dir
@@ -76,12 +109,22 @@ def train(tiny_base, pairs_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def overfitted(train):
+def overfitted(train, tmp_path_factory):
     """`overfitted("blip")`: a LoRA that knows the four pictures by heart, trained at the first call."""
     from tests.fixtures.bases import OVERFIT
 
     flags = ["--batch_size", "4", "--rank", "32", "--dropout", "0", "--seed", "0"]
-    return cache(lambda family: train(family, *flags, *OVERFIT[family.partition("/")[0]]))
+    # Only at the end: a save takes longer than many steps.
+    flags += ["--save_every_n_steps", "999"]
+
+    def find(family):
+        name, learn = f"{family.replace('/', '-')}-lora", OVERFIT[family.partition("/")[0]]
+        return make_once(
+            tmp_path_factory, name, lambda folder: train(family, *flags, *learn, output_dir=folder)
+        )
+
+    find = cache(find)
+    return lambda family: find(SAME.get(family, family))
 
 
 @pytest.fixture

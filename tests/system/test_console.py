@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from caption_train.cli.commands import caption_main
 from caption_train.system import console
 from caption_train.system.console import (
     ProgressBar,
@@ -80,10 +81,9 @@ def test_quiet_commands_print_errors_only(tmp_path):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
 
 
-def test_quiet_still_names_the_images_that_cannot_be_read(tmp_path):
+def test_quiet_still_names_the_images_that_cannot_be_read(tmp_path, capsys, quiet):
     (tmp_path / "broken.png").write_bytes(b"no image")
-    base = str(REPOSITORY / "examples" / "bases" / "blip-tiny")
-    command = [sys.executable, "inference.py", tmp_path, "--base_model", base, "--quiet"]
-    settings = {"cwd": REPOSITORY, "capture_output": True, "text": True, "check": False}
-    done = subprocess.run([*command, "--output", tmp_path / "out.jsonl", "--device", "cpu"], **settings)
-    assert done.returncode == 1 and "broken.png" in done.stderr
+    flags = ["--base_model", REPOSITORY / "examples/bases/blip-tiny", "--output", tmp_path / "out.jsonl"]
+    flags = [*flags, "--device", "cpu", "--num_workers", "0", "--quiet"]
+    assert caption_main("blip", [str(word) for word in (tmp_path, *flags)]) == 1
+    assert "broken.png" in capsys.readouterr().err

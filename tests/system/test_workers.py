@@ -192,7 +192,7 @@ def test_a_worker_that_is_killed_while_a_caption_is_made_or_written_is_one_line(
         children = multiprocessing.active_children()
         if children:
             children[-1].kill()
-            time.sleep(20)
+            time.sleep(3)
         return inner(*arguments, **settings)
 
     owner, name = {"generating": (FakeFamily, "generate"), "writing": (Outputs, "write")}[during]

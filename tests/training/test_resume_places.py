@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -13,23 +14,38 @@ from caption_train.families import get_family
 from caption_train.system.files import follow_pointer
 from caption_train.training.checkpoints.find import find_latest, list_checkpoints, point
 from caption_train.training.monitor.validation import Evaluator
-from tests.fixtures.runs import prepare_run, read_log, train
+from tests.fixtures.runs import make_options, prepare_run, read_log, train
 
 PAIRS = 6
 RUN = {"epochs": 1, "save_every_n_steps": 1, "validation_split": 0.2, "eval_every_n_steps": 1}
 
 
-@pytest.fixture
-def falling(monkeypatch):
-    """Have the second validation be the best of three; before them, the base is measured."""
-    losses = iter([4.0, 3.0, 1.0, 2.0])
-    monkeypatch.setattr(Evaluator, "evaluate", lambda self: {"loss": next(losses)})
+@pytest.fixture(scope="module")
+def falling():
+    """Within it, the second validation is the best of three; before them, the base is measured."""
+
+    @contextmanager
+    def patching():
+        losses = iter([4.0, 3.0, 1.0, 2.0])
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Evaluator, "evaluate", lambda self: {"loss": next(losses)})
+            yield
+
+    return patching
+
+
+@pytest.fixture(scope="module")
+def trained(base, pairs, falling, tmp_path_factory):
+    """The folder of a run, which each test gets a copy of."""
+    folder = tmp_path_factory.mktemp("trained") / "out"
+    with falling():
+        train("blip", make_options("blip", base, pairs, folder, **RUN))
+    return folder
 
 
 @pytest.fixture
-def finished(make, falling, tmp_path):
-    train("blip", make())
-    return tmp_path / "out"
+def finished(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "out", symlinks=True)
 
 
 def resume(make, **changes):
@@ -195,7 +211,8 @@ def test_another_learning_rate_that_is_insisted_on_is_used(finished, make):
 
 @pytest.mark.parametrize("scheduler", ["linear", "cosine"])
 def test_every_schedule_is_stretched_over_more_epochs_at_once(make, falling, capsys, scheduler):
-    train("blip", make(scheduler=scheduler))
+    with falling():
+        train("blip", make(scheduler=scheduler))
     run = resume(make, scheduler=scheduler, epochs=2).run
     assert run.lr_scheduler.get_last_lr()[0] == pytest.approx(5e-4)
     assert "the learning rate along the new schedule: 0.0005 where the old one stood at 0" in (

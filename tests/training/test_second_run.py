@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import stat
 from dataclasses import replace
@@ -16,10 +17,24 @@ from caption_train.training.monitor.log import LOG_FILE
 from caption_train.training.prepare import prepare_training
 from tests.fixtures.forked import start
 from tests.fixtures.kills import die_at
-from tests.fixtures.runs import read_log, train, write_pairs
+from tests.fixtures.runs import make_options, read_log, train, write_pairs
 
 PAIRS = 6
 VALIDATED = {"epochs": 1, "validation_split": 0.2, "eval_every_n_steps": 1, "save_every_n_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def trained(base, pairs, tmp_path_factory):
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("trained") / "out"
+    train("blip", make_options("blip", base, pairs, folder, epochs=1))
+    return folder
+
+
+@pytest.fixture
+def out(trained, tmp_path):
+    """A copy of that folder, where `make` has its runs write."""
+    return shutil.copytree(trained, tmp_path / "out", symlinks=True)
 
 
 def logs(folder) -> dict[str, str]:
@@ -37,9 +52,7 @@ def test_a_second_run_keeps_the_log_of_the_first_and_forgets_its_best(make, tmp_
     assert not os.path.lexists(out / BEST)
 
 
-def test_a_third_run_names_the_log_of_one_that_was_killed_before_it_saved_by_its_date(make, tmp_path):
-    out = tmp_path / "out"
-    train("blip", make(epochs=1))
+def test_a_third_run_names_the_log_of_one_that_was_killed_before_it_saved_by_its_date(make, out, tmp_path):
     first, log = find_last_run(out), (out / LOG_FILE).read_text()
 
     def work():
@@ -55,9 +68,7 @@ def test_a_third_run_names_the_log_of_one_that_was_killed_before_it_saved_by_its
     assert found[date] == killed and date.removeprefix("log-")[:8].isdigit()
 
 
-def test_the_first_run_resumed_gets_its_log_back(make, tmp_path):
-    out = tmp_path / "out"
-    train("blip", make(epochs=1))
+def test_the_first_run_resumed_gets_its_log_back(make, out):
     checkpoint, log = follow_pointer(out / "last"), (out / LOG_FILE).read_text()
     train("blip", make(epochs=1, seed=7))
     second, other = find_last_run(out), (out / LOG_FILE).read_text()
@@ -67,25 +78,25 @@ def test_the_first_run_resumed_gets_its_log_back(make, tmp_path):
     assert found.keys() == {LOG_FILE} and found[LOG_FILE].startswith(log)
 
 
-def test_a_run_resumed_from_elsewhere_keeps_the_log_that_was_there(make, tmp_path):
-    train("blip", make("one", epochs=1))
+def test_a_run_resumed_from_elsewhere_keeps_the_log_that_was_there(make, trained, tmp_path):
     train("blip", make("two", epochs=1, seed=7))
     run, log = find_last_run(tmp_path / "two"), (tmp_path / "two" / LOG_FILE).read_text()
     for _ in range(2):
-        train("blip", make("two", epochs=2, resume=str(tmp_path / "one" / "last")))
+        train("blip", make("two", epochs=2, resume=str(trained / "last")))
         found = logs(tmp_path / "two")
         assert found.pop(f"log-{run}.jsonl") == log and found.keys() == {LOG_FILE}
-        assert found[LOG_FILE].startswith((tmp_path / "one" / LOG_FILE).read_text())
+        assert found[LOG_FILE].startswith((trained / LOG_FILE).read_text())
 
 
 @pytest.mark.parametrize("resumes", [False, True])
 @pytest.mark.parametrize("name", [LOG_FILE, "summary.json", "training_curve.png", "training.json", ".lock"])
-def test_nothing_is_written_through_a_link_of_a_file_of_ours(make, tmp_path, name, resumes):
+def test_nothing_is_written_through_a_link_of_a_file_of_ours(make, trained, tmp_path, name, resumes):
     out, outside = tmp_path / "out", tmp_path / "outside"
-    out.mkdir()
     if resumes:
-        train("blip", make(epochs=1))
+        shutil.copytree(trained, out, symlinks=True)
         (out / name).unlink(missing_ok=True)
+    else:
+        out.mkdir()
     for target in (outside, tmp_path / "nowhere"):
         outside.write_text("theirs")
         (out / name).symlink_to(target)
@@ -115,10 +126,9 @@ def test_images_are_never_trained_into_their_own_folder(make, tmp_path, name):
     assert sorted(images.iterdir()) == before
 
 
-def test_checkpoints_have_the_permissions_of_any_other_file(make, tmp_path):
+def test_checkpoints_have_the_permissions_of_any_other_file(trained, tmp_path):
     (tmp_path / "ordinary").touch()
-    train("blip", make(epochs=1))
-    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    files = [path for path in trained.rglob("*") if path.is_file()]
     modes = {stat.S_IMODE(path.stat().st_mode) for path in files}
     assert any(path.suffix == ".safetensors" for path in files)
     assert modes == {stat.S_IMODE((tmp_path / "ordinary").stat().st_mode)}

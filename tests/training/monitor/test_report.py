@@ -1,10 +1,12 @@
 """report.html of a run: it grows at each validation, costs no captions, and never ends a run."""
 
 import itertools
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
 
+from caption_train.config.training import TrainOptions
 from caption_train.reporting import page as page_module
 from caption_train.reporting.page import read_gallery
 from caption_train.training.monitor import report as report_module
@@ -13,23 +15,63 @@ from caption_train.training.monitor.report import MOST_COLUMNS, Column, RunRepor
 from tests.fixtures.runs import assert_same_run, make_options, read_log, train, write_pairs
 
 
-@pytest.fixture
-def data(tmp_path):
-    return write_pairs(tmp_path / "images", 8)
+@pytest.fixture(autouse=True, scope="module")
+def short_captions():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(validation, "MAX_NEW_TOKENS", 8)
+        yield
 
 
-@pytest.fixture
-def options(data, tmp_path, base):
-    def make(name="lora", **changes):
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_pairs(tmp_path_factory.mktemp("data") / "images", 8)
+
+
+@pytest.fixture(scope="module")
+def make(data, base):
+    def make(output_dir, **changes):
         settings = {"validation_split": 0.5, "metrics": ["cider", "exact_match"], "epochs": 3, **changes}
-        return make_options("blip", base, data, tmp_path / name, **settings)
+        return make_options("blip", base, data, output_dir, **settings)
 
     return make
 
 
-def test_the_report_shows_each_validation(options):
-    chosen = options()
-    train("blip", chosen)
+@pytest.fixture
+def options(make, tmp_path):
+    return lambda name="lora", **changes: make(tmp_path / name, **changes)
+
+
+@dataclass
+class Watched:
+    """A run, how many columns its report had each time that it was written, and how many captions it made."""
+
+    options: TrainOptions
+    columns: list[int] = field(default_factory=list)
+    captioned: int = 0
+
+
+@pytest.fixture(scope="module")
+def watched(make, tmp_path_factory):
+    run = Watched(make(tmp_path_factory.mktemp("watched") / "whole"))
+    write, caption = page_module.write_report, validation.caption_items
+
+    def note(path, report):
+        write(path, report)
+        run.columns.append(len(read_gallery(path)["columns"]))
+
+    def count(trained, family, items, prompts):
+        run.captioned += len(items)
+        return caption(trained, family, items, prompts)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(report_module, "write_report", note)
+        patched.setattr(validation, "caption_items", count)
+        train("blip", run.options)
+    return run
+
+
+def test_the_report_shows_each_validation(watched):
+    chosen = watched.options
     gallery = read_gallery(chosen.output_dir / "report.html")
     assert gallery["columns"] == ["before training", "step 2", "step 4", "step 6"]
     assert len(gallery["items"]) == 4 and all(len(item["answers"]) == 4 for item in gallery["items"])
@@ -42,32 +84,16 @@ def test_the_report_shows_each_validation(options):
     assert f"{last['eval_loss']:.3f}" in text
 
 
-def test_it_grows_while_the_run_is_at_work(options, monkeypatch):
-    seen, write = [], page_module.write_report
-
-    def note(path, report):
-        write(path, report)
-        seen.append(len(read_gallery(path)["columns"]))
-
-    monkeypatch.setattr(report_module, "write_report", note)
-    train("blip", options())
-    assert seen == [1, 2, 3, 4]
+def test_it_grows_while_the_run_is_at_work(watched):
+    assert watched.columns == [1, 2, 3, 4]
 
 
-def test_it_makes_no_captions_of_its_own(options, monkeypatch):
-    counted, caption = [], validation.caption_items
-
-    def count(run, family, items, prompts):
-        counted.append(len(items))
-        return caption(run, family, items, prompts)
-
-    monkeypatch.setattr(validation, "caption_items", count)
-    train("blip", options())
-    assert sum(counted) == 4 * 4
-    counted.clear()
-    train("blip", options("other", metrics=[]))
-    assert counted == []
-    page = (options("other").output_dir / "report.html").read_text()
+def test_it_makes_no_captions_of_its_own(watched, options, monkeypatch):
+    assert watched.captioned == 4 * 4
+    chosen = options(metrics=[], epochs=1)
+    monkeypatch.setattr(validation, "caption_items", lambda *_: pytest.fail("a caption is made"))
+    train("blip", chosen)
+    page = (chosen.output_dir / "report.html").read_text()
     assert "Loss per token" in page and 'id="gallery"' not in page
 
 
@@ -86,10 +112,8 @@ def test_without_validation_images_there_is_none(options):
     assert "report.html" not in (chosen.output_dir / "README.md").read_text()
 
 
-def test_a_report_that_cannot_be_written_changes_nothing_else(options, monkeypatch, capsys):
-    good, bad = options("good"), options("bad")
-    train("blip", good)
-    capsys.readouterr()
+def test_a_report_that_cannot_be_written_changes_nothing_else(watched, options, monkeypatch, capsys):
+    good, bad = watched.options, options("bad")
 
     def fail(path, report):
         raise OSError(28, "No space left on device")
@@ -110,9 +134,8 @@ def test_whatever_is_wrong_with_a_report_the_run_goes_on(options, monkeypatch, e
     assert train("blip", options(epochs=1))["global_step"] == 2
 
 
-def test_the_card_links_the_report_and_takes_pictures_from_it(options):
-    chosen = options()
-    train("blip", chosen)
+def test_the_card_links_the_report_and_takes_pictures_from_it(watched):
+    chosen = watched.options
     card = (chosen.output_dir / "README.md").read_text()
     assert "[report.html](report.html)" in card
     rows = [line for line in card.splitlines() if line.startswith("| ![](samples/")]
@@ -122,9 +145,8 @@ def test_the_card_links_the_report_and_takes_pictures_from_it(options):
         assert item["references"][0] in row and item["answers"][-1][0][:20] in row
 
 
-def test_a_resumed_run_goes_on_with_the_report(options):
-    whole, cut = options("whole", epochs=4), options("cut", epochs=4)
-    train("blip", whole)
+def test_a_resumed_run_goes_on_with_the_report(watched, options):
+    whole, cut = watched.options, options("cut")
 
     def stop(self, step):
         if step == 3:
@@ -139,9 +161,9 @@ def test_a_resumed_run_goes_on_with_the_report(options):
         )
         with pytest.raises(KeyboardInterrupt):
             train("blip", cut)
-    train("blip", options("cut", epochs=4, resume="auto"))
+    train("blip", options("cut", resume="auto"))
     one, other = (read_gallery(run.output_dir / "report.html") for run in (whole, cut))
-    assert one["columns"] == other["columns"] and len(one["columns"]) == 5
+    assert one["columns"] == other["columns"] and len(one["columns"]) == 4
     assert one["items"] == other["items"]
     summary = [
         (run.output_dir / "report.html").read_text().partition('<h2 id="run-')[0] for run in (whole, cut)
