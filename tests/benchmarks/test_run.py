@@ -1,7 +1,11 @@
 """The speed benchmark does what it says on the tiny bases. How long anything takes is no verdict here."""
 
 import json
+import os
+import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from PIL import Image
 from transformers import BlipForConditionalGeneration, Florence2ForConditionalGeneration
 
 from benchmarks import draft_decode, run
+from benchmarks.speed import rows, worker
 from benchmarks.speed.bases import make_adapter, make_base
 from benchmarks.speed.captioning_sides import make_pipeline
 from benchmarks.speed.photos import SIZES, write_photos
@@ -21,6 +26,8 @@ from benchmarks.speed.rows import (
     make_training_row,
     measure_row,
 )
+from benchmarks.speed.sides import Side
+from tests.fixtures.forked import start
 
 ONCE = Effort(0, least=1, most=1)
 
@@ -30,7 +37,43 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("speed")
 
 
-def test_the_sides_of_training_take_the_same_steps(folder):
+class ForkedSide(Side):
+    """A side in a fork of this process, which has imported already what a new one would import."""
+
+    def __init__(self, spec):
+        (read_commands, write_commands), (read_answers, write_answers) = os.pipe(), os.pipe()
+
+        def work():
+            # Else this process would not see that the other one is gone.
+            os.close(write_commands)
+            os.dup2(read_commands, 0)
+            os.dup2(write_answers, 1)
+            sys.stdin, sys.argv = os.fdopen(0), ["worker", json.dumps(spec)]
+            worker.main()
+
+        child = start(work, Path(os.devnull))
+        os.close(read_commands)
+        os.close(write_answers)
+        self.process = SimpleNamespace(
+            stdin=os.fdopen(write_commands, "w"),
+            stdout=os.fdopen(read_answers),
+            stderr=None,
+            wait=child.wait,
+            kill=child.kill,
+            communicate=child.wait,
+        )
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Have sides fork, but for one that is not there: that its process fails is told by its last line."""
+    monkeypatch.setattr(rows, "Side", lambda spec: (Side if spec["side"] == ABSENT else ForkedSide)(spec))
+
+
+ABSENT = "no such side"
+
+
+def test_the_sides_of_training_take_the_same_steps(folder, forked):
     row = replace(make_training_row("blip-tiny", 2, "no", photos=4), sides=("ours", "Trainer"))
     found = measure_row(row, folder, "cpu", ONCE)
     assert found["sides"]["Trainer"]["largest_loss_difference"] < 1e-5
@@ -39,17 +82,17 @@ def test_the_sides_of_training_take_the_same_steps(folder):
     assert all(side["peak_bytes"] > 1e8 and side["cpu_seconds"] > 0 for side in found["sides"].values())
 
 
-def test_kept_features_give_the_losses_of_computed_ones(folder):
+def test_kept_features_give_the_losses_of_computed_ones(folder, forked):
     found = measure_row(make_frozen_row("blip-tiny", 1, "no"), folder, "cpu", ONCE)
     assert found["sides"]["features computed"]["largest_loss_difference"] < 1e-5
 
 
-def test_the_sides_of_captioning_make_the_same_tokens_and_one_that_fails_is_named(folder):
+def test_the_sides_of_captioning_make_the_same_tokens_and_one_that_fails_is_named(folder, forked):
     row = make_captioning_row("florence-tiny", 2)
-    row = replace(row, sides=("ours", "one at a time", "no such side"))
+    row = replace(row, sides=("ours", "one at a time", ABSENT))
     found = measure_row(row, folder, "cpu", ONCE)
     assert found["sides"]["one at a time"]["images_with_other_tokens"] == 0
-    assert "no such side" in found["sides"]["no such side"]["error"]
+    assert ABSENT in found["sides"][ABSENT]["error"]
     assert "does not run" in render({"cpu": {"machine": describe_machine("cpu", "run.py"), row.name: found}})
 
 

@@ -407,19 +407,19 @@ def test_ten_thousand_images_are_listed_and_filtered_in_pages(serve, tmp_path, c
     first = write_image(folder / "0.png", "red", (8, 8))
     for number in range(1, 10_000):
         (folder / f"{number}.png").hardlink_to(first)
-        if number % 2:
+        if number % 10 == 9:
             (folder / f"{number}.txt").write_text(f"caption {number}, tag\n")
     started = time.monotonic()
     page = serve(folder)
     opened = time.monotonic() - started
     ids = page.get("ids", state="empty")["ids"]
-    assert len(ids) == 5_000
+    assert len(ids) == 9_000
     assert len(page.get("items", ids=",".join(page.get("ids")["ids"][:250]))["items"]) == 200
     answer = page.post("preview", ids=page.get("ids")["ids"], find="tag", replace="label").json()
-    assert (answer["count"], len(answer["changes"])) == (5_000, 200)
+    assert (answer["count"], len(answer["changes"])) == (1_000, 200)
     started = time.monotonic()
-    assert page.post("replace", preview=answer["preview"]).json()["done"] == 5_000
+    assert page.post("replace", preview=answer["preview"]).json()["done"] == 1_000
     replaced = time.monotonic() - started
     assert (folder / "9999.txt").read_text() == "caption 9999, label\n"
     with capsys.disabled():
-        print(f"\n10,000 images: opened in {opened:.2f} s, 5,000 captions replaced in {replaced:.2f} s")
+        print(f"\n10,000 images: opened in {opened:.2f} s, 1,000 captions replaced in {replaced:.2f} s")

@@ -4,17 +4,23 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import shutil
 import socket
-import subprocess
 import sys
+from functools import partial
 
 import pytest
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from accelerate.commands.launch import _validate_launch_command, launch_command, launch_command_parser
+from accelerate.utils.launch import (
+    prepare_deepspeed_cmd_env,
+    prepare_multi_gpu_env,
+    prepare_simple_launcher_cmd_env,
+)
 
 from caption_train.system.launcher import asks_for
 from caption_train.training.distributed import deepspeed, fsdp
+from tests.fixtures.forked import start
 from tests.fixtures.paths import REPOSITORY
 
 CONFIGS = {path.name: path for path in (REPOSITORY / "examples" / "accelerate").iterdir()}
@@ -76,6 +82,25 @@ def find_port() -> str:
         return str(probe.getsockname()[1])
 
 
+def launch(name: str, rank: int, *script: str) -> None:
+    """Do what `accelerate launch` does with a configuration, on this machine as number `rank`."""
+    machines, processes = CLAIMS[name]["num_machines"], min(CLAIMS[name]["num_processes"], 2)
+    flags = ["--config_file", str(CONFIGS[name])]
+    if machines > 1:
+        flags += ["--main_process_ip", "127.0.0.1", "--num_processes", str(processes)]
+        flags += ["--machine_rank", str(rank)]
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    arguments = launch_command_parser().parse_args([*flags, *script])
+    if name == "one_gpu.yaml":
+        # One process: what it starts the script with is an environment.
+        command, environment = prepare_simple_launcher_cmd_env(_validate_launch_command(arguments)[0])
+        os.environ |= environment
+        sys.argv = command[1:]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    else:
+        launch_command(arguments)
+
+
 @pytest.mark.parametrize("name", CLAIMS)
 def test_a_run_launched_with_a_configuration_trains_also_on_cpus(name, tmp_path):
     if name == "deepspeed.yaml" and importlib.util.find_spec("deepspeed") is None:
@@ -84,26 +109,13 @@ def test_a_run_launched_with_a_configuration_trains_also_on_cpus(name, tmp_path)
     data.mkdir()
     for picture in sorted((examples / "shapes" / "train").iterdir())[:8]:
         shutil.copy(picture, data)
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    launch += ["--config_file", str(CONFIGS[name]), "--main_process_port", find_port()]
+    script = ["--main_process_port", find_port(), str(REPOSITORY / "train_blip_network.py")]
+    script += [str(data), str(output), "--model_id", str(examples / "bases" / "blip-tiny"), "--epochs", "1"]
     machines, processes = CLAIMS[name]["num_machines"], min(CLAIMS[name]["num_processes"], 2)
-    if machines > 1:
-        launch += ["--main_process_ip", "127.0.0.1", "--num_processes", str(processes)]
-    script = [str(REPOSITORY / "train_blip_network.py"), str(data), str(output)]
-    script += ["--model_id", str(examples / "bases" / "blip-tiny"), "--epochs", "1"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [*launch, *(["--machine_rank", str(rank)] if machines > 1 else []), *script],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(machines)
-    ]
-    words = [process.communicate(timeout=240)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * machines, "\n".join(words)
+    logs = [tmp_path / f"log-{rank}" for rank in range(machines)]
+    started = [start(partial(launch, name, rank, *script), log) for rank, log in enumerate(logs)]
+    codes, words = [child.wait() for child in started], [log.read_text() for log in logs]
+    assert codes == [0] * machines, "\n".join(words)
     way = {"fsdp.yaml": "FSDP", "deepspeed.yaml": "DeepSpeed"}.get(name)
     assert re.findall(r"sharded by (\w+)", words[0]) == ([way] if way else [])
     assert f"{processes} processes" in " ".join(words[0].split()) or processes == 1

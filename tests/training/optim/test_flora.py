@@ -1,9 +1,6 @@
 """The compression against the paper's formulas, and several processes against one."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,9 +10,9 @@ from hypothesis import strategies as st
 
 from caption_train.training.distributed.accelerator import make_accelerator
 from caption_train.training.optim.flora import CompressedAccelerator, Flora
+from tests.fixtures.forked import start_ranks
 from tests.fixtures.network import Run, make_network, make_options, make_updates
-from tests.fixtures.paths import REPOSITORY
-from tests.fixtures.train_on_ranks import SETUPS
+from tests.fixtures.train_on_ranks import SETUPS, train_on_rank
 
 RANKS = 2
 
@@ -23,16 +20,8 @@ RANKS = 2
 @pytest.fixture(scope="module")
 def on_ranks(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    worker = REPOSITORY / "tests" / "fixtures" / "train_on_ranks.py"
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}", str(worker)]
-    done = subprocess.run(
-        [sys.executable, *command, str(folder)],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    ranks = start_ranks(RANKS, lambda: train_on_rank(folder), folder / "log")
+    assert [rank.wait() for rank in ranks] == [0] * RANKS, (folder / "log").read_text()
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 
