@@ -40,7 +40,7 @@ def test_a_dataset_becomes_an_adapter_and_captions_under_the_rules_of_windows(tm
     commands = [
         ["compile", str(images)],
         [*train, "--epochs", "1", "--num_workers", "1"],
-        [*train, "--epochs", "2", "--resume", "auto", "--resume_anyway"],
+        [*train, "--epochs", "2", "--resume", "auto", "--resume_anyway", "--num_workers", "0"],
         [*caption, str(images), "--save_captions"],
         [
             *caption,

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from dataclasses import replace
-from pathlib import Path
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import BlipForConditionalGeneration, Florence2ForConditionalGeneration
 
 from benchmarks import draft_decode, run
-from benchmarks.speed import rows, worker
+from benchmarks.speed import limit, rows, worker
 from benchmarks.speed.bases import make_adapter, make_base
 from benchmarks.speed.captioning_sides import make_pipeline
 from benchmarks.speed.photos import SIZES, write_photos
@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 class ForkedSide(Side):
     """A side in a fork of this process, which has imported already what a new one would import."""
 
-    def __init__(self, spec):
+    def __init__(self, spec, log):
         (read_commands, write_commands), (read_answers, write_answers) = os.pipe(), os.pipe()
 
         def work():
@@ -51,26 +51,28 @@ class ForkedSide(Side):
             sys.stdin, sys.argv = os.fdopen(0), ["worker", json.dumps(spec)]
             worker.main()
 
-        child = start(work, Path(os.devnull))
+        log.touch()
+        child = start(work, log)
         os.close(read_commands)
         os.close(write_answers)
-        self.process = SimpleNamespace(
-            stdin=os.fdopen(write_commands, "w"),
-            stdout=os.fdopen(read_answers),
-            stderr=None,
-            wait=child.wait,
-            kill=child.kill,
-            communicate=child.wait,
-        )
+        ends = {"stdin": os.fdopen(write_commands, "w"), "stdout": os.fdopen(read_answers)}
+        # Waited for once, when it is closed.
+        calls = {"wait": int, "kill": child.kill, "communicate": child.wait}
+        self.process = SimpleNamespace(**ends, **calls, stderr=log.open())
 
 
 @pytest.fixture
-def forked(monkeypatch):
-    """Have sides fork, but for one that is not there: that its process fails is told by its last line."""
-    monkeypatch.setattr(rows, "Side", lambda spec: (Side if spec["side"] == ABSENT else ForkedSide)(spec))
+def forked(monkeypatch, tmp_path):
+    logs = (tmp_path / f"side-{number}" for number in count())
+    monkeypatch.setitem(limit.PRODUCT, "cpu", 128)
+    monkeypatch.setattr(rows, "Side", lambda spec: ForkedSide(spec, next(logs)))
 
 
-ABSENT = "no such side"
+def test_a_side_whose_process_fails_says_its_last_line():
+    side = Side({"row": "no such row"})
+    with pytest.raises(RuntimeError, match="no such row"):
+        side.answer()
+    side.close()
 
 
 def test_the_sides_of_training_take_the_same_steps(folder, forked):
@@ -89,10 +91,10 @@ def test_kept_features_give_the_losses_of_computed_ones(folder, forked):
 
 def test_the_sides_of_captioning_make_the_same_tokens_and_one_that_fails_is_named(folder, forked):
     row = make_captioning_row("florence-tiny", 2)
-    row = replace(row, sides=("ours", "one at a time", ABSENT))
+    row = replace(row, sides=("ours", "one at a time", "no such side"))
     found = measure_row(row, folder, "cpu", ONCE)
     assert found["sides"]["one at a time"]["images_with_other_tokens"] == 0
-    assert ABSENT in found["sides"][ABSENT]["error"]
+    assert "no such side" in found["sides"]["no such side"]["error"]
     assert "does not run" in render({"cpu": {"machine": describe_machine("cpu", "run.py"), row.name: found}})
 
 

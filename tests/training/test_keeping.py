@@ -13,6 +13,7 @@ from PIL import Image
 
 from caption_train.data import images
 from caption_train.families import FAMILIES, get_family
+from caption_train.training.monitor import validation
 from tests.fixtures.runs import (
     assert_same_run,
     make_options,
@@ -92,7 +93,8 @@ def test_a_run_that_keeps_nothing_is_the_same_run(options, tmp_path, changes):
     assert_same_run(tmp_path / "kept", tmp_path / "again")
 
 
-def test_validation_metrics_and_previews_take_kept_features_too(options, tmp_path, opened):
+def test_validation_metrics_and_previews_take_kept_features_too(options, tmp_path, opened, monkeypatch):
+    monkeypatch.setattr(validation, "MAX_NEW_TOKENS", 8)
     watched = {
         "validation_split": 0.4,
         "metrics": ["exact_match"],

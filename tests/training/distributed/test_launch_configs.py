@@ -9,6 +9,7 @@ import shutil
 import socket
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command, launch_command_parser
@@ -20,7 +21,7 @@ from accelerate.utils.launch import (
 
 from caption_train.system.launcher import asks_for
 from caption_train.training.distributed import deepspeed, fsdp
-from tests.fixtures.forked import start
+from tests.fixtures.forked import Child, start, start_ranks
 from tests.fixtures.paths import REPOSITORY
 
 CONFIGS = {path.name: path for path in (REPOSITORY / "examples" / "accelerate").iterdir()}
@@ -84,21 +85,34 @@ def find_port() -> str:
 
 def launch(name: str, rank: int, *script: str) -> None:
     """Do what `accelerate launch` does with a configuration, on this machine as number `rank`."""
-    machines, processes = CLAIMS[name]["num_machines"], min(CLAIMS[name]["num_processes"], 2)
     flags = ["--config_file", str(CONFIGS[name])]
-    if machines > 1:
-        flags += ["--main_process_ip", "127.0.0.1", "--num_processes", str(processes)]
-        flags += ["--machine_rank", str(rank)]
+    if CLAIMS[name]["num_machines"] > 1:
+        flags += ["--main_process_ip", "127.0.0.1", "--num_processes", "2", "--machine_rank", str(rank)]
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    arguments = launch_command_parser().parse_args([*flags, *script])
+    launch_command(launch_command_parser().parse_args([*flags, *script]))
+
+
+def run_in_environment(name: str, *script: str) -> None:
+    """Do what a process does that `accelerate launch` starts with a configuration."""
+    arguments = launch_command_parser().parse_args(["--config_file", str(CONFIGS[name]), *script])
+    chosen = _validate_launch_command(arguments)[0]
     if name == "one_gpu.yaml":
-        # One process: what it starts the script with is an environment.
-        command, environment = prepare_simple_launcher_cmd_env(_validate_launch_command(arguments)[0])
-        os.environ |= environment
-        sys.argv = command[1:]
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        os.environ |= prepare_simple_launcher_cmd_env(chosen)[1]
     else:
-        launch_command(arguments)
+        os.environ |= prepare_multi_gpu_env(chosen)
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    sys.argv = [chosen.training_script, *chosen.training_script_args]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def start_all(name: str, script: list[str], folder: Path) -> list[Child]:
+    """Start a run: by the launcher for FSDP and on two machines, else in forks, which saves the imports."""
+    if name == "one_gpu.yaml":
+        return [start(partial(run_in_environment, name, *script), folder / "log-0")]
+    if name == "multi_gpu.yaml":
+        return start_ranks(2, partial(run_in_environment, name, *script), folder / "log-0")
+    machines = CLAIMS[name]["num_machines"]
+    return [start(partial(launch, name, rank, *script), folder / f"log-{rank}") for rank in range(machines)]
 
 
 @pytest.mark.parametrize("name", CLAIMS)
@@ -111,12 +125,12 @@ def test_a_run_launched_with_a_configuration_trains_also_on_cpus(name, tmp_path)
         shutil.copy(picture, data)
     script = ["--main_process_port", find_port(), str(REPOSITORY / "train_blip_network.py")]
     script += [str(data), str(output), "--model_id", str(examples / "bases" / "blip-tiny"), "--epochs", "1"]
-    machines, processes = CLAIMS[name]["num_machines"], min(CLAIMS[name]["num_processes"], 2)
-    logs = [tmp_path / f"log-{rank}" for rank in range(machines)]
-    started = [start(partial(launch, name, rank, *script), log) for rank, log in enumerate(logs)]
-    codes, words = [child.wait() for child in started], [log.read_text() for log in logs]
-    assert codes == [0] * machines, "\n".join(words)
+    processes = min(CLAIMS[name]["num_processes"], 2)
+    started = start_all(name, script, tmp_path)
+    codes = [child.wait() for child in started]
+    words = (tmp_path / "log-0").read_text()
+    assert codes == [0] * len(started), "\n".join(child.log.read_text() for child in started)
     way = {"fsdp.yaml": "FSDP", "deepspeed.yaml": "DeepSpeed"}.get(name)
-    assert re.findall(r"sharded by (\w+)", words[0]) == ([way] if way else [])
-    assert f"{processes} processes" in " ".join(words[0].split()) or processes == 1
+    assert re.findall(r"sharded by (\w+)", words) == ([way] if way else [])
+    assert f"{processes} processes" in " ".join(words.split()) or processes == 1
     assert json.loads((output / "summary.json").read_text())["global_step"] == 4 // (2 * processes)
