@@ -27,20 +27,17 @@ def test_a_dataset_becomes_an_adapter_and_captions_under_the_rules_of_windows(tm
     train = [
         *("train", "blip", "--dataset_dir", str(images), "--output_dir", lora, "--model_id", base),
         *("--device", "cpu", "--batch_size", "2", "--save_every_n_steps", "1", "--keep_last", "1"),
-        *(
-            "--validation_split",
-            "0.3",
-            "--load_best_at_end",
-            "--log_with",
-            "tensorboard",
-        ),
+        *("--log_with", "tensorboard"),
     ]
+    # A worker is a new process there, which imports all anew: once is enough.
+    resume = [*train, "--num_workers", "0", "--epochs", "2", "--resume", "auto", "--resume_anyway"]
+    resume += ["--validation_split", "0.3", "--load_best_at_end"]
     caption = ["caption", "blip", "--peft_model", lora, "--device", "cpu", "--num_workers", "0", "--images"]
     (images / "00.txt").unlink()
     commands = [
         ["compile", str(images)],
         [*train, "--epochs", "1", "--num_workers", "1"],
-        [*train, "--epochs", "2", "--resume", "auto", "--resume_anyway", "--num_workers", "0"],
+        resume,
         [*caption, str(images), "--save_captions"],
         [
             *caption,

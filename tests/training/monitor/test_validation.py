@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -55,6 +56,19 @@ def test_the_loss_is_per_token_and_without_dropout(make):
         count = count_label_tokens(batch["labels"])
         total, tokens = total + run.model(**batch).loss.item() * count, tokens + count
     assert values == {"loss": pytest.approx(total / tokens, rel=1e-2)}
+
+
+def test_what_reads_images_can_be_sent_to_a_new_process(make):
+    """As Windows and macOS start workers."""
+    loader = prepare_run(make(num_workers=1), get_family("blip")).evaluator._loader
+    sent = (loader.dataset, loader.collate_fn, loader.worker_init_fn)
+    dataset, collate_fn, _ = pickle.loads(pickle.dumps(sent))
+    keys = next(iter(loader.batch_sampler))
+    one, other = (
+        collate([images[key] for key in keys]) for images, collate in (sent[:2], (dataset, collate_fn))
+    )
+    assert one.files == other.files and len(one.files) == len(keys)
+    assert torch.equal(one.inputs["pixel_values"], other.inputs["pixel_values"])
 
 
 def test_validation_happens_every_epoch_and_the_best_is_kept_and_pointed_at(make, monkeypatch):
