@@ -9,8 +9,8 @@ SETTINGS = {
     **{"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"},
     **{"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
 }
-# A file's tests share what takes long to make, so they go to one process.
-PROCESSES = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
+# A file's tests share what takes long to make, so they go to one process; in the order of tests/conftest.py.
+PROCESSES = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 def main(arguments):

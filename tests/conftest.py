@@ -19,6 +19,7 @@ import pytest
 from caption_train.errors import UsageError
 from tests.fixtures.browser import SECONDS
 from tests.fixtures.once import make_once
+from tests.fixtures.order import place_of
 from tests.fixtures.sample_set import CAPTIONS
 
 SAME = {"vlm": "vlm/qwen3_vl"}
@@ -27,6 +28,10 @@ SAME = {"vlm": "vlm/qwen3_vl"}
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: place_of(item.path.stem))
 
 
 def pytest_collection_finish():

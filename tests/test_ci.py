@@ -6,10 +6,16 @@ import subprocess
 
 import pytest
 
+from tests.fixtures.order import LONG
 from tests.fixtures.paths import REPOSITORY
 
 SCRIPT = REPOSITORY / ".ci/install_chromium"
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="CI runs on Linux")
+
+
+def test_the_files_that_begin_first_are_there():
+    names = {path.stem for path in (REPOSITORY / "tests").rglob("test_*.py")}
+    assert set(LONG) <= names
 
 
 @pytest.fixture
