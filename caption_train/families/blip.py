@@ -118,6 +118,7 @@ class Blip(Family):
         all rows. As in BLIP's own `generate`, the `[SEP]` of the prompt is left out.
         """
         from caption_train.families.beams import sharing_image
+        from caption_train.families.decoding import letting_rows_leave
         from caption_train.families.prompt_length import limit_new_tokens
 
         decoder = model.text_decoder
@@ -128,7 +129,10 @@ class Blip(Family):
             rows = (lengths == length).nonzero()[:, 0]
             given = {"eos_token_id": config.sep_token_id, "pad_token_id": config.pad_token_id}
             given |= limit_new_tokens(settings, config, used=length - 1)
-            with sharing_image(decoder, given, decoder.generation_config, _IMAGE_PROJECTIONS) as given:
+            with (
+                sharing_image(decoder, given, decoder.generation_config, _IMAGE_PROJECTIONS) as given,
+                letting_rows_leave(decoder, given) as given,
+            ):
                 # Without a mask for the image, which BLIP's layers would not look at.
                 sequences = decoder.generate(
                     input_ids=batch["input_ids"][rows, : length - 1],

@@ -1,0 +1,128 @@
+"""Compare captioning where finished rows leave the batch with captioning where they stay to its end.
+
+python benchmarks/rows_leaving.py [--bases blip-small florence-small] [--shares 0.0625 0.25 0.5]
+
+A batch of 16 rows that end after 8 to 40 tokens, spread as captions are, with a model of random weights in
+float32. The image encoder runs once, apart: its time is printed and counted to both. Prints CPU seconds of a
+batch (medians, the sides take turns) with all rows to the end, and with those gone that are finished, as soon
+as they are a given share of the rows; and whether the tokens are the same.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+LENGTHS = (16, 24, 10, 18, 13, 40, 15, 20, 8, 28, 17, 12, 22, 14, 33, 19)
+
+
+class EndRows:
+    """A logits processor that ends each row after its number of tokens, and no row before."""
+
+    def __init__(self, end):
+        self.end, self.start = end, None
+
+    def __call__(self, input_ids, scores):
+        self.start = input_ids.shape[1] if self.start is None else self.start
+        for row, length in enumerate(LENGTHS):
+            is_last = input_ids.shape[1] - self.start == length - 1
+            scores[row, self.end] = float("inf") if is_last else -float("inf")
+        return scores
+
+
+@contextmanager
+def rows_stay(model, settings):
+    """Do nothing: what is measured against."""
+    yield dict(settings)
+
+
+def load(name: str, folder: Path):
+    """Return family, model, processor, a batch, and the CPU seconds of its image encoder, which is kept."""
+    import torch
+    from PIL import Image
+
+    from benchmarks.speed.bases import make_base
+    from caption_train.families import get_family
+
+    family = get_family(name.partition("-")[0])
+    model, processor = family.load(str(make_base(name, folder)))
+    family.speed_up(model.eval())
+    noise = torch.randint(256, (len(LENGTHS), 24, 24, 3), dtype=torch.uint8).numpy()
+    images = [Image.fromarray(pixels).resize((384, 384)) for pixels in noise]
+    batch = family.encode(processor, images, [family.facts.default_prompt] * len(images))
+    encoder = family.find_image_encoder(model)
+    encode = getattr(encoder.owner, encoder.method)
+    spent, kept = [], []
+
+    def encode_once(*arguments, **keywords):
+        if not kept:
+            encode(*arguments, **keywords)  # warms up
+            started = time.process_time()
+            kept.append(encode(*arguments, **keywords))
+            spent.append(time.process_time() - started)
+        return kept[0]
+
+    setattr(encoder.owner, encoder.method, encode_once)
+    return family, model, processor, batch, spent
+
+
+def measure(name: str, folder: Path, shares: list[float], rounds: int) -> None:
+    """Measure one base, and print a line for each share."""
+    import torch
+
+    from caption_train.families import decoding
+
+    family, model, processor, batch, encoding = load(name, folder)
+    leave = decoding.letting_rows_leave
+    tokenizer = processor.tokenizer
+    end = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+    settings = {"max_new_tokens": 48, "num_beams": 1, "do_sample": False}
+    spent: dict[float, list[float]] = {share: [] for share in (1.0, *shares)}
+    tokens = {}
+    with torch.inference_mode():
+        for turn in range(rounds + 1):
+            for share in sorted(spent, reverse=bool(turn % 2)):
+                decoding.letting_rows_leave = rows_stay if share == 1 else leave
+                decoding.SHARE = share
+                started = time.process_time()
+                results = family.generate(
+                    model, processor, dict(batch), logits_processor=[EndRows(end)], **settings
+                )
+                if turn:  # the first one warms up
+                    spent[share].append(time.process_time() - started)
+                tokens[share] = [result.token_ids for result in results]
+    tower, plain = encoding[0], median(spent[1.0])
+    print(f"{name}: image encoder {tower:.2f} s, decoding with all rows {plain:.3f} s")
+    for share in shares:
+        ours = median(spent[share])
+        pairs = [a / b for a, b in zip(spent[1.0], spent[share], strict=True)]
+        print(
+            f"  gone at {share:.0%}: {ours:.3f} s, {plain / ours:.2f} x "
+            f"({min(pairs):.2f} to {max(pairs):.2f}); "
+            f"with the encoder {(tower + plain) / (tower + ours):.2f} x; "
+            f"tokens {'equal' if tokens[share] == tokens[1.0] else 'differ'}",
+            flush=True,
+        )
+
+
+def main() -> int:
+    """Measure and print; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bases", nargs="+", default=["blip-small", "florence-small"])
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.0625, 0.25, 0.5])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "speed-models")
+    options = parser.parse_args()
+    options.folder.mkdir(exist_ok=True)
+    for name in options.bases:
+        measure(name, options.folder, options.shares, options.rounds)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
