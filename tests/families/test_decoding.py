@@ -39,7 +39,7 @@ def blip(load):
 
 
 class EndRows(LogitsProcessor):
-    """Ends each row after its number of tokens, and no row before."""
+    """Ends each row after its number of tokens, and no row before; each row likes tokens of its own."""
 
     def __init__(self, processor):
         tokenizer = processor.tokenizer
@@ -49,7 +49,7 @@ class EndRows(LogitsProcessor):
 
     def __call__(self, input_ids, scores):
         self.start = input_ids.shape[1] if self.start is None else self.start
-        scores = scores.clone()
+        scores = scores + torch.randn(scores.shape, generator=torch.Generator().manual_seed(0))
         for row, length in enumerate(LENGTHS):
             if input_ids.shape[1] - self.start == length - 1:
                 scores[row] = -torch.inf
