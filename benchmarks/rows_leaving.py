@@ -4,15 +4,15 @@ python benchmarks/rows_leaving.py [--bases blip-small florence-small] [--shares 
 
 A batch of 16 rows in float32 that end after 8 to 40 tokens, as captions do. Prints CPU seconds (medians,
 taken in turns) with all rows to the end, and where rows leave once so large a share of them is finished. The
-image encoder runs once, apart, and counts to both.
+encoders run once, apart, and count to both.
 """
 
 import argparse
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
-from functools import partial
+from contextlib import nullcontext
+from functools import partial, wraps
 from pathlib import Path
 from statistics import median
 
@@ -36,14 +36,23 @@ class EndRows:
         return scores
 
 
-@contextmanager
-def rows_stay(model, settings):
-    """Do nothing: what is measured against."""
-    yield dict(settings)
+def run_once(owner, method: str, spent: list[float]) -> None:
+    """Have a method keep what it returns for later calls, and add the CPU seconds that it took to a list."""
+    run, kept = getattr(owner, method), []
+
+    @wraps(run)
+    def once(*arguments, **keywords):
+        if not kept:
+            started = time.process_time()
+            kept.append(run(*arguments, **keywords))
+            spent.append(time.process_time() - started)
+        return kept[0]
+
+    setattr(owner, method, once)
 
 
 def load(name: str, folder: Path):
-    """Return what captions a batch, its end token, and a list that gets its image encoder's CPU seconds."""
+    """Return what captions a batch, its end token, and a list that gets its encoders' CPU seconds."""
     import torch
     from PIL import Image
 
@@ -56,19 +65,10 @@ def load(name: str, folder: Path):
     noise = torch.randint(256, (len(LENGTHS), 24, 24, 3), dtype=torch.uint8).numpy()
     images = [Image.fromarray(pixels).resize((384, 384)) for pixels in noise]
     batch = family.encode(processor, images, [family.facts.default_prompt] * len(images))
-    encoder = family.find_image_encoder(model)
-    encode = getattr(encoder.owner, encoder.method)
-    spent, kept = [], []
-
-    def encode_once(*arguments, **keywords):
-        if not kept:
-            encode(*arguments, **keywords)  # warms up
-            started = time.process_time()
-            kept.append(encode(*arguments, **keywords))
-            spent.append(time.process_time() - started)
-        return kept[0]
-
-    setattr(encoder.owner, encoder.method, encode_once)
+    encoder, spent = family.find_image_encoder(model), []
+    run_once(encoder.owner, encoder.method, spent)
+    if model.config.is_encoder_decoder:
+        run_once(model.get_encoder(), "forward", spent)
     settings = {"max_new_tokens": 48, "num_beams": 1, "do_sample": False}
     end = getattr(processor.tokenizer, "sep_token_id" if family.name == "blip" else "eos_token_id")
     return partial(family.generate, model, processor, batch, **settings), end, spent
@@ -81,33 +81,32 @@ def measure(name: str, folder: Path, shares: list[float]) -> None:
     from caption_train.families import decoding
 
     generate, end, encoding = load(name, folder)
-    leave = decoding.letting_rows_leave
-    spent: dict[float, list[float]] = {share: [] for share in (1.0, *shares)}
-    tokens = {}
+    leave, stay = decoding.letting_rows_leave, lambda model, settings: nullcontext(settings)
+    spent, tokens = {share: [] for share in (1.0, *shares)}, {}
     with torch.inference_mode():
         for turn in range(ROUNDS + 1):
             for share in sorted(spent, reverse=bool(turn % 2)):
-                decoding.letting_rows_leave = rows_stay if share == 1 else leave
+                decoding.letting_rows_leave = stay if share == 1 else leave
                 decoding.SHARE = share
                 started = time.process_time()
                 results = generate(logits_processor=[EndRows(end)])
                 if turn:  # the first one warms up
                     spent[share].append(time.process_time() - started)
                 tokens[share] = [result.token_ids for result in results]
-    tower, plain = encoding[0], median(spent[1.0])
-    print(f"{name}: image encoder {tower:.2f} s, decoding with all rows {plain:.3f} s")
+    tower, plain = sum(encoding), median(spent[1.0])
+    print(f"{name}: encoders {tower:.2f} s, decoding with all rows {plain:.3f} s")
     for share in shares:
         ours = median(spent[share])
         pairs = [a / b for a, b in zip(spent[1.0], spent[share], strict=True)]
-        ratio, whole = f"{plain / ours:.2f} x", f"{(tower + plain) / (tower + ours):.2f} x"
+        ratio = f"{plain / ours:.2f} x ({min(pairs):.2f} to {max(pairs):.2f})"
         same = "tokens equal" if tokens[share] == tokens[1.0] else "tokens differ"
-        spread = f"{min(pairs):.2f} to {max(pairs):.2f}"
-        print(f"  gone at {share:.0%}: {ours:.3f} s, {ratio} ({spread}), with the encoder {whole}, {same}")
+        whole = f"with encoders {(tower + plain) / (tower + ours):.2f} x"
+        print(f"  gone at {share:.0%}: {ours:.3f} s, {ratio}, {whole}, {same}", flush=True)
 
 
 def main() -> int:
     """Measure and print; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser()
     parser.add_argument("--bases", nargs="+", default=["blip-small", "florence-small"])
     parser.add_argument("--shares", nargs="+", type=float, default=[0.0625, 0.25, 0.5])
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "speed-models")

@@ -83,6 +83,7 @@ class Rows(StoppingCriteria):
         self.stay = False
         self._cache: Cache | None = None
         self._is_fewer = False
+        self._taken: dict[str, tuple[Any, Any]] = {}
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         """Note which rows of `input_ids` [B, T] have just got an end token; return False for each."""
@@ -106,8 +107,7 @@ class Rows(StoppingCriteria):
         if self.kept is None:
             return None
         self._is_fewer = True
-        taken = {name: _take(value, self.kept, PLACES.get(name)) for name, value in keywords.items()}
-        return arguments, taken
+        return arguments, {name: self._take(name, value) for name, value in keywords.items()}
 
     def put_back(self, model: PreTrainedModel, arguments: tuple, output: Any) -> Any:
         """Give the scores of all rows back. It is a hook after the forward."""
@@ -120,6 +120,14 @@ class Rows(StoppingCriteria):
         output.logits[self.kept] = logits
         return output
 
+    def _take(self, name: str, value: Any) -> Any:
+        """Return the rows of an input that go on. What is the same at every step, as of encoders, is kept."""
+        if name not in PLACES:
+            return value
+        if name not in self._taken or self._taken[name][0] is not value:
+            self._taken[name] = (value, _take(value, self.kept, PLACES[name]))
+        return self._taken[name][1]
+
     def _let_go(self, cache: Cache) -> None:
         """Take the finished rows out of the cache, if there are enough of them."""
         going_on = ~self.finished if self.kept is None else ~self.finished[self.kept]
@@ -130,6 +138,7 @@ class Rows(StoppingCriteria):
         # Made for beams that change places. Every kind of layer has it, unlike `batch_select_indices`.
         cache.reorder_cache(places)
         self.kept = places if self.kept is None else self.kept[places]
+        self._taken.clear()
 
 
 def _find_cache(values: Mapping[str, Any]) -> Cache | None:
@@ -190,10 +199,8 @@ def _has_tensors(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def _take(value: Any, rows: torch.Tensor, dimension: int | None) -> Any:
+def _take(value: Any, rows: torch.Tensor, dimension: int) -> Any:
     """Return `value`, or what is in it, with these rows only; a dimension of one row is for all of them."""
-    if dimension is None:
-        return value
     if isinstance(value, torch.Tensor):
         return value if value.shape[dimension] == 1 else value.index_select(dimension, rows)
     if isinstance(value, Mapping):
