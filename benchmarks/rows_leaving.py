@@ -18,8 +18,7 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-LENGTHS = (16, 24, 10, 18, 13, 40, 15, 20, 8, 28, 17, 12, 22, 14, 33, 19)
-ROUNDS = 9
+ROUNDS, LENGTHS = 9, (16, 24, 10, 18, 13, 40, 15, 20, 8, 28, 17, 12, 22, 14, 33, 19)
 
 
 class EndRows:
@@ -78,16 +77,16 @@ def measure(name: str, folder: Path, shares: list[float]) -> None:
     """Measure one base, and print a line for each share."""
     import torch
 
-    from caption_train.families import decoding
+    from caption_train.families.decoding import leaving
 
     generate, end, encoding = load(name, folder)
-    leave, stay = decoding.letting_rows_leave, lambda model, settings: nullcontext(settings)
+    leave, stay = leaving.letting_rows_leave, lambda model, settings: nullcontext(settings)
     spent, tokens = {share: [] for share in (1.0, *shares)}, {}
     with torch.inference_mode():
         for turn in range(ROUNDS + 1):
             for share in sorted(spent, reverse=bool(turn % 2)):
-                decoding.letting_rows_leave = stay if share == 1 else leave
-                decoding.SHARE = share
+                leaving.letting_rows_leave = stay if share == 1 else leave
+                leaving.SHARE = share
                 started = time.process_time()
                 results = generate(logits_processor=[EndRows(end)])
                 if turn:  # the first one warms up

@@ -117,8 +117,8 @@ class Blip(Family):
         Rows are grouped by the length of their prompts, because the decoder starts after the last token of
         all rows. As in BLIP's own `generate`, the `[SEP]` of the prompt is left out.
         """
-        from caption_train.families.beams import sharing_image
-        from caption_train.families.decoding import letting_rows_leave
+        from caption_train.families.decoding.beams import sharing_image
+        from caption_train.families.decoding.leaving import letting_rows_leave
         from caption_train.families.prompt_length import limit_new_tokens
 
         decoder = model.text_decoder

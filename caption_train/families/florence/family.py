@@ -161,8 +161,8 @@ class Florence(Family):
         The checkpoint's `forced_eos_token_id` puts an end token at the token limit as well. A caption that
         ends exactly there counts as cut, because its end token says nothing.
         """
-        from caption_train.families.beams import sharing_image
-        from caption_train.families.decoding import letting_rows_leave
+        from caption_train.families.decoding.beams import sharing_image
+        from caption_train.families.decoding.leaving import letting_rows_leave
         from caption_train.families.prompt_length import limit_new_tokens
 
         defaults = model.generation_config

@@ -151,7 +151,7 @@ class Moondream(Family):
         **settings: Any,
     ) -> list[Generated]:
         """Generate captions for a batch; see `Family.generate`."""
-        from caption_train.families.decoding import letting_rows_leave
+        from caption_train.families.decoding.leaving import letting_rows_leave
         from caption_train.families.prompt_length import limit_new_tokens
 
         settings = limit_new_tokens(settings, model.config.text_config, used=batch["input_ids"].shape[1])

@@ -20,7 +20,7 @@ def generate(
     model: PreTrainedModel, processor: VlmProcessor, batch: Batch, settings: Mapping[str, Any]
 ) -> list[Generated]:
     """Caption a left-padded batch; `settings` are transformers' generation arguments."""
-    from caption_train.families.decoding import letting_rows_leave
+    from caption_train.families.decoding.leaving import letting_rows_leave
     from caption_train.families.prompt_length import limit_new_tokens
 
     used = batch["input_ids"].shape[1]

@@ -10,7 +10,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LogitsProcessor
 
 from caption_train.captioning.sampling import make_sampler
-from caption_train.families import FAMILIES, decoding, get_family
+from caption_train.families import FAMILIES, get_family
+from caption_train.families.decoding import leaving
 from caption_train.families.vlm.processor import VlmProcessor
 from tests.fixtures.photos import draw_photo
 from tests.fixtures.vlm import KINDS
@@ -80,7 +81,7 @@ def caption(loaded, monkeypatch, *, stay=False, processors=None, **settings):
     settings = {"max_new_tokens": 16, "num_beams": 1, "do_sample": False} | settings
     with monkeypatch.context() as patch, torch.inference_mode():
         if stay:
-            patch.setattr(decoding, "letting_rows_leave", rows_stay)
+            patch.setattr(leaving, "letting_rows_leave", rows_stay)
         patch.setattr(decoder, "forward", count)
         processors = [EndRows(processor)] if processors is None else processors
         found = family.generate(model, processor, dict(batch), logits_processor=processors, **settings)
@@ -192,7 +193,7 @@ STAYING = {
 def test_nothing_is_done_where_rows_must_stay(settings, load):
     model = load("florence")[1]
     settings = {"num_beams": 1} | settings
-    with decoding.letting_rows_leave(model, settings) as given:
+    with leaving.letting_rows_leave(model, settings) as given:
         assert given == settings
         assert not model._forward_hooks and not model._forward_pre_hooks
 
@@ -204,5 +205,5 @@ def test_rows_stay_in_half_precision_and_with_inputs_that_nobody_knows(load, mon
     assert set(caption((family, half, processor, halved), monkeypatch)[1]) == {6}
     with torch.autocast("cpu", torch.bfloat16):
         assert set(caption((family, model, processor, batch), monkeypatch)[1]) == {6}
-    monkeypatch.setattr(decoding, "PLACES", {"decoder_input_ids": 0})
+    monkeypatch.setattr(leaving, "PLACES", {"decoder_input_ids": 0})
     assert set(caption((family, model, processor, batch), monkeypatch)[1]) == {6}
