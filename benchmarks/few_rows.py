@@ -4,7 +4,7 @@ python benchmarks/few_rows.py
 
 Prints a line for each shape and number of rows: CPU milliseconds of both, taken in turns, and their ratio.
 The shapes are those of decoders: BLIP-base, Florence-2-base, a vlm of 2B. Which way is used when is said in
-caption_train/families/few_rows.py.
+caption_train/families/decoding/few_rows.py.
 """
 
 import sys
@@ -24,7 +24,7 @@ def measure(inputs: int, outputs: int, rows: int) -> tuple[float, float]:
     """Return median CPU milliseconds of the usual way, and of the other."""
     import torch
 
-    from caption_train.families.few_rows import multiply_columns
+    from caption_train.families.decoding.few_rows import multiply_columns
 
     layer = torch.nn.Linear(inputs, outputs)
     states = torch.randn(rows, 1, inputs)

@@ -17,6 +17,12 @@ class GumbelNoise(LogitsProcessor):
     def __init__(self, seeds: Sequence[int]) -> None:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
+    def for_rows(self, rows: Sequence[int]) -> "GumbelNoise":
+        """Return what adds noise to these rows alone, where the others are generated apart."""
+        noise = GumbelNoise(())
+        noise._generators = [self._generators[row] for row in rows]
+        return noise
+
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return `scores` [B, vocabulary] plus noise; B must be the number of seeds."""
         rows = zip(self._generators, scores, strict=True)

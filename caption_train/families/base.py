@@ -213,7 +213,7 @@ class Family(ABC):
 
         Its captions stay the same up to rounding. The adapter, if any, is put on it later.
         """
-        from caption_train.families.few_rows import speed_up_few_rows
+        from caption_train.families.decoding.few_rows import speed_up_few_rows
 
         speed_up_few_rows(model)
 

@@ -5,7 +5,7 @@ torch is imported only inside methods, so that `--help` starts fast.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -117,7 +117,8 @@ class Blip(Family):
         Rows are grouped by the length of their prompts, because the decoder starts after the last token of
         all rows. As in BLIP's own `generate`, the `[SEP]` of the prompt is left out.
         """
-        from caption_train.families.beams import sharing_image
+        from caption_train.families.decoding.beams import sharing_image
+        from caption_train.families.decoding.leaving import letting_rows_leave
         from caption_train.families.prompt_length import limit_new_tokens
 
         decoder = model.text_decoder
@@ -128,7 +129,11 @@ class Blip(Family):
             rows = (lengths == length).nonzero()[:, 0]
             given = {"eos_token_id": config.sep_token_id, "pad_token_id": config.pad_token_id}
             given |= limit_new_tokens(settings, config, used=length - 1)
-            with sharing_image(decoder, given, decoder.generation_config, _IMAGE_PROJECTIONS) as given:
+            given["logits_processor"] = _find_processors(settings, rows.tolist())
+            with (
+                sharing_image(decoder, given, decoder.generation_config, _IMAGE_PROJECTIONS) as given,
+                letting_rows_leave(decoder, given) as given,
+            ):
                 # Without a mask for the image, which BLIP's layers would not look at.
                 sequences = decoder.generate(
                     input_ids=batch["input_ids"][rows, : length - 1],
@@ -258,6 +263,12 @@ def _name_start_token(config: BlipConfig, processor: BlipProcessor) -> None:
 def _pad_text(processor: BlipProcessor, rows: list[list[int]]) -> Batch:
     padded = processor.tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
     return {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"]}
+
+
+def _find_processors(settings: Mapping[str, Any], rows: Sequence[int]) -> list[Any]:
+    """Return the logits processors of the settings, for some rows of the batch."""
+    given = settings.get("logits_processor") or ()
+    return [processor.for_rows(rows) if hasattr(processor, "for_rows") else processor for processor in given]
 
 
 def _to_generated(processor: BlipProcessor, ids: list[int]) -> Generated:

@@ -72,6 +72,18 @@ def test_sampling_gives_an_image_the_same_caption_in_any_batch(loaded, images):
     assert len(set(runs[0])) == 4
 
 
+def test_sampling_takes_prompts_of_several_lengths_in_a_batch(loaded, images):
+    make = partial(make_sampler, temperature=8.0, top_p=0.9, seed=3)
+    generation = Generation("", {"do_sample": False, "max_new_tokens": 8, "num_beams": 1}, make)
+    task = "<CAPTION>" if loaded[0].name == "florence" else ""
+    prompts, runs = [task or prompt for prompt in ("a", "a photo of", "", "a", "the red")], []
+    for size in (1, 5):
+        results = caption_images(*loaded, images, generation, batch_size=size, prompts=prompts)
+        runs.append([tuple(r.generated.token_ids) for r in results if isinstance(r, CaptionResult)])
+    assert runs[0] == runs[1]
+    assert len(set(runs[0])) == 4
+
+
 def test_a_limit_beyond_the_models_positions_is_the_models(loaded, images):
     prompt = "a photo of" if loaded[0].name == "blip" else None
     (ids,) = texts(loaded, images[:1], prompt=prompt, max_new_tokens=400, num_beams=1)

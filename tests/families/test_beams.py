@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import cache_utils
 
-from caption_train.families import beams, get_family
+from caption_train.families import get_family
+from caption_train.families.decoding import beams
 from tests.fixtures.photos import draw_photo
 
 PROJECTIONS = {"blip": "crossattention.self.key", "florence": "encoder_attn.k_proj"}

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from caption_train.families import few_rows, get_family
+from caption_train.families import get_family
+from caption_train.families.decoding import few_rows
 from tests.fixtures.photos import draw_photo
 
 

@@ -161,14 +161,18 @@ class Florence(Family):
         The checkpoint's `forced_eos_token_id` puts an end token at the token limit as well. A caption that
         ends exactly there counts as cut, because its end token says nothing.
         """
-        from caption_train.families.beams import sharing_image
+        from caption_train.families.decoding.beams import sharing_image
+        from caption_train.families.decoding.leaving import letting_rows_leave
         from caption_train.families.prompt_length import limit_new_tokens
 
         defaults = model.generation_config
         settings = limit_new_tokens(settings, model.config.text_config, used=1)
         if settings.get("num_beams", defaults.num_beams) in (None, 1):
             settings = {"early_stopping": False, **settings}  # transformers warns of it without beams
-        with sharing_image(model, settings, defaults, r".*\.encoder_attn\.[kv]_proj") as settings:
+        with (
+            sharing_image(model, settings, defaults, r".*\.encoder_attn\.[kv]_proj") as settings,
+            letting_rows_leave(model, settings) as settings,
+        ):
             sequences = model.generate(**batch, **settings)
         forced = settings.get("forced_eos_token_id", defaults.forced_eos_token_id) is not None
         limit = settings.get("max_new_tokens") if forced else None

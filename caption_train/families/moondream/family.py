@@ -151,10 +151,12 @@ class Moondream(Family):
         **settings: Any,
     ) -> list[Generated]:
         """Generate captions for a batch; see `Family.generate`."""
+        from caption_train.families.decoding.leaving import letting_rows_leave
         from caption_train.families.prompt_length import limit_new_tokens
 
         settings = limit_new_tokens(settings, model.config.text_config, used=batch["input_ids"].shape[1])
-        sequences = model.generate(**batch, **settings)
+        with letting_rows_leave(model, settings) as settings:
+            sequences = model.generate(**batch, **settings)
         answers = sequences[:, batch["input_ids"].shape[1] :].tolist()
         return [_to_generated(processor, ids) for ids in answers]
 

@@ -20,6 +20,7 @@ def generate(
     model: PreTrainedModel, processor: VlmProcessor, batch: Batch, settings: Mapping[str, Any]
 ) -> list[Generated]:
     """Caption a left-padded batch; `settings` are transformers' generation arguments."""
+    from caption_train.families.decoding.leaving import letting_rows_leave
     from caption_train.families.prompt_length import limit_new_tokens
 
     used = batch["input_ids"].shape[1]
@@ -30,7 +31,8 @@ def generate(
         model.config.get_text_config(),
         used=used,
     )
-    sequences = model.generate(**batch, **settings)
+    with letting_rows_leave(model, settings) as settings:
+        sequences = model.generate(**batch, **settings)
     return [to_generated(processor, ids) for ids in sequences[:, used:].tolist()]
 
 

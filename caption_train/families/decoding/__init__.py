@@ -1,0 +1,1 @@
+"""Makes decoding steps cheaper at the same tokens: for beams, for few rows, for rows that are finished."""
