@@ -102,6 +102,27 @@ def test_a_number_that_does_not_fit_is_halved_too(folder, capsys):
     assert [line.rsplit(": ")[1] for line in lines] == ["going on with 5", "going on with 2"]
 
 
+@pytest.mark.parametrize(("rank", "who"), [("0", "process 0: "), ("1", "process 1: ")])
+def test_of_several_processes_each_says_for_itself_what_did_not_fit_and_one_what_is_the_same(
+    monkeypatch, capsys, rank, who
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    size = BatchSize(8, CPU)
+    assert size.halve() == f"{who}out of memory with --batch_size 8: going on with 4"
+    for _ in range(2):
+        size.choose_workers(None)
+    assert capsys.readouterr().err.count("--num_workers auto: ") == int(rank == "0")
+
+
+def test_workers_are_chosen_once_for_images_in_shards(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    write_shard(tmp_path / "in/0.tar")
+    settings = {"images": [str(tmp_path / "in")], "output_shards": str(tmp_path / "out")}
+    assert caption_folder(CaptionOptions(**settings, num_workers="auto"), FakeFamily()) == 0
+    assert capsys.readouterr().err.count("--num_workers auto: ") == 1
+
+
 def test_shards_are_captioned_in_growing_batches_too(tmp_path, machine, capsys):
     (tmp_path / "in").mkdir()
     write_shard(tmp_path / "in/0.tar")
