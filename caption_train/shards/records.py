@@ -182,8 +182,8 @@ class ShardReader(ABC):
 
         Args:
             target: the file to write, open in binary.
-            captions: in the order of the records; records without one stay as they are.
-            extension: of the caption files inside, or the caption column.
+            captions: in the order of the records; what gets none stays as it is.
+            extension: of new caption files inside, after the name of the caption if it is not `text`.
         """
 
     def check_target(self) -> None:  # noqa: B027  (most can hold any)
