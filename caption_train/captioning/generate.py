@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from caption_train.config.captioning import CaptionOptions
 from caption_train.errors import CaptionTrainError, naming_model
 from caption_train.families.base import Family, Generated
 from caption_train.features.source import Keeping
+from caption_train.system.console import print_line
 from caption_train.system.damage import explaining_damage
 from caption_train.system.devices import choose_dtype, move_batch, use_tensor_cores
 from caption_train.system.signals import ignore_in_worker
@@ -246,9 +246,8 @@ class CaptionRun:
         if workers and size.is_auto:
             size.limit(limit_batch(workers, measure(1)))
         workers, line = limit_workers(workers, lambda: measure(size.most))
-        if line and line not in size.said:
-            print(line, file=sys.stderr)
-            size.said.add(line)
+        if line:
+            size.say(line)
         return DataLoader(
             images,
             collate_fn=Encode(self.family, self.processor, self.generation.prompt),
@@ -267,7 +266,7 @@ class CaptionRun:
         if self.graphs:
             self.graphs.free()
         free_memory(self.model.device)
-        print(line, file=sys.stderr)
+        print_line(line)
 
     def caption_batch(self, batch: dict[str, Any], batch_size: int) -> list[CaptionResult | Unreadable]:
         """Return a result for each image of what `Encode` made."""

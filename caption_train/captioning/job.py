@@ -27,7 +27,7 @@ from caption_train.captioning.plan import (
     open_keyed_outputs,
 )
 from caption_train.captioning.prompts import Task
-from caption_train.captioning.sinks.writer import CaptionWriter
+from caption_train.captioning.sinks.writer import CaptionWriter, Written
 from caption_train.captioning.storage.image_list import ImageList
 from caption_train.captioning.storage.shard import Shard
 from caption_train.captioning.summary import CaptioningSummary, describe_meanwhile
@@ -100,7 +100,7 @@ class CaptionJob:
         self.processes = join_processes()
         notice_launcher(self.processes.count)
         self.outputs = open_keyed_outputs(options, family, self.processes.rank)
-        self.writer = CaptionWriter(self.outputs)
+        self.writer = CaptionWriter(self.outputs, self._count)
         self.images = ImageList()
         self.plan: CaptionPlan | None = None
         self.planner: Planner | None = None
@@ -246,16 +246,22 @@ class CaptionJob:
         answer = self.family.parse_answer(generated.text, task.prompt, result.size)
         self.writer.put(Caption(result.image, text, answer, find_remarks(generated)), task.key, place)
 
+    def _count(self, written: Written) -> None:
+        """Count a caption that is on the disk; in the writer's thread."""
+        image = str(written.caption.image)
+        if written.is_ours:
+            self.summary.count(image, written.caption.remarks)
+        else:
+            self.summary.note_meanwhile([image], counted=False)
+
     def _note_written(self, *, wait: bool = False) -> None:
-        """Count, and print, what is on the disk by now."""
+        """Show, or print, what is on the disk by now."""
         for written in self.writer.finished(wait=wait):
             caption, image = written.caption, escape_unprintable(written.caption.image)
             if written.is_ours:
-                self.summary.count(str(caption.image), caption.remarks)
                 key = f"[{written.key}] " if written.key else ""
                 line = f"{image}: {key}{escape_unprintable(caption.text)}"
             else:
-                self.summary.note_meanwhile([str(caption.image)], counted=False)
                 line = f"{image}: has a caption by now, which stays"
             self._advance(caption.image)
             if self.outputs.exist:

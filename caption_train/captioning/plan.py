@@ -18,7 +18,7 @@ from caption_train.captioning.storage.image_list import blocks_of
 from caption_train.captioning.storage.names import FirstLines
 from caption_train.captioning.storage.shard import Shard
 from caption_train.config.captioning import CaptionOptions
-from caption_train.data.formats import describe_unread
+from caption_train.data.formats import describe_unread, name_ending
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.families.base import Family, Generated
 
@@ -187,9 +187,7 @@ def open_keyed_outputs(options: CaptionOptions, family: Family, rank: int = 0) -
     # The first one locks file and folders for all.
     return KeyedOutputs(
         {
-            key: _open_outputs(
-                options, rank, extension if key == "text" else f".{key}{extension}", key, locks=key == keys[0]
-            )
+            key: _open_outputs(options, rank, name_ending(key, extension), key, locks=key == keys[0])
             for key in keys
         }
     )

@@ -79,7 +79,7 @@ class CaptionOptions:
     task: str | None = _captions(None, "task token, instead of --prompt")
     preset: str | None = _captions(None, "a prompt by its name, instead of --prompt")
     prompt_template: str | None = _captions(
-        None, "a prompt with {caption} {tags} {name} {folder} of every image, instead of --prompt"
+        None, "a prompt with {caption} {tags} {name} {folder} {prompt} of every image, instead of --prompt"
     )
     prompts: list[str] = _captions(
         [],
@@ -242,12 +242,10 @@ class CaptionOptions:
         others = dict.fromkeys(
             ("save_captions", "output", "visualize", "recursive", "group_by_length"), "which writes shards"
         )
-        others["metadata"] = "which reads tags and captions in each shard, for --prompt_template"
-        others["prompts"] = (
-            "which adds one caption at a time: give what is written as --images again, with another "
-            "--caption_extension"
-        )
-        return [
+        problems = []
+        if any(entry.startswith("key=") for entry in self.prompts):
+            problems.append("--prompts key: that column of shards says something else; choose another name")
+        return problems + [
             f"--{name} does not go with --output_shards, {reason}"
             for name, reason in others.items()
             if getattr(self, name)

@@ -34,7 +34,7 @@ def read_dataset(dataset_dir: Path | str, **settings: Any) -> list[Pair]:
 
     Args:
         dataset_dir: the dataset folder.
-        settings: keyword arguments of `inspect_dataset`.
+        settings: keyword arguments of `inspect_table`.
     """
     return require_good(dataset_dir, *inspect_dataset(dataset_dir, **settings))
 
@@ -47,40 +47,17 @@ def require_good(dataset_dir: Path | str, pairs: list[Pair], problems: Sequence[
     return pairs
 
 
-def inspect_dataset(
-    dataset_dir: Path | str,
-    *,
-    caption_extensions: Sequence[str] = CAPTION_SUFFIXES,
-    encoding: str = "utf-8",
-    follow_symlinks: bool = False,
-    split: str | None = "train",
-) -> tuple[list[Pair], list[str]]:
-    """Return a dataset's good pairs, and what is wrong with the rest.
-
-    A metadata.jsonl is read if there is one, otherwise the caption files beside the images. An image without
-    a caption is not reported: captioning such images is what the model is trained for.
+def inspect_dataset(dataset_dir: Path | str, **settings: Any) -> tuple[list[Pair], list[str]]:
+    """Return what `inspect_table` does, the pairs in a list.
 
     Args:
         dataset_dir: the dataset folder.
-        caption_extensions: endings of caption files, the preferred one first.
-        encoding: the encoding of the caption files; a metadata.jsonl is always UTF-8.
-        follow_symlinks: whether to follow links that lead out of the folder.
-        split: which rows to return: "train", "validation" or "test"; None returns all. A row that names no
-            split belongs to "train".
-
-    Returns:
-        The good pairs, and one line per problem that names the file or row.
+        settings: keyword arguments of `inspect_table`.
 
     Raises:
         UsageError: there is no pair at all in this split.
     """
-    pairs, problems = inspect_table(
-        dataset_dir,
-        caption_extensions=caption_extensions,
-        encoding=encoding,
-        follow_symlinks=follow_symlinks,
-        split=split,
-    )
+    pairs, problems = inspect_table(dataset_dir, **settings)
     return list(pairs), problems
 
 
@@ -93,11 +70,22 @@ def inspect_table(
     split: str | None = "train",
     work: Work = read_here,
 ) -> tuple[Pairs, list[str]]:
-    """Return what `inspect_dataset` does, the pairs in columns.
+    """Return a dataset's good pairs in columns, and what is wrong with the rest.
+
+    A metadata.jsonl is read if there is one, otherwise the caption files beside the images. An image without
+    a caption is not reported: captioning such images is what the model is trained for.
 
     Args:
-        dataset_dir, caption_extensions, encoding, follow_symlinks, split: as in `inspect_dataset`.
+        dataset_dir: the dataset folder.
+        caption_extensions: endings of caption files, the preferred one first.
+        encoding: the encoding of the caption files; a metadata.jsonl is always UTF-8.
+        follow_symlinks: whether to follow links that lead out of the folder.
+        split: which rows to return: "train", "validation" or "test"; None returns all. A row that names no
+            split belongs to "train".
         work: reads the parts of the dataset.
+
+    Returns:
+        The good pairs, and one line per problem that names the file or row.
 
     Raises:
         UsageError: there is no pair at all in this split.

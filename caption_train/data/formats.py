@@ -84,6 +84,15 @@ def with_dot(extension: str) -> str:
     return extension if extension.startswith(".") else f".{extension}"
 
 
+def name_ending(name: str, extension: str) -> str:
+    """Return the ending of caption files of a prompt that `--prompts` names.
+
+    >>> name_ending("long", ".txt"), name_ending("text", ".txt")
+    ('.long.txt', '.txt')
+    """
+    return with_dot(extension) if name == "text" else f".{name}{with_dot(extension)}"
+
+
 def _without_suffix(name: str) -> str:
     stem, _, suffix = name.rpartition(".")
     return name if "/" in suffix else stem or name

@@ -68,7 +68,7 @@ def inspect_any_dataset(dataset_dir: Path | str, **settings: Any) -> tuple[list[
 
     Args:
         dataset_dir: the folder of the dataset, or what names shards.
-        settings: keyword arguments of `inspect_dataset`.
+        settings: keyword arguments of `inspect_table`.
 
     Raises:
         UsageError: there is no pair at all.
@@ -86,7 +86,7 @@ def inspect_any_table(
     Args:
         dataset_dir: the folder of the dataset, or what names shards.
         work: reads the parts of the dataset.
-        settings: keyword arguments of `inspect_dataset`.
+        settings: keyword arguments of `inspect_table`.
 
     Raises:
         UsageError: there is no pair at all.
@@ -106,7 +106,7 @@ def read_any_dataset(dataset_dir: Path | str, **settings: Any) -> list[Pair]:
 
     Args:
         dataset_dir: the folder of the dataset, or what names shards.
-        settings: keyword arguments of `inspect_dataset`.
+        settings: keyword arguments of `inspect_table`.
     """
     return require_good(dataset_dir, *inspect_any_dataset(dataset_dir, **settings))
 
@@ -218,8 +218,8 @@ def _collect(shard: Shard, reader: ShardReader) -> tuple[list[Pair], Table]:
     table = Table()
     found: dict[str, Pair] = {}
     for record in reader.records():
-        if record.problem or record.bad_caption:
-            table.problems.append(record.problem or record.bad_caption or "")
+        if problem := record.problem or record.captions[0].problem:
+            table.problems.append(problem)
             continue
         try:
             caption = record.caption or find_caption(record.load_fields())
@@ -253,7 +253,7 @@ def _open(shard: Shard, extensions: Sequence[str]) -> tuple[ShardReader, Table |
     are_plain = [False]
 
     def note(record: Record, name: str, offset: int, size: int) -> None:
-        are_plain[0] &= bool(size) and not record.bad_caption and _is_plain(record.caption)
+        are_plain[0] &= bool(size) and not record.captions[0].problem and _is_plain(record.caption)
         if record.caption is not None:
             rows.append((name, offset, size, record.caption, f"{shard.name}/{record.key}"))
 
@@ -261,7 +261,7 @@ def _open(shard: Shard, extensions: Sequence[str]) -> tuple[ShardReader, Table |
         are_plain[0] = True
         write_samples(file, _complete(reader), note=note)
 
-    copy = keep_copy(shard, ".tar", write, facts=str(reader.caption_column))
+    copy = keep_copy(shard, ".tar", write, facts=str(reader.caption_columns[0]))
     return TarReader(copy, shard.place, (".txt",)), Table(rows) if are_plain[0] else None
 
 
@@ -275,6 +275,6 @@ def _complete(reader: ParquetReader) -> Iterator[Record]:
     for record in reader.records():
         if record.image is None:
             record.image = PackedFile(reader.name, record.key, content=b"")
-        if record.bad_caption:
-            record.caption = record.load_fields()[reader.caption_column]
+        if record.captions[0].problem:
+            record.captions[0].text = record.load_fields()[reader.caption_columns[0]]
         yield record

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import IO, Any
 
-from caption_train.data.formats import IMAGE_SUFFIXES
+from caption_train.data.formats import IMAGE_SUFFIXES, name_ending
 from caption_train.errors import CaptionTrainError
-from caption_train.packed import PackedFile, open_regular
+from caption_train.packed import open_regular
 from caption_train.shards.members import BLOCK
-from caption_train.shards.records import Merged, NewCaption, Record, ShardReader
+from caption_train.shards.records import Held, Merged, NewCaption, Record, ShardReader
 
 FORMATS = {"webdataset": ".tar", "parquet": ".parquet", "jsonl": ".jsonl"}
 """`--output_format` → suffix of a shard."""
@@ -38,16 +38,22 @@ def write_shard(
         ShardError: the input cannot be read any more.
         OSError: nothing can be written.
     """
-    suffix = FORMATS[output_format]
-    if reader.path.suffix.lower() == suffix or reader.name.lower().endswith(suffix):
+    if is_copied(reader, output_format):
         reader.write(target, captions, extension)
     elif output_format == "webdataset":
-        write_samples(target, _caption_records(reader, captions), extension)
+        endings = [name_ending(name, extension) for name in reader.columns]
+        write_samples(target, _caption_records(reader, captions), endings)
     elif output_format == "jsonl":
         for row in _make_rows(reader, captions):
             target.write(_dump(row))
     else:
-        _write_parquet(target, _make_rows(reader, captions))
+        _write_parquet(target, _make_rows(reader, captions), reader.columns)
+
+
+def is_copied(reader: ShardReader, output_format: str) -> bool:
+    """Tell whether a shard is written as what it is, so that all else in it stays."""
+    suffix = FORMATS[output_format]
+    return reader.path.suffix.lower() == suffix or reader.name.lower().endswith(suffix)
 
 
 def _dump(row: Mapping[str, Any]) -> bytes:
@@ -61,15 +67,15 @@ def _dump(row: Mapping[str, Any]) -> bytes:
 def write_samples(
     file: IO[bytes],
     records: Iterator[Record],
-    extension: str = ".txt",
+    endings: Sequence[str] = (".txt",),
     note: Callable[[Record, str, int, int], None] = lambda *_: None,
 ) -> None:
-    """Write records as a WebDataset tar: for each its image and, if it has one, its caption.
+    """Write records as a WebDataset tar: for each its image and those captions that it has.
 
     Args:
         file: where to write.
         records: with their images; those that cannot be read are left out.
-        extension: of caption files.
+        endings: of the files of its captions.
         note: called with each record that is written, and name, offset and size of its image.
     """
     written = 0
@@ -85,9 +91,9 @@ def write_samples(
         member = make_member(record.key + suffix, content)
         padded = -(-len(content) // BLOCK) * BLOCK
         note(record, record.key + suffix, written + len(member) - padded, len(content))
-        if record.caption is not None:
-            name = f"{record.key}.{extension.lstrip('.')}"
-            member += make_member(name, f"{record.caption}\n".encode())
+        for held, ending in zip(record.captions, endings, strict=True):
+            if held.text is not None:
+                member += make_member(record.key + ending, f"{held.text}\n".encode())
         file.write(member)
         written += len(member)
     file.write(bytes(2 * BLOCK + -(written + 2 * BLOCK) % tarfile.RECORDSIZE))
@@ -120,32 +126,32 @@ def _blank_header() -> tuple[bytes, bytes, int]:
 
 
 def _caption_records(reader: ShardReader, captions: Iterator[NewCaption]) -> Iterator[Record]:
-    merged = Merged(captions)
+    merged = Merged(captions, len(reader.names))
     for record in reader.records():
-        new = merged.take(record.index)
-        if new is not None and new.text is not None:
-            record.caption = new.text
+        for place, new in merged.take(record.index).items():
+            record.captions[place] = Held(new.text)
         if record.image is not None:
             yield record
 
 
 def _make_rows(reader: ShardReader, captions: Iterator[NewCaption]) -> Iterator[dict[str, Any]]:
     """Yield a row for each record that has a caption, new or old."""
-    merged = Merged(captions)
+    merged = Merged(captions, len(reader.names))
     for record in reader.records():
         new = merged.take(record.index)
-        text = record.caption if new is None or new.text is None else new.text
-        if text is None:
+        texts = [new[place].text if place in new else held.text for place, held in enumerate(record.captions)]
+        captions_of = {n: text for n, text in zip(reader.columns, texts, strict=False) if text is not None}
+        if not captions_of:
             continue
-        name = record.image.name if isinstance(record.image, PackedFile) else str(record.image or "")
-        row: dict[str, Any] = {"key": record.key, "file_name": name, "text": text}
-        if new is not None and new.text is not None:
-            more = {"answer": new.answer, "remarks": list(new.remarks)}
-            row |= {name: value for name, value in more.items() if value}
+        row: dict[str, Any] = {"key": record.key, "file_name": record.file_name} | captions_of
+        for place, caption in new.items():
+            if reader.names[place] == "text":
+                more = {"answer": caption.answer, "remarks": list(caption.remarks)}
+                row |= {name: value for name, value in more.items() if value}
         yield row
 
 
-def _write_parquet(target: IO[bytes], rows: Iterator[dict[str, Any]]) -> None:
+def _write_parquet(target: IO[bytes], rows: Iterator[dict[str, Any]], names: Sequence[str]) -> None:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -153,11 +159,11 @@ def _write_parquet(target: IO[bytes], rows: Iterator[dict[str, Any]]) -> None:
         raise CaptionTrainError(
             "--output_format parquet needs pyarrow: pip install pyarrow, or give jsonl"
         ) from error
-    schema = pyarrow.schema([(name, pyarrow.string()) for name in ("key", "file_name", "text")])
+    schema = pyarrow.schema([(name, pyarrow.string()) for name in ("key", "file_name", *names)])
     with parquet.ParquetWriter(target, schema) as writer:
         part: list[dict[str, Any]] = []
         for row in rows:
-            part.append({name: row[name] for name in schema.names})
+            part.append({name: row.get(name) for name in schema.names})
             if len(part) == _ROWS_AT_ONCE:
                 writer.write_table(pyarrow.Table.from_pylist(part, schema))
                 part = []

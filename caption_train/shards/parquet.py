@@ -17,7 +17,15 @@ from caption_train.data.formats import CAPTION_SUFFIXES, MAX_CAPTION_BYTES, TEXT
 from caption_train.data.text import join_lines, refuse_odd_characters
 from caption_train.errors import CaptionTrainError, is_out_of_memory
 from caption_train.packed import Container, PackedFile
-from caption_train.shards.records import Merged, NewCaption, Record, ShardError, ShardReader
+from caption_train.shards.records import (
+    ONE_CAPTION,
+    Held,
+    Merged,
+    NewCaption,
+    Record,
+    ShardError,
+    ShardReader,
+)
 from caption_train.system.console import escape_unprintable
 from caption_train.system.damage import describe_error
 
@@ -35,14 +43,20 @@ class ParquetReader(ShardReader):
 
     Attributes:
         image_column: the column of images.
-        caption_column: that of captions; None if there is none.
+        caption_columns: those of captions; None for one that is not there.
         holds_bytes: whether images are in the file, and not only their paths.
     """
 
-    def __init__(self, path: Path, name: str | None = None, caption_extensions: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        path: Path,
+        name: str | None = None,
+        caption_extensions: Sequence[str] = (),
+        names: Sequence[str] = ONE_CAPTION,
+    ) -> None:
         columns = [extension.strip(".") for extension in caption_extensions]
         columns = [column for column in columns if f".{column}" not in CAPTION_SUFFIXES]
-        super().__init__(path, name, columns or TEXT_COLUMNS)
+        super().__init__(path, name, columns or TEXT_COLUMNS, names)
         self._container: Container | None = None
         with self._explained(), self._open() as file:
             schema = file.schema_arrow
@@ -56,7 +70,22 @@ class ParquetReader(ShardReader):
             )
         self.image_column = found
         self.holds_bytes = "binary" in str(schema.field(found).type)
-        self.caption_column = _find_text_column(schema, self.extensions)
+        wanted = [self.extensions if name == "text" else [name] for name in self.columns]
+        self.caption_columns = [_find_text_column(schema, columns) for columns in wanted]
+        targets = [found or columns[0] for found, columns in zip(self.caption_columns, wanted, strict=True)]
+        self._targets = targets[: len(names)]
+
+    def check_target(self) -> None:
+        """Raise ShardError where a column of a new caption's name holds something else."""
+        with self._explained(), self._open() as file:
+            there = set(file.schema_arrow.names)
+        for column, target in zip(self.caption_columns, self._targets, strict=False):
+            if target == self.image_column or (column is None and target in there):
+                shown = escape_unprintable(target)
+                raise ShardError(
+                    f"{escape_unprintable(self.name)}: its column {shown} holds no captions: give "
+                    "them another name in --prompts or --caption_extension"
+                )
 
     @property
     def rows(self) -> int:
@@ -76,65 +105,54 @@ class ParquetReader(ShardReader):
                     number += 1
 
     def write(self, target: IO[bytes], captions: Iterator[NewCaption], extension: str) -> None:
-        """Write the rows with a column of captions; the column that is there, or else a new one."""
+        """Write the rows with the columns of captions; those that are there, or else new ones."""
         import pyarrow
         from pyarrow import parquet
 
-        merged, number = Merged(captions), 0
+        merged, number = Merged(captions, len(self.names)), 0
         with self._explained(), self._open() as file:
-            column = self.caption_column or self.extensions[0]
-            schema = self._make_schema(file.schema_arrow, column)
-            place = schema.get_field_index(column)
+            schema = file.schema_arrow
+            for column in self._targets:
+                schema = schema if column in schema.names else _add_column(schema, column)
             with parquet.ParquetWriter(target, schema, compression=_find_codecs(file)) as writer:
                 for batch in file.iter_batches(_ROWS_WRITTEN_AT_ONCE, use_threads=False):
-                    texts: list[str | None] = [None] * len(batch)
-                    if self.caption_column:
-                        texts = batch.column(place).to_pylist()
-                    for row in range(len(batch)):
-                        found = merged.take(number + row)
-                        if found is not None and found.text is not None:
-                            texts[row] = found.text
+                    new = [merged.take(number + row) for row in range(len(batch))]
                     number += len(batch)
-                    array = pyarrow.array(texts, schema.field(place).type)
                     arrays = list(batch.columns)
-                    arrays[place : place + 1] = [array]
+                    for place, column in enumerate(self._targets):
+                        index = schema.get_field_index(column)
+                        was = arrays[index].to_pylist() if index < len(arrays) else [None] * len(batch)
+                        texts = [
+                            found[place].text if place in found else old
+                            for found, old in zip(new, was, strict=True)
+                        ]
+                        arrays[index : index + 1] = [pyarrow.array(texts, schema.field(index).type)]
                     writer.write_batch(pyarrow.RecordBatch.from_arrays(arrays, schema=schema))
-
-    def _make_schema(self, schema: pyarrow.Schema, column: str) -> pyarrow.Schema:
-        import pyarrow
-
-        if self.caption_column:
-            return schema
-        metadata = dict(schema.metadata or {})
-        # What datasets says of the columns has to name all of them, or it refuses to load them.
-        try:
-            said = json.loads(metadata[b"huggingface"])
-            said["info"]["features"][column] = {"dtype": "string", "_type": "Value"}
-            metadata[b"huggingface"] = json.dumps(said).encode()
-        except (KeyError, TypeError, ValueError):
-            pass
-        return schema.append(pyarrow.field(column, pyarrow.string())).with_metadata(metadata)
 
     def _list_columns(self, schema: pyarrow.Schema) -> list[str]:
         """Return the columns to read: the images, and what is small."""
         from pyarrow import types
 
-        small = [f.name for f in schema if types.is_string(f.type) or types.is_primitive(f.type)]
-        return list(dict.fromkeys([self.image_column, *filter(None, [self.caption_column]), *small]))
+        kinds = (types.is_string, types.is_large_string, types.is_primitive)
+        small = [f.name for f in schema if f.name == "tags" or any(is_of(f.type) for is_of in kinds)]
+        return list(dict.fromkeys([self.image_column, *filter(None, self.caption_columns), *small]))
 
     def _read_row(self, number: int, row: Mapping[str, Any]) -> Record:
         fields = {name: value for name, value in row.items() if name != self.image_column}
-        record = Record(number, f"{number:09}", None, load_fields=lambda: fields)
+        texts = [row[column] if column else None for column in self.caption_columns]
+        captions = [self._read_caption(number, text) for text in texts]
+        record = Record(number, f"{number:09}", None, None, captions, lambda: fields)
         try:
             record.image = self._find_image(number, row[self.image_column])
         except ValueError as error:
             record.problem = f"{self.name_member(f'row {number}')}: {error}"
-        caption = row[self.caption_column] if self.caption_column else None
-        try:
-            record.caption = _check_caption(caption)
-        except ValueError as error:
-            record.bad_caption = f"{self.name_member(f'row {number}')}: {error}"
         return record
+
+    def _read_caption(self, number: int, value: Any) -> Held:
+        try:
+            return Held(_check_caption(value))
+        except ValueError as error:
+            return Held(problem=f"{self.name_member(f'row {number}')}: {error}")
 
     def _find_image(self, number: int, value: Any) -> Path:
         if isinstance(value, list):
@@ -223,6 +241,21 @@ def _find_text_column(schema: pyarrow.Schema, names: Sequence[str]) -> str | Non
         f.name.lower(): f.name for f in schema if types.is_string(f.type) or types.is_large_string(f.type)
     }
     return next((texts[name.lower()] for name in names if name.lower() in texts), None)
+
+
+def _add_column(schema: pyarrow.Schema, column: str) -> pyarrow.Schema:
+    """Return the schema with one more column of text."""
+    import pyarrow
+
+    metadata = dict(schema.metadata or {})
+    # What datasets says of the columns has to name all of them, or it refuses to load them.
+    try:
+        said = json.loads(metadata[b"huggingface"])
+        said["info"]["features"][column] = {"dtype": "string", "_type": "Value"}
+        metadata[b"huggingface"] = json.dumps(said).encode()
+    except (KeyError, TypeError, ValueError):
+        pass
+    return schema.append(pyarrow.field(column, pyarrow.string())).with_metadata(metadata)
 
 
 def _check_caption(text: Any) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 from caption_train.data.formats import IMAGE_SUFFIXES, natural_key
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.shards.parquet import ParquetReader
-from caption_train.shards.records import ShardReader
+from caption_train.shards.records import ONE_CAPTION, ShardReader
 from caption_train.shards.tar import TarReader
 from caption_train.system.console import escape_unprintable
 
@@ -255,15 +255,20 @@ def _refuse_none(names: Sequence[str], pattern: str, flag: str) -> None:
             )
 
 
-def open_shard(shard: Shard, path: Path | None = None, caption_extensions: Sequence[str] = ()) -> ShardReader:
+def open_shard(
+    shard: Shard,
+    path: Path | None = None,
+    caption_extensions: Sequence[str] = (),
+    names: Sequence[str] = ONE_CAPTION,
+) -> ShardReader:
     """Return the reader of a shard.
 
     Args:
         shard: the shard.
         path: its copy on this machine, where it is remote.
-        caption_extensions: as for ShardReader.
+        caption_extensions, names: as for ShardReader.
 
     Raises:
         ShardError: the file cannot be read.
     """
-    return READERS[shard.kind](path or Path(shard.place), shard.place, caption_extensions)
+    return READERS[shard.kind](path or Path(shard.place), shard.place, caption_extensions, names)

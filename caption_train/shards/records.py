@@ -9,11 +9,30 @@ from pathlib import Path
 from typing import IO, Any
 
 from caption_train.errors import CaptionTrainError
+from caption_train.packed import PackedFile
 from caption_train.system.console import escape_unprintable
 
 
 class ShardError(CaptionTrainError):
     """A shard that cannot be read; the message is one line that begins with its name."""
+
+
+@dataclass(slots=True)
+class Held:
+    """A caption that is there, or that could be.
+
+    Attributes:
+        text: what is there, on one line; None if nothing is there, or only blanks.
+        problem: what is wrong with it, in one line that begins with its name; it is there, and nobody can
+            read it.
+    """
+
+    text: str | None = None
+    problem: str | None = None
+
+    def __bool__(self) -> bool:
+        """Whether there is a caption, be it one that cannot be read."""
+        return self.text is not None or self.problem is not None
 
 
 @dataclass(slots=True)
@@ -24,24 +43,27 @@ class Record:
         index: its number among the shard's images, from 0.
         key: what names it in the shard, such as `00017/000170042`.
         image: the image, in the shard or a file of its own; None where there is none that can be read.
-        caption: what is there, on one line; None if nothing is there, or only blanks.
         problem: what is wrong with it, in one line that begins with its name.
-        bad_caption: what is wrong with its caption, in the same form; it is there, and nobody can read it.
+        captions: one for each of the reader's `columns`.
         load_fields: returns what else the shard says of it.
     """
 
     index: int
     key: str
     image: Path | None
-    caption: str | None = None
     problem: str | None = None
-    bad_caption: str | None = None
+    captions: list[Held] = field(default_factory=lambda: [Held()])
     load_fields: Callable[[], Mapping[str, Any]] = dict
 
     @property
-    def has_caption(self) -> bool:
-        """Whether there is a caption, be it one that cannot be read."""
-        return self.caption is not None or self.bad_caption is not None
+    def caption(self) -> str | None:
+        """The text of the first caption, the only one but with `--prompts`."""
+        return self.captions[0].text
+
+    @property
+    def file_name(self) -> str:
+        """What rows of captions call the image: its name in the shard, or the path of a file of its own."""
+        return self.image.name if isinstance(self.image, PackedFile) else str(self.image or "")
 
 
 @dataclass
@@ -88,6 +110,7 @@ class Notes:
 
 
 MOST_NAMES = 3
+ONE_CAPTION = ("text",)
 
 
 def _list_names(names: Sequence[str], count: int) -> str:
@@ -100,7 +123,8 @@ class NewCaption:
     """A caption that was made for a record.
 
     Attributes:
-        index: the record's number.
+        index: its number among the captions of the shard, those of a record one after the other: the
+            record's number where each has one.
         text: the caption; None where the image could not be captioned.
         error: why not, in one line that begins with the image's name.
         remarks: keys of REMARKS.
@@ -121,15 +145,27 @@ class ShardReader(ABC):
         path: the file, on this machine.
         name: what messages call it, such as its URL; the path if not given.
         caption_extensions: endings of caption files inside, or names of caption columns; earlier ones win.
+        names: of the captions of an image that are made, as in `--prompts`; `text` is that of a run without.
+
+    Attributes:
+        columns: `names`, and `text` if it is none of them: it is read all the same.
 
     Raises:
         ShardError: the file is none that can be read.
     """
 
-    def __init__(self, path: Path, name: str | None = None, caption_extensions: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        path: Path,
+        name: str | None = None,
+        caption_extensions: Sequence[str] = (),
+        names: Sequence[str] = ONE_CAPTION,
+    ) -> None:
         self.path = path
         self.name = name or str(path)
         self.extensions = caption_extensions
+        self.names = names
+        self.columns = list(dict.fromkeys((*names, "text")))
         self.notes = Notes()
 
     @abstractmethod
@@ -146,9 +182,12 @@ class ShardReader(ABC):
 
         Args:
             target: the file to write, open in binary.
-            captions: in the order of the records; records without one stay as they are.
-            extension: of the caption files inside, or the caption column.
+            captions: in the order of the records; what gets none stays as it is.
+            extension: of new caption files inside, after the name of the caption if it is not `text`.
         """
+
+    def check_target(self) -> None:  # noqa: B027  (most can hold any)
+        """Raise ShardError where a copy of the shard cannot hold the captions."""
 
     def name_member(self, name: str) -> str:
         """Return what messages call something in the shard."""
@@ -156,15 +195,22 @@ class ShardReader(ABC):
 
 
 class Merged:
-    """Gives out captions by the numbers of their records, which must be asked for in rising order."""
+    """Gives out new captions by the numbers of their records, which must be asked for in rising order.
 
-    def __init__(self, captions: Iterator[NewCaption]) -> None:
-        self._captions = captions
+    Args:
+        captions: in the order of the records; those that could not be made are passed over.
+        each: captions of a record.
+    """
+
+    def __init__(self, captions: Iterator[NewCaption], each: int) -> None:
+        self._captions, self._each = captions, each
         self._next = next(captions, None)
 
-    def take(self, index: int) -> NewCaption | None:
-        """Return the caption of a record, if there is one."""
-        while self._next is not None and self._next.index < index:
+    def take(self, index: int) -> dict[int, NewCaption]:
+        """Return the captions of a record by their place among its captions."""
+        first, found = index * self._each, {}
+        while (caption := self._next) is not None and caption.index < first + self._each:
+            if caption.index >= first and caption.text is not None:
+                found[caption.index - first] = caption
             self._next = next(self._captions, None)
-        found = self._next
-        return found if found is not None and found.index == index else None
+        return found

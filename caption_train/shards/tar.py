@@ -18,12 +18,21 @@ from caption_train.data.formats import (
     TEXT_COLUMNS,
     UNREAD_SUFFIXES,
     advise_unread,
+    name_ending,
     with_dot,
 )
 from caption_train.data.text import decode_caption, join_lines, refuse_odd_characters
 from caption_train.packed import Container, PackedFile, open_regular
 from caption_train.shards.members import BLOCK, DamagedTar, Member, read_at, walk_tar
-from caption_train.shards.records import Merged, NewCaption, Record, ShardError, ShardReader
+from caption_train.shards.records import (
+    ONE_CAPTION,
+    Held,
+    Merged,
+    NewCaption,
+    Record,
+    ShardError,
+    ShardReader,
+)
 from caption_train.system.console import escape_unprintable
 from caption_train.system.files import parse_json
 
@@ -37,8 +46,8 @@ class Sample:
 
     members: list[Member]
     records: list[Record] = field(default_factory=list)
-    caption_of: dict[int, Member] = field(default_factory=dict)
-    """Record's number → its caption file."""
+    caption_of: dict[tuple[int, int], Member] = field(default_factory=dict)
+    """(record's number, place among its captions) → the caption's file."""
     image_of: dict[int, Member] = field(default_factory=dict)
 
 
@@ -56,8 +65,15 @@ def find_key(name: str) -> tuple[str, str]:
 class TarReader(ShardReader):
     """Reads a WebDataset tar; see ShardReader. container: the file as it was when it was opened."""
 
-    def __init__(self, path: Path, name: str | None = None, caption_extensions: Sequence[str] = ()) -> None:
-        super().__init__(path, name, [with_dot(e) for e in caption_extensions or CAPTION_SUFFIXES])
+    def __init__(
+        self,
+        path: Path,
+        name: str | None = None,
+        caption_extensions: Sequence[str] = (),
+        names: Sequence[str] = ONE_CAPTION,
+    ) -> None:
+        super().__init__(path, name, [with_dot(e) for e in caption_extensions or CAPTION_SUFFIXES], names)
+        self._endings = [[name_ending(name, e) for e in self.extensions] for name in self.columns]
         self._count = 0
         self._keys: set[str] = set()
         try:
@@ -162,43 +178,53 @@ class TarReader(ShardReader):
             file, by_name.get(f"{stem}.json") or by_name.get(f"{key}.json")
         )
         bases = (image.name, stem, key)
-        names = (base + extension for extension in self.extensions for base in bases)
-        found = next((by_name[name] for name in names if name in by_name), None)
-        if found is not None:
-            sample.caption_of[record.index] = found
-            self._read_caption(file, record, found)
+        record.captions = []
+        for place, endings in enumerate(self._endings):
+            names = (base + ending for ending in endings for base in bases)
+            found = next((by_name[name] for name in names if name in by_name), None)
+            record.captions.append(Held() if found is None else self._read_caption(file, found))
+            if found is not None:
+                sample.caption_of[record.index, place] = found
         sample.image_of[record.index] = image
         sample.records.append(record)
 
-    def _read_caption(self, file: IO[bytes], record: Record, member: Member) -> None:
+    def _read_caption(self, file: IO[bytes], member: Member) -> Held:
         try:
             if member.size > MAX_CAPTION_BYTES:
                 raise ValueError(f"{member.size / 1e6:,.1f} MB, longer than any caption (limit 1 MB)")
-            record.caption = decode_caption(_read(file, member)) or None
+            return Held(decode_caption(_read(file, member)) or None)
         except ValueError as error:
-            record.bad_caption = f"{self.name_member(member.name)}: {error}"
+            return Held(problem=f"{self.name_member(member.name)}: {error}")
 
     def write(self, target: IO[bytes], captions: Iterator[NewCaption], extension: str) -> None:
         """Write the tar with new captions: what is no new caption stays, byte for byte."""
-        merged = Merged(captions)
+        merged = Merged(captions, len(self.names))
         with self._open() as source:
             for sample in self.samples():
-                new = {record.index: merged.take(record.index) for record in sample.records}
-                texts = {index: c.text for index, c in new.items() if c is not None and c.text is not None}
-                replaced = {id(sample.caption_of[i]): i for i in texts if i in sample.caption_of}
-                for member in sample.members:
-                    index = replaced.get(id(member))
-                    if index is None:
-                        _copy(source, target, member)
-                    else:
-                        target.write(_make_member(member.name, texts[index], member.header))
-                for record in sample.records:
-                    if record.index in texts and record.index not in sample.caption_of:
-                        name = record.key + with_dot(extension)
-                        header = sample.image_of[record.index].header
-                        target.write(_make_member(name, texts[record.index], header))
+                self._write_sample(source, target, sample, merged, extension)
             target.write(bytes(2 * BLOCK))
             target.write(bytes(-target.tell() % tarfile.RECORDSIZE))
+
+    def _write_sample(
+        self, source: IO[bytes], target: IO[bytes], sample: Sample, merged: Merged, extension: str
+    ) -> None:
+        texts = {
+            (record.index, place): caption.text
+            for record in sample.records
+            for place, caption in merged.take(record.index).items()
+        }
+        replaced = {id(sample.caption_of[which]): which for which in texts if which in sample.caption_of}
+        for member in sample.members:
+            which = replaced.get(id(member))
+            if which is None:
+                _copy(source, target, member)
+            else:
+                target.write(_make_member(member.name, texts[which], member.header))
+        keys = {record.index: record.key for record in sample.records}
+        for (index, place), text in texts.items():
+            if (index, place) not in sample.caption_of:
+                name = keys[index] + name_ending(self.names[place], extension)
+                target.write(_make_member(name, text, sample.image_of[index].header))
 
 
 def _read_fields(file: IO[bytes], member: Member | None) -> Mapping[str, Any]:

@@ -156,19 +156,40 @@ def available_memory(device: torch.device) -> int:
     return min([psutil.virtual_memory().available, *_find_room_in_container()])
 
 
-CGROUPS = Path("/sys/fs/cgroup")
-_LIMITS = (
-    (".", "memory.max", "memory.current", "inactive_file"),
-    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
-"""Where Linux says what a container may use and uses, in both versions of control groups."""
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_LIMITS = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""Where Linux says what a control group may use, uses and only caches; in version 2, then in version 1."""
 
 
 def _find_room_in_container() -> Iterator[int]:
-    for folder, limit, usage, cached in _LIMITS:
-        place = CGROUPS / folder
-        # "max" is no number: there is no limit.
-        with suppress(OSError, ValueError):
-            room = int((place / limit).read_text("utf-8")) - int((place / usage).read_text("utf-8"))
-            lines = (place / "memory.stat").read_text("utf-8").splitlines()
-            yield max(room + sum(int(line.split()[1]) for line in lines if line.startswith(f"{cached} ")), 0)
+    """Yield the room in each control group with a limit that this process is in, such as a job of Slurm's."""
+    own = _find_own_groups()
+    for controller, (limit, usage, cached) in _LIMITS.items():
+        root = CGROUPS / controller
+        place = root.joinpath(*own.get(controller, ()))
+        # In a container, its own path may be that of the host, and the root is its group.
+        for group in (place, *place.parents[: len(place.parts) - len(root.parts)]):
+            # "max" is no number: there is no limit.
+            with suppress(OSError, ValueError):
+                room = int((group / limit).read_text("utf-8")) - int((group / usage).read_text("utf-8"))
+                lines = (group / "memory.stat").read_text("utf-8").splitlines()
+                free = sum(int(line.split()[1]) for line in lines if line.startswith(f"{cached} "))
+                yield max(room + free, 0)
+
+
+def _find_own_groups() -> dict[str, list[str]]:
+    """Return controller → path, in parts, of the group of this process."""
+    try:
+        lines = OWN_CGROUPS.read_text("utf-8").splitlines()
+    except (OSError, ValueError):
+        return {}
+    found = {}
+    for line in lines:
+        controllers, _, path = line.partition(":")[2].partition(":")
+        # `..`: a group outside of those that this process sees.
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        found |= dict.fromkeys(controllers.split(","), parts)
+    return found

@@ -98,6 +98,11 @@ def is_one_of_several() -> bool:
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
+def find_rank() -> int | None:
+    """Return the number of this process where a launcher started several; None where it is alone."""
+    return int(os.environ.get("RANK", 0)) if is_one_of_several() else None
+
+
 def refuse_several_processes(command: str) -> None:
     """Raise UsageError where a launcher started a command as several processes that can only be one."""
     if is_one_of_several():

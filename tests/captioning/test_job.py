@@ -14,6 +14,7 @@ from caption_train.captioning.job import caption_folder
 from caption_train.captioning.outputs import KeyedOutputs
 from caption_train.config.captioning import CaptionOptions
 from caption_train.errors import CaptionTrainError, UsageError
+from caption_train.system.console import escape_unprintable
 from tests.fixtures.browser import until
 from tests.fixtures.fake_family import FakeFamily
 
@@ -206,6 +207,20 @@ def test_the_model_goes_on_while_captions_are_written(folder, monkeypatch):
     monkeypatch.setattr(KeyedOutputs, "write", write_late)
     assert run(family, folder, save_captions=True, output=folder / "captions.jsonl") == 0
     assert len(captions(folder)) == len((folder / "captions.jsonl").read_text().splitlines()) == 7
+
+
+def test_a_caption_that_is_written_in_the_instant_of_an_interrupt_is_counted(folder, capsys, monkeypatch):
+    def escape(text):
+        if text == folder / "2.png" and not interrupted:
+            interrupted.append(text)
+            raise KeyboardInterrupt
+        return escape_unprintable(text)
+
+    interrupted = []
+    monkeypatch.setattr("caption_train.captioning.job.escape_unprintable", escape)
+    assert run(FakeFamily(), folder, save_captions=True) == 130
+    count = len(captions(folder))
+    assert interrupted and count >= 3 and f"Interrupted: {count} of 7" in capsys.readouterr().err
 
 
 def test_an_interrupt_waits_for_captions_on_their_way_to_the_disk(folder, capsys, monkeypatch):

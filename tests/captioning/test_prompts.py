@@ -115,6 +115,17 @@ def test_rows_of_a_table_say_it_too(folder):
     ]
 
 
+def test_a_template_may_have_the_prompt_of_the_row_in_it(folder):
+    (folder / "ask.jsonl").write_text('{"file_name": "1.png", "prompt": "what hat"}\n{"file_name": "2.png"}')
+    settings = {"metadata": folder / "ask.jsonl", "save_captions": True}
+    run(folder, prompt_template="Answer: {prompt}", **settings)
+    texts = [text.rpartition(" ")[0] for text in files_of(folder).values()]
+    assert texts[:3] == ["Answer: say", "Answer: what hat", "Answer: say"]
+    run(folder, prompts=["long={prompt}, at length", "short=tell"], **settings)
+    files = files_of(folder)
+    assert files["1.long.txt"].startswith("what hat, at length") and files["1.short.txt"].startswith("tell")
+
+
 def test_a_prompt_that_the_family_refuses_is_its_images_alone(folder, capsys):
     class Picky(FakeFamily):
         def check_prompt(self, prompt):

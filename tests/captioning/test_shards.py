@@ -14,48 +14,13 @@ from caption_train.shards.output import OutputFolder
 from caption_train.shards.places import find_shards
 from caption_train.shards.records import NewCaption
 from tests.fixtures.fake_family import FakeFamily
+from tests.fixtures.shard_runs import captions, listing, make_shards, run, run_and_die
 from tests.fixtures.shards import make_image, read_tar, write_parquet, write_shard, write_tar
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two tars of seven images from black to white; one image has a caption."""
-    (tmp_path / "in").mkdir()
-    write_shard(tmp_path / "in/00000.tar", captions={3: "by hand\n"})
-    write_shard(tmp_path / "in/00001.tar", start=7)
-    return tmp_path
-
-
-def run(folder, family=None, **options):
-    settings = {"images": [str(folder / "in")], "output_shards": str(folder / "out")}
-    options = CaptionOptions(**settings | {"num_workers": 0, "batch_size": 2} | options)
-    assert options.check() == []
-    return caption_folder(options, family or FakeFamily())
-
-
-def captions(path, extension=".txt"):
-    return {name: text.decode() for name, text in read_tar(path) if name.endswith(extension)}
-
-
-def listing(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-class Dies(FakeFamily):
-    """Ends its process in the third batch, as `kill -9` would."""
-
-    def generate(self, *arguments, **settings):
-        if len(self.model.batches) == 2:
-            os._exit(9)
-        return super().generate(*arguments, **settings)
-
-
-def run_and_die(folder, **options):
-    process = os.fork()
-    if not process:
-        run(folder, Dies(), **options)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    return make_shards(tmp_path)
 
 
 def test_a_shard_gets_captions_and_keeps_all_else_byte_for_byte(folder, capsys):
@@ -432,9 +397,11 @@ def test_what_cannot_work_is_refused_before_a_model_is_loaded(folder, tmp_path):
 
 def test_flags_of_files_do_not_go_with_shards():
     given = {"images": ["a.tar"], "output_shards": "out"}
-    for name, value in (("save_captions", True), ("prompts", ["a=b"]), ("metadata", Path("a.csv"))):
+    for name, value in (("save_captions", True), ("recursive", True), ("output", Path("a.csv"))):
         (said,) = CaptionOptions(**given | {name: value}).check()
         assert said.startswith(f"--{name} does not go with --output_shards, which ")
+    (said,) = CaptionOptions(**given, prompts=["key=x"]).check()
+    assert said.startswith("--prompts key: that column of shards says something else")
     assert CaptionOptions(images=["a"], output_format="jsonl").check() != []
 
 

@@ -47,10 +47,10 @@ def test_several_images_in_a_row_are_refused_and_empty_ones_named(tmp_path):
 def test_columns_are_found_by_kind_then_by_name(tmp_path):
     rows = [{"thumb": b"t", "jpg": IMAGE, "Caption": "c", "url": "https://x.org", "text_id": "7"}]
     records, reader = read(write_parquet(tmp_path / "a.parquet", rows))
-    assert (reader.image_column, reader.caption_column) == ("jpg", "Caption")
+    assert (reader.image_column, reader.caption_columns) == ("jpg", ["Caption"])
     assert records[0].caption == "c" and records[0].load_fields()["text_id"] == "7"
     records, reader = read(write_parquet(tmp_path / "a.parquet", rows), ["text_id", ".txt"])
-    assert reader.caption_column == "text_id"
+    assert reader.caption_columns == ["text_id"]
     _, reader = read(write_parquet(tmp_path / "a.parquet", rows), ["mine"])
     with (tmp_path / "b.parquet").open("wb") as file:
         reader.write(file, iter([NewCaption(0, "new")]), "mine")

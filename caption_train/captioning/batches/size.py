@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from caption_train.errors import CaptionTrainError, is_out_of_memory
 from caption_train.system.console import print_line
 from caption_train.system.memory import available_memory, peak_memory, start_peak
+from caption_train.system.processes import find_rank
 from caption_train.system.workers import choose_workers
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ SHARE = {"cuda": 0.75, "cpu": 0.4}
 a CPU's memory that is too small ends the process, not the batch."""
 
 
+IN_STREAMS = 1.0
+"""Megapixels of an image that comes in a stream, about: those in shards are small."""
+
+
 @dataclass
 class BatchSize:
     """How many images are captioned at once, for several calls of `caption_images` after each other.
@@ -43,7 +48,7 @@ class BatchSize:
             there is room for twice of what a batch took.
         most: what it grows to.
         said: the lines that were printed.
-        shows: whether this process prints what is the same in all.
+        rank: the number of this process among several.
     """
 
     asked: int | Literal["auto"]
@@ -51,7 +56,7 @@ class BatchSize:
     now: int = field(init=False)
     most: int = field(init=False)
     said: set[str] = field(default_factory=set)
-    shows: bool = True
+    rank: int | None = field(default_factory=find_rank)
     _held: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -81,10 +86,14 @@ class BatchSize:
         self._grow(peak_memory(self.device) - self._held)
 
     def halve(self) -> str:
-        """Make batches smaller, of which one did not fit; return the line that says so."""
+        """Make batches smaller, of which one did not fit; return the line that says so.
+
+        Each process has its own memory and says it for itself.
+        """
         self.now, before = self.now // 2, self.now
         self.most = self.now
-        return f"out of memory with --batch_size {before}: going on with {self.now}"
+        who = "" if self.rank is None else f"process {self.rank}: "
+        return f"{who}out of memory with --batch_size {before}: going on with {self.now}"
 
     def limit(self, most: int) -> None:
         """Let batches grow to `most` images only."""
@@ -92,19 +101,21 @@ class BatchSize:
             self.most //= 2
 
     def say(self, line: str) -> None:
-        """Print a line once."""
+        """Print a line once, and where several processes would say the same, by the first of them."""
         if line not in self.said:
-            if self.shows:
+            if not self.rank:
                 print_line(line)
             self.said.add(line)
 
-    def choose_workers(self, images: Sequence[Path | Image.Image]) -> int:
-        """Return what `--num_workers auto` means, and print it once."""
+    def choose_workers(self, images: Sequence[Path | Image.Image] | None) -> int:
+        """Return what `--num_workers auto` means, and print it once.
+
+        images: what is captioned; None for a stream, of which nobody asks for the size of each image.
+        """
         from caption_train.data.images import estimate_megapixels
 
-        count = choose_workers(
-            self.device, estimate_megapixels(images), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        )
+        megapixels = IN_STREAMS if images is None else estimate_megapixels(images)
+        count = choose_workers(self.device, megapixels, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self.say(f"--num_workers auto: {count}")
         return count
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -21,10 +20,8 @@ from caption_train.captioning.generate import (
 from caption_train.captioning.plan import CaptionResult, Unreadable
 from caption_train.captioning.prompts import Task
 from caption_train.errors import UsageError
-from caption_train.system.console import print_line
 from caption_train.system.devices import choose_device
 from caption_train.system.memory import pausing_garbage_collection
-from caption_train.system.workers import choose_workers
 
 
 class LocalEngine(Engine):
@@ -40,7 +37,7 @@ class LocalEngine(Engine):
                 f"--cuda_graphs: needs an NVIDIA GPU, and this runs on {self.device}: leave it out"
             )
         # Across chunks: what did not fit once is not tried again.
-        self._batch_size = BatchSize(self.options.batch_size, self.device, shows=self.processes.is_main)
+        self._batch_size = BatchSize(self.options.batch_size, self.device)
         self._graphs: DecodeGraphs | None = None
         self._loaded: tuple[Any, Any] | None = None
 
@@ -63,10 +60,7 @@ class LocalEngine(Engine):
         """Caption; see `Engine.stream`."""
         workers = self.options.num_workers
         if workers == "auto":
-            # What comes in a stream is small: nobody is asked for the size of each image.
-            workers = choose_workers(self.device, 1.0, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-            if self.processes.is_main:
-                print_line(f"--num_workers auto: {workers}")
+            workers = self._batch_size.choose_workers(None)
         run = CaptionRun(
             *(self.family, *self._loaded, make_generation(self.options, self.base.prompt)),
             *(workers, self.options.worker_timeout),

@@ -14,6 +14,7 @@ from caption_train.captioning.engines.engine import Engine
 from caption_train.captioning.outputs import finish_caption
 from caption_train.captioning.plan import CaptionResult, Unreadable, find_base
 from caption_train.captioning.prompts import Task
+from caption_train.captioning.shards.prompts import ShardPrompts
 from caption_train.captioning.shards.units import Counts
 from caption_train.captioning.shards.work import ShardWork
 from caption_train.captioning.storage.shard import Shard as Part
@@ -90,8 +91,10 @@ class ShardJob:
         if options.limit and self.processes.count > 1:
             raise UsageError("--limit with shards works in one process: start it without torchrun")
         self.output = OutputFolder(options.output_shards, options.output_format)
+        self.prompts: ShardPrompts | None = None
         self.plan = self.processes.share(self._make_plan)
-        self.work = ShardWork(options, family, self.output, self.plan.base.prompt)
+        self.prompts = self.prompts or ShardPrompts(options, family, self.plan.base.prompt)
+        self.work = ShardWork(options, self.output, self.prompts)
         self.summary = CaptioningSummary(adds=options.existing in ("append", "prepend"))
         self.engine: Engine | None = None
 
@@ -103,12 +106,15 @@ class ShardJob:
         if first is not None:
             self._caption(chain([first], asked), share)
         self.work.close()
+        self.work.counts.own = self.prompts.own
         summaries, counts = self.processes.gather(self.summary), self.processes.gather(self.work.counts)
         total, found = sum(summaries, CaptioningSummary()), sum(counts, Counts())
         total.kept = found.kept
         total.unreadable += found.problems
         if self.processes.is_main:
-            print_line(*total.lines("image"), *self._describe_shards(found))
+            thing = "caption" if self.options.prompts else "image"
+            print_line(*self.prompts.describe(found.own))
+            print_line(*total.lines(thing), *self._describe_shards(found))
             if is_quiet():
                 print_problem(*total.problems())
         # Only the main process returns 1: launchers end all processes as soon as one of them fails.
@@ -120,6 +126,8 @@ class ShardJob:
         if part := Part.parse(options.shard):
             shards = shards[part.index - 1 :: part.count]
         base = find_base(options, family)
+        # Here too, so that what is wrong with them is said once.
+        self.prompts = ShardPrompts(options, family, base.prompt)
         self.output.prepare(shards)
         return ShardPlan(shards, base)
 
@@ -134,7 +142,8 @@ class ShardJob:
                 self.summary.seconds = time.monotonic() - start
                 rate = self.summary.written / self.summary.seconds
                 finished = counts.shards + counts.before + counts.busy
-                note = f"{count_things(self.summary.written, 'image')} ({rate:.2f} images/s)"
+                thing = "caption" if self.options.prompts else "image"
+                note = f"{count_things(self.summary.written, thing)} ({rate:.2f} {thing}s/s)"
                 bar.update(note, finished - bar.done)
 
     def _open_engine(self) -> Engine:
@@ -156,7 +165,7 @@ class ShardJob:
             return
         generated = result.generated
         text = finish_caption(generated.text, self.options)
-        answer = self.family.parse_answer(generated.text, self.plan.base.prompt, result.size)
+        answer = self.family.parse_answer(generated.text, self.work.next_prompt, result.size)
         remarks = find_remarks(generated)
         self.work.take(NewCaption(-1, text, None, list(remarks), answer))
         self.summary.count(str(result.image), remarks)

@@ -6,6 +6,7 @@ from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+from caption_train.captioning.storage.names import FirstLines
 from caption_train.shards.journal import Done, Journal
 from caption_train.shards.places import Shard
 from caption_train.shards.records import ShardReader
@@ -20,19 +21,21 @@ class Counts:
         shards: written by this run.
         before: that were done before.
         busy: that other runs work on.
-        kept: images that had a caption, or got one from a run that was cut short.
-        problems: one line for each image or shard that cannot be read, or has changed.
+        kept: captions that were there, or come from a run that was cut short.
+        problems: one line for each image or shard that cannot be read, or has changed; the first thousand.
         other: shards that were done with other settings.
         limited: whether `--limit` ended the run.
+        own: images that were asked what their row says.
     """
 
     shards: int = 0
     before: int = 0
     busy: int = 0
     kept: int = 0
-    problems: list[str] = field(default_factory=list)
+    problems: FirstLines = field(default_factory=FirstLines)
     other: int = 0
     limited: bool = False
+    own: int = 0
 
     def __add__(self, more: Counts) -> Counts:
         """Return the counts of two processes."""
@@ -41,7 +44,23 @@ class Counts:
             self.problems + more.problems,
             self.other + more.other,
             self.limited or more.limited,
+            self.own + more.own,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A caption that was asked for.
+
+    Attributes:
+        number: its number among the captions of the shard.
+        old: the caption that is there; "" where there is none.
+        prompt: what is asked.
+    """
+
+    number: int
+    old: str
+    prompt: str
 
 
 @dataclass
@@ -50,9 +69,10 @@ class Unit:
 
     Attributes:
         shard, reader, journal, lock: of the shard.
-        waiting: the records that have no result yet, with the captions that they had.
+        waiting: the captions that have no result yet.
         done: what will be remembered of it.
-        resumed: the number of the last record that an earlier run has a result of.
+        resumed: the number of the last caption that an earlier run has a result of.
+        last_problem: what was last noted: the number of the image, and the line.
         is_read: whether all its records were seen, or as many as can be read.
         is_lost: whether it cannot be read to its end, so that nothing is written.
     """
@@ -63,8 +83,9 @@ class Unit:
     lock: OutputLock
     done: Done
     open_files: ExitStack
-    waiting: deque[tuple[int, str]] = field(default_factory=deque)
+    waiting: deque[Asked] = field(default_factory=deque)
     resumed: int = -1
+    last_problem: tuple[int, str] | None = None
     is_read: bool = False
     is_lost: bool = False
 

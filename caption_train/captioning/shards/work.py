@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
-from caption_train.captioning.prompts import Task, Template
-from caption_train.captioning.shards.units import Counts, Unit
+from caption_train.captioning.prompts import Task, read_named_prompts
+from caption_train.captioning.shards.prompts import ShardPrompts
+from caption_train.captioning.shards.units import Asked, Counts, Unit
 from caption_train.captioning.sinks.existing import Existing
 from caption_train.config.captioning import CaptionOptions
 from caption_train.errors import CaptionTrainError
-from caption_train.families.base import Family
 from caption_train.shards.copies import Copies
-from caption_train.shards.formats import write_shard
+from caption_train.shards.formats import is_copied, write_shard
 from caption_train.shards.journal import Done
 from caption_train.shards.output import OutputFolder
 from caption_train.shards.places import Shard, open_shard
-from caption_train.shards.records import NewCaption, Record, ShardError
+from caption_train.shards.records import ONE_CAPTION, NewCaption, Record, ShardError
 from caption_train.system.console import count_things, escape_unprintable, print_line
 
 
@@ -28,16 +27,14 @@ class ShardWork:
 
     Args:
         options: the flags of the run.
-        family: checks prompts.
         output: where shards go to.
-        prompt: of all images, unless there is a template.
+        prompts: says what is asked.
     """
 
-    def __init__(self, options: CaptionOptions, family: Family, output: OutputFolder, prompt: str) -> None:
-        self._options, self._family, self._output, self._prompt = options, family, output, prompt
+    def __init__(self, options: CaptionOptions, output: OutputFolder, prompts: ShardPrompts) -> None:
+        self._options, self._output, self._prompts = options, output, prompts
         self._existing = Existing.from_options(options)
-        text = options.prompt_template
-        self._template = None if text is None else Template("--prompt_template", text)
+        self._names = tuple(read_named_prompts(options.prompts)) or ONE_CAPTION
         self._units: deque[Unit] = deque()
         self._asked = 0
         self.counts = Counts()
@@ -58,22 +55,23 @@ class ShardWork:
         finally:
             copies.close()
 
-    def take(self, result: NewCaption) -> tuple[Unit, str]:
-        """Write down the result of the next image that was asked for; its number need not be set.
+    @property
+    def next_prompt(self) -> str:
+        """What was asked where `take` wants the result of."""
+        return next(unit.waiting[0].prompt for unit in self._units if unit.waiting)
 
-        Returns:
-            Its shard, and the caption as it will stand there.
-        """
+    def take(self, result: NewCaption) -> None:
+        """Write down the result of the next caption that was asked for; its number need not be set."""
         unit = next(unit for unit in self._units if unit.waiting)
-        result.index, old = unit.waiting.popleft()
+        asked = unit.waiting.popleft()
+        result.index = asked.number
         if result.text is None:
-            self._note_unreadable(unit, result.error or "")
+            self._note_failed(unit, result)
         else:
-            result.text = self._existing.join(old, result.text)
+            result.text = self._existing.join(asked.old, result.text)
             unit.done.captioned += 1
         unit.journal.add(result)
         self.finish_ready()
-        return unit, result.text or ""
 
     def finish_ready(self) -> None:
         """Write the shards whose images all have their results."""
@@ -119,7 +117,9 @@ class ShardWork:
                 path = copies.take(shard) if shard.is_remote else None
                 if path is not None:
                     files.callback(path.unlink, missing_ok=True)
-                reader = open_shard(shard, path, [self._options.caption_extension])
+                reader = open_shard(shard, path, [self._options.caption_extension], self._names)
+                if is_copied(reader, output.format_of(shard)):
+                    reader.check_target()
             except ShardError as error:
                 self.counts.problems.append(str(error))
                 return None
@@ -163,6 +163,9 @@ class ShardWork:
         if self._existing.mode != "keep":
             # What replaces or adds to a caption is of one model and prompt in all of a shard.
             facts["run"] = self._existing.run
+        if self._options.prompts:
+            # Captions are numbered in their order.
+            facts["names"] = list(self._names)
         if unit.journal.resume(facts):
             print_line(
                 f"{escape_unprintable(unit.shard.place)}: what a run that was cut short has left is of "
@@ -171,7 +174,7 @@ class ShardWork:
         unit.resumed = unit.journal.last
         for caption in unit.journal.read():
             if caption.text is None:
-                self._note_unreadable(unit, caption.error or "")
+                self._note_failed(unit, caption)
             else:
                 unit.done.captioned += 1
                 self.counts.kept += 1
@@ -179,15 +182,16 @@ class ShardWork:
     def _ask_unit(self, unit: Unit) -> Iterator[Task]:
         try:
             for record in unit.reader.records():
-                prompt = self._judge(unit, record)
-                if prompt is None:
+                asked = list(self._judge(unit, record))
+                if not asked:
                     continue
                 if self._options.limit is not None and self._asked >= self._options.limit:
                     self.counts.limited = True
                     return
                 self._asked += 1
-                unit.waiting.append((record.index, record.caption or ""))
-                yield Task(record.image, prompt)
+                unit.waiting.extend(asked)
+                for caption in asked:
+                    yield Task(record.image, caption.prompt)
         except ShardError as error:
             unit.is_lost = True
             self._note_unreadable(unit, str(error))
@@ -197,35 +201,33 @@ class ShardWork:
         print_line(*unit.reader.notes.lines(unit.shard.place))
         self.finish_ready()
 
-    def _judge(self, unit: Unit, record: Record) -> str | None:
-        """Return what a record is asked; None if it is not captioned, which is counted."""
+    def _judge(self, unit: Unit, record: Record) -> Iterator[Asked]:
+        """Yield the captions of a record to ask for; those that are not made are counted."""
         if record.problem:
             self._note_unreadable(unit, record.problem)
-        elif record.has_caption and not self._existing.replaces:
-            unit.done.kept += 1
-            self.counts.kept += 1
-        elif self._existing.adds and record.bad_caption:
-            self._note_unreadable(unit, f"{record.bad_caption}; nothing can be added to it")
-        else:
-            try:
-                prompt = self._find_prompt(unit, record)
-                return prompt if record.index > unit.resumed else None
-            except CaptionTrainError as error:
-                self._note_unreadable(unit, f"{unit.reader.name_member(record.key)}: {error}")
-        return None
+            return
+        first = record.index * len(self._names)
+        for place, held in enumerate(record.captions[: len(self._names)]):
+            if held and not self._existing.replaces:
+                unit.done.kept += 1
+                self.counts.kept += 1
+            elif self._existing.adds and held.problem:
+                self._note_unreadable(unit, f"{held.problem}; nothing can be added to it")
+            else:
+                try:
+                    prompt = self._prompts.find(unit.shard, unit.reader, record, place)
+                except CaptionTrainError as error:
+                    self._note_unreadable(unit, str(error))
+                    continue
+                if first + place > unit.resumed:
+                    yield Asked(first + place, held.text or "", prompt)
 
-    def _find_prompt(self, unit: Unit, record: Record) -> str:
-        if self._template is None:
-            return self._prompt
-        values = {"name": Path(record.key).name, "folder": Path(unit.shard.name).stem}
-        values["caption"] = record.caption or ""
-        if "tags" in self._template.fields:
-            tags: Any = record.load_fields().get("tags")
-            values["tags"] = ", ".join(map(str, tags)) if isinstance(tags, list) else str(tags or "")
-        prompt = self._template.fill(values)
-        if prompt != self._prompt:
-            self._family.check_prompt(prompt)
-        return prompt
+    def _note_failed(self, unit: Unit, result: NewCaption) -> None:
+        """Note an image that could not be captioned: once, however much was asked of it."""
+        problem = result.index // len(self._names), result.error or ""
+        if problem != unit.last_problem:
+            self._note_unreadable(unit, problem[1])
+        unit.last_problem = problem
 
     def _note_unreadable(self, unit: Unit, line: str) -> None:
         unit.done.unreadable += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -37,11 +37,15 @@ class CaptionWriter:
 
     Args:
         outputs: where captions are written to; open.
+        note: called in its thread with each caption that is written. Ctrl-C, which ends what the main thread
+            does at any point, does not come between the two.
         most: captions that may wait; then `finished` waits until there are fewer.
     """
 
-    def __init__(self, outputs: KeyedOutputs, most: int = MOST_WAITING) -> None:
-        self._outputs, self._most = outputs, most
+    def __init__(
+        self, outputs: KeyedOutputs, note: Callable[[Written], None], most: int = MOST_WAITING
+    ) -> None:
+        self._outputs, self._note, self._most = outputs, note, most
         self._thread = ThreadPoolExecutor(1, "captions")
         self._waiting: deque[Future[Written]] = deque()
         self._failure: BaseException | None = None
@@ -51,7 +55,9 @@ class CaptionWriter:
         self._waiting.append(self._thread.submit(self._write, caption, key, place))
 
     def finished(self, *, wait: bool = False) -> Iterator[Written]:
-        """Yield the captions that are written by now, each once, in the order in which they came.
+        """Yield the captions that are written by now, in the order in which they came.
+
+        Each comes once; after Ctrl-C or an error that of which the caller was not done comes again.
 
         Args:
             wait: whether to wait for all of them.
@@ -60,10 +66,12 @@ class CaptionWriter:
             CaptionTrainError: one could not be written; those after it are not.
         """
         while self._waiting and (wait or len(self._waiting) > self._most or self._waiting[0].done()):
-            # Only then is it forgotten: Ctrl-C may end the wait.
-            written = self._waiting[0].result()
+            # Only then is it forgotten: Ctrl-C may end the wait, or what the caller does.
+            yield self._waiting[0].result()
             self._waiting.popleft()
-            yield written
+        if wait:
+            # Ctrl-C may have ended `put` before it was known here that a caption is written.
+            self._thread.submit(int).result()
 
     def close(self) -> None:
         """Wait for what is being written, and end the thread."""
@@ -73,7 +81,9 @@ class CaptionWriter:
         if self._failure is not None:
             raise self._failure
         try:
-            return Written(caption, key, place, self._outputs.write(caption, key))
+            written = Written(caption, key, place, self._outputs.write(caption, key))
+            self._note(written)
+            return written
         except BaseException as error:
             self._failure = error
             raise

@@ -102,6 +102,27 @@ def test_a_number_that_does_not_fit_is_halved_too(folder, capsys):
     assert [line.rsplit(": ")[1] for line in lines] == ["going on with 5", "going on with 2"]
 
 
+@pytest.mark.parametrize(("rank", "who"), [("0", "process 0: "), ("1", "process 1: ")])
+def test_of_several_processes_each_says_for_itself_what_did_not_fit_and_one_what_is_the_same(
+    monkeypatch, capsys, rank, who
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    size = BatchSize(8, CPU)
+    assert size.halve() == f"{who}out of memory with --batch_size 8: going on with 4"
+    for _ in range(2):
+        size.choose_workers(None)
+    assert capsys.readouterr().err.count("--num_workers auto: ") == int(rank == "0")
+
+
+def test_workers_are_chosen_once_for_images_in_shards(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    write_shard(tmp_path / "in/0.tar")
+    settings = {"images": [str(tmp_path / "in")], "output_shards": str(tmp_path / "out")}
+    assert caption_folder(CaptionOptions(**settings, num_workers="auto"), FakeFamily()) == 0
+    assert capsys.readouterr().err.count("--num_workers auto: ") == 1
+
+
 def test_shards_are_captioned_in_growing_batches_too(tmp_path, machine, capsys):
     (tmp_path / "in").mkdir()
     write_shard(tmp_path / "in/0.tar")
@@ -145,6 +166,7 @@ def test_the_room_of_workers_is_shared_by_all_batches_on_their_way(monkeypatch, 
 
 def test_a_containers_limit_counts_without_what_is_only_cached(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    monkeypatch.setattr(memory, "OWN_CGROUPS", tmp_path / "none")
     before = memory.available_memory(CPU)
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("900\n")
@@ -158,6 +180,54 @@ def test_a_containers_limit_counts_without_what_is_only_cached(monkeypatch, tmp_
     (tmp_path / "memory/memory.usage_in_bytes").write_text("950\n")
     (tmp_path / "memory/memory.stat").write_text("inactive_file 1\ntotal_inactive_file 20\n")
     assert memory.available_memory(CPU) == 70
+
+
+GROUPS = [
+    # (control groups that this process is in, files of a group that has a limit, its place, memory with room)
+    ("0::/slurm/job_7/step_0\n", "v2", "slurm/job_7", 350),
+    ("0::/slurm/job_7/step_0\n", "v2", "slurm/job_7/step_0", 350),
+    ("0::/slurm/job_7/step_0\n", "v2", "", 350),
+    ("0::/../../user.slice/a\n", "v2", "user.slice", 350),
+    ("0::/docker/of the host:1\n", "v2", "", 350),
+    ("0::/slurm/job_8\n", "v2", "slurm/job_7", None),
+    ("5:cpu,cpuacct:/cpu\n4:pids,memory:/slurm/job_7\n0::/\n", "v1", "memory/slurm/job_7", 350),
+    ("4:memory:/slurm/job_7\n", "v1", "memory/slurm", 350),
+    ("4:memory:/slurm/job_7\n", "v1", "memory/cpu", None),
+    ("not a line of it\n", "v2", "", 350),
+]
+
+
+@pytest.mark.parametrize(("own", "version", "place", "room"), GROUPS)
+def test_limits_of_all_groups_that_a_process_is_in_count(monkeypatch, tmp_path, own, version, place, room):
+    limits = {
+        "v2": ("memory.max", "memory.current", "inactive_file"),
+        "v1": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    }
+    limit, usage, cached = limits[version]
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path / "groups")
+    monkeypatch.setattr(memory, "OWN_CGROUPS", tmp_path / "own")
+    (tmp_path / "own").write_text(own)
+    free = memory.available_memory(CPU)
+    group = tmp_path / "groups" / place
+    group.mkdir(parents=True)
+    for name, content in ((limit, "1000"), (usage, "700"), ("memory.stat", f"anon 5\n{cached} 50\n")):
+        (group / name).write_text(f"{content}\n")
+    # What lies outside of the tree is none of ours.
+    (tmp_path / limit).write_text("0\n")
+    found = memory.available_memory(CPU)
+    assert found == room if room else found > free / 2
+
+
+def test_the_group_with_the_least_room_counts(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    monkeypatch.setattr(memory, "OWN_CGROUPS", tmp_path / "own")
+    (tmp_path / "own").write_text("0::/a/b\n")
+    (tmp_path / "a/b").mkdir(parents=True)
+    for place, most, used in ((".", 5000, 4900), ("a", 2000, 1950), ("a/b", 900, 100)):
+        (tmp_path / place / "memory.max").write_text(str(most))
+        (tmp_path / place / "memory.current").write_text(str(used))
+        (tmp_path / place / "memory.stat").write_text("inactive_file 0\n")
+    assert memory.available_memory(CPU) == 50
 
 
 def test_the_memory_of_a_batch_is_measured_on_a_cpu():

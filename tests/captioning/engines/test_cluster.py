@@ -5,6 +5,7 @@ Processes that import torch take most of the time: all tests that caption share 
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,13 @@ from PIL import Image
 from ray.cluster_utils import Cluster
 
 from caption_train.adapters.record import resolve_base
+from caption_train.captioning.engines.cluster import engine as cluster_engine
+from caption_train.captioning.engines.cluster import pool
 from caption_train.captioning.engines.cluster.engine import RayEngine
+from caption_train.captioning.engines.cluster.nodes import CaptionActor
 from caption_train.captioning.engines.local import LocalEngine
 from caption_train.captioning.job import caption_folder
-from caption_train.captioning.plan import CaptionResult
+from caption_train.captioning.plan import CaptionResult, Unreadable
 from caption_train.captioning.prompts import Task
 from caption_train.captioning.shards import job as shard_job
 from caption_train.config.captioning import CaptionOptions
@@ -122,6 +126,64 @@ def test_a_cluster_that_is_not_there_is_one_line(monkeypatch, base):
     ) as found:
         make_engine(base, RayEngine).describe()
     assert "\n" not in str(found.value)
+
+
+class DiesInLoad(CaptionActor):
+    """Is killed while it loads the model, as often as the file that counts its deaths has room."""
+
+    deaths, most = Path(), 0
+
+    def load(self):
+        if len(self.deaths.read_text()) < self.most:
+            with self.deaths.open("a") as file:
+                file.write("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def caption(self, encoded):
+        return [Unreadable(task.image, f"{task.image}: seen") for task in encoded]
+
+
+@pytest.fixture
+def dying(nodes, base, tmp_path, monkeypatch):
+    """An engine of one actor that dies in `load` so many times, and the file that counts its deaths."""
+    # Nodes cannot import this module.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(cluster_engine, "load_processor", lambda work: (None, []))
+    monkeypatch.setattr(cluster_engine, "encode", lambda tasks, shared: tasks)
+    engine = make_engine(base, RayEngine, actors=1)
+    engine.describe()
+
+    def prepare(most):
+        deaths = tmp_path / "deaths"
+        deaths.write_text("")
+        kind = type("Dying", (DiesInLoad,), {"deaths": deaths, "most": most})
+        monkeypatch.setattr(cluster_engine, "CaptionActor", kind)
+        return engine, deaths
+
+    yield prepare
+    engine.close()
+
+
+def test_an_actor_that_dies_once_while_it_loads_the_model_is_started_again(dying):
+    engine, deaths = dying(1)
+    assert engine.open() == []
+    (seen,) = engine.stream([Task(Path("a.png"), "")])
+    assert seen == Unreadable(Path("a.png"), "a.png: seen") and deaths.read_text() == "x"
+
+
+def test_actors_that_die_each_time_they_load_the_model_end_the_run_in_one_line(dying, monkeypatch):
+    # Each death takes seconds; that it is four of them is tested with a stand-in for Ray.
+    monkeypatch.setattr(pool, "MOST_TRIES", 2)
+    engine, deaths = dying(100)
+    with pytest.raises(CaptionTrainError) as found:
+        engine.open()
+    said = str(found.value)
+    assert said.startswith(
+        "--engine ray: no actor is left: the last one died 2 times while it loaded the model"
+    )
+    assert "\n" not in said
+    assert "use fewer --actors" in said and found.value.exit_code == 1
+    assert deaths.read_text() == "xx"
 
 
 def test_captions_and_names_are_those_of_one_process(engine, images, caption_here, monkeypatch):

@@ -60,15 +60,21 @@ class Handle:
         self.begins, self.pace = begins, pace
         self.calls, self.loads = deque(), 0
         self.is_alive, self.noticed, self.has_model = True, 0, False
-        self.load = SimpleNamespace(options=lambda **options: SimpleNamespace(remote=self._load))
+        self.load = self._method("load", max_task_retries=0)
+        # Answers when it lives again: its call does not fail.
+        self.__ray_ready__ = self._method("ready", max_task_retries=-1)
         self.caption = SimpleNamespace(remote=lambda encoded: self._call("caption", encoded))
 
-    def _load(self):
-        return self._call("load")
+    def _method(self, name, **expected):
+        def options(**given):
+            assert given == expected
+            return SimpleNamespace(remote=lambda: self._call(name))
+
+        return SimpleNamespace(options=options)
 
     def _call(self, *call):
         reference = Reference()
-        if not self.is_alive and not self.noticed and call[0] == "caption":
+        if not self.is_alive and not self.noticed and call[0] != "ready":
             reference.finish(error=RayActorError("dead"))
         else:
             self.calls.append((*call, reference))
@@ -82,7 +88,7 @@ class Handle:
 
     def _fail_calls(self):
         self.noticed = 0
-        for call in [call for call in self.calls if call[0] == "caption"]:
+        for call in [call for call in self.calls if call[0] != "ready"]:
             self.calls.remove(call)
             call[-1].finish(error=RayActorError("dead"))
 
@@ -92,7 +98,9 @@ class Handle:
         if not (self.is_alive and self.calls and number >= self.begins and number % self.pace == 0):
             return
         kind, *given, reference = self.calls.popleft()
-        if kind == "load":
+        if kind == "ready":
+            reference.finish()
+        elif kind == "load":
             self.loads += not self.has_model
             self.has_model = True
             reference.finish()
@@ -305,20 +313,49 @@ def test_a_model_that_cannot_be_loaded_ends_the_run_with_its_line(start):
         actors.wait_for_one()
 
 
-def test_an_actor_that_never_comes_back_is_left_and_the_last_one_is_an_error(start):
+@pytest.mark.parametrize("error", [RayActorError, OutOfMemoryError, NodeDiedError])
+def test_an_actor_that_never_comes_back_is_left_and_the_last_one_is_an_error(start, error, capsys):
     class Leaving(Cluster):
         def at_step(self, number):
             for handle in self.handles[: number // 10]:
                 handle.die()
                 while handle.calls:
-                    handle.calls.popleft()[-1].finish(error=RayActorError("killed for good"))
+                    handle.calls.popleft()[-1].finish(error=error("killed for good"))
 
     _, actors = start(Handle(), Handle(pace=3), cluster=Leaving)
     done = []
-    with pytest.raises(CaptionTrainError, match=r"--engine ray: .*killed for good"):
+    said = r"^--engine ray: no actor is left: the last one cannot be started.*\(killed for good\): use fewer"
+    with pytest.raises(CaptionTrainError, match=said):
         for result in actors.caption(batches(50)):
             done.append(result)
     assert 9 <= len(done) < 20 and done == names(len(done))
+    assert "an actor cannot be started; the run goes on with 1 actor\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [RayActorError, OutOfMemoryError, NodeDiedError])
+def test_an_actor_that_dies_of_loading_is_tried_four_times_and_once_it_has_loaded_as_often_again(
+    start, error, capsys
+):
+    class DyingInLoad(Cluster):
+        def at_step(self, number):
+            poisoned, _ = self.handles
+            # Three deaths are borne, and from the step 40 on all.
+            while poisoned.calls and poisoned.calls[0][0] == "load" and (self.deaths < 3 or number > 40):
+                self.deaths += 1
+                poisoned.calls.popleft()[-1].finish(error=error("killed"))
+            if number == 40:
+                poisoned.die()
+                poisoned.is_alive = True
+
+        deaths = 0
+
+    ray, actors = start(Handle(), Handle(pace=5), cluster=DyingInLoad)
+    results = actors.caption(batches(1000))
+    for number in range(60):
+        assert next(results) == [f"{number}a.png", f"{number}b.png"]
+    assert ray.deaths == 3 + 4 and ray.handles[0].loads == 1
+    err = capsys.readouterr().err
+    assert "an actor died 4 times while it loaded the model; the run goes on with 1 actor\n" in err
 
 
 def test_a_cluster_without_actors_is_told(start, capsys):

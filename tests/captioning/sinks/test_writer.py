@@ -2,6 +2,7 @@
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,27 +25,54 @@ class Disk:
         return caption.text != "theirs"
 
 
+def interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
 def put(writer, *texts):
     for place, text in enumerate(texts):
         writer.put(Caption(Path("a.png"), text), "key", place)
 
 
 def test_a_caption_is_finished_when_it_is_written_and_not_before():
-    disk = Disk()
-    writer = CaptionWriter(disk)
+    disk, noted = Disk(), []
+    writer = CaptionWriter(disk, noted.append)
     put(writer, "one", "theirs", "three")
     assert list(writer.finished()) == []
     disk.free.set()
     found = [(w.caption.text, w.key, w.place, w.is_ours) for w in writer.finished(wait=True)]
     assert found == [("one", "key", 0, True), ("theirs", "key", 1, False), ("three", "key", 2, True)]
     assert disk.written == [("one", "key"), ("theirs", "key"), ("three", "key")]
-    assert list(writer.finished(wait=True)) == []
+    assert list(writer.finished(wait=True)) == [] and len(noted) == 3
+    writer.close()
+
+
+@pytest.mark.parametrize("where", ["finished", "put"])
+def test_ctrl_c_at_any_point_loses_no_caption_and_counts_none_twice(where):
+    disk, noted = Disk(), []
+    disk.free.set()
+    writer = CaptionWriter(disk, noted.append)
+    put(writer, "one")
+    with pytest.raises(KeyboardInterrupt):
+        if where == "finished":
+            for _ in writer.finished(wait=True):
+                raise KeyboardInterrupt
+        else:
+            waiting = writer._waiting
+            writer._waiting = SimpleNamespace(append=interrupt)
+            try:
+                put(writer, "two")
+            finally:
+                writer._waiting = waiting
+    assert [written.caption.text for written in writer.finished(wait=True)] == ["one"]
+    assert [written.caption.text for written in noted] == [text for text, _ in disk.written]
+    assert len(noted) == (1 if where == "finished" else 2)
     writer.close()
 
 
 def test_captions_do_not_pile_up_where_the_disk_is_slow():
     disk = Disk()
-    writer = CaptionWriter(disk, most=2)
+    writer = CaptionWriter(disk, lambda written: None, most=2)
     put(writer, "one", "two", "three")
     threading.Timer(0.05, disk.free.set).start()
     assert next(writer.finished()).caption.text == "one"
@@ -54,7 +82,7 @@ def test_captions_do_not_pile_up_where_the_disk_is_slow():
 def test_after_a_caption_that_cannot_be_written_no_other_is():
     disk = Disk(full=1)
     disk.free.set()
-    writer = CaptionWriter(disk)
+    writer = CaptionWriter(disk, lambda written: None)
     put(writer, "one", "two")
     for _ in range(2):
         with pytest.raises(CaptionTrainError, match="no space"):

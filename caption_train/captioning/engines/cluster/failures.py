@@ -20,11 +20,11 @@ def explaining_ray() -> Iterator[None]:
         cause = find_cause(error)
         if isinstance(cause, CaptionTrainError):
             raise cause from None
-        raise CaptionTrainError(f"--engine ray: {_last_line(cause)}") from error
+        raise CaptionTrainError(f"--engine ray: {last_line(cause)}") from error
     except (ray.exceptions.RayError, OSError) as error:
         address = os.environ.get("RAY_ADDRESS")
         where = f"the cluster at RAY_ADDRESS={address}" if address else "a cluster on this machine"
-        raise CaptionTrainError(f"--engine ray: {where}: {_last_line(error)}") from error
+        raise CaptionTrainError(f"--engine ray: {where}: {last_line(error)}") from error
 
 
 def find_cause(error: BaseException) -> BaseException:
@@ -36,6 +36,7 @@ def find_cause(error: BaseException) -> BaseException:
     return error
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
+    """Return the last line of what an error says; Ray's first ones are of the process that raised it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:300] if lines else type(error).__name__

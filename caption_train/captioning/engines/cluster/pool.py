@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from caption_train.captioning.engines.cluster.failures import explaining_ray, find_cause
+from caption_train.captioning.engines.cluster.failures import explaining_ray, find_cause, last_line
 from caption_train.captioning.prompts import Task
 from caption_train.errors import CaptionTrainError
 from caption_train.system.console import count_things, escape_unprintable, print_line
 
 MOST_TRIES = 4
-"""How often a batch is given out, whose actor died each time."""
+"""How often a batch is given out, or a model loaded, whose actor died each time."""
 AT_ONCE = 2
 """Batches that an actor has: one is captioned while the next one comes."""
 MOST_FINISHED = 8
@@ -51,11 +51,18 @@ class Batch:
 
 @dataclass(eq=False)
 class Actor:
-    """An actor. batches: those that it has. is_ready: whether it has loaded the model and answers."""
+    """An actor.
+
+    Attributes:
+        batches: those that it has.
+        is_ready: whether it has loaded the model and answers.
+        tries: how often it died while it loaded the model, since it last had it.
+    """
 
     handle: Any
     batches: set[Batch] = field(default_factory=set)
     is_ready: bool = False
+    tries: int = 0
 
 
 class ActorPool:
@@ -76,10 +83,11 @@ class ActorPool:
         self._encoding: dict[Any, Batch] = {}
         self._encoded: list[Batch] = []
         self._at_work: dict[Any, tuple[Batch, Actor]] = {}
+        self._starting: dict[Any, Actor] = {}
         self._loading: dict[Any, Actor] = {}
         self._count = 0
         for actor in self._actors:
-            self._load(actor)
+            self._start_actor(actor)
 
     def wait_for_one(self) -> None:
         """Wait until an actor has loaded the model; CaptionTrainError if it cannot be loaded."""
@@ -114,17 +122,17 @@ class ActorPool:
             batch.encoded = self._encode(batch.tasks)
         self._encoding[batch.encoded] = batch
 
-    def _load(self, actor: Actor) -> None:
-        """Have an actor load the model; it gets batches once it answers, which one that is lost does not."""
+    def _start_actor(self, actor: Actor) -> None:
+        """Wait until an actor answers, which one that is lost does not; then it loads the model."""
         actor.is_ready = False
         with explaining_ray():
-            # Ray keeps the call until the actor lives again, but not for ever if loading is what it dies of.
-            load = actor.handle.load.options(max_task_retries=MOST_TRIES - 1)
-            self._loading[load.remote()] = actor
+            # Ray makes this call until the actor lives again. That to `load` it would make for ever if it is
+            # loading that the actor dies of; a number of tries is used up while the actor starts.
+            self._starting[actor.handle.__ray_ready__.options(max_task_retries=-1).remote()] = actor
 
     def _go_on(self, *, waits: bool) -> None:
         """Note what has happened, and give out what can be; wait until something happens, if need be."""
-        references = [*self._at_work, *self._loading, *self._encoding]
+        references = [*self._at_work, *self._starting, *self._loading, *self._encoding]
         with explaining_ray():
             if waits:
                 self._wait(references)
@@ -136,7 +144,7 @@ class ActorPool:
         self._give_out()
 
     def _wait(self, references: list[Any]) -> None:
-        is_alone = not (self._at_work or any(actor.is_ready for actor in self._actors))
+        is_alone = not (self._at_work or self._loading or any(actor.is_ready for actor in self._actors))
         patience = SECONDS_TO_SAY if is_alone else None
         ready, _ = self._ray.wait(references, timeout=patience, fetch_local=False)
         if not ready:
@@ -147,22 +155,52 @@ class ActorPool:
     def _note(self, reference: Any) -> None:
         if batch := self._encoding.pop(reference, None):
             self._encoded.append(batch)
+        elif actor := self._starting.pop(reference, None):
+            self._note_started(actor, reference)
         elif actor := self._loading.pop(reference, None):
             self._note_loaded(actor, reference)
         else:
             self._note_captioned(*self._at_work.pop(reference), reference)
 
+    def _note_started(self, actor: Actor, reference: Any) -> None:
+        if error := self._find_loss(reference):
+            self._leave_for_good(actor, "cannot be started", error)
+            return
+        with explaining_ray():
+            self._loading[actor.handle.load.options(max_task_retries=0).remote()] = actor
+
     def _note_loaded(self, actor: Actor, reference: Any) -> None:
+        error = self._find_loss(reference)
+        if not error:
+            actor.is_ready, actor.tries = True, 0
+            return
+        actor.tries += 1
+        if actor.tries < MOST_TRIES:
+            self._start_actor(actor)
+        else:
+            self._leave_for_good(actor, f"died {MOST_TRIES} times while it loaded the model", error)
+
+    def _find_loss(self, reference: Any) -> Exception | None:
+        """Return what says that an actor was lost; None where it has done what was asked."""
         with explaining_ray():
             try:
                 self._ray.get(reference)
-            except self._ray.exceptions.RayActorError:
-                # It is gone for good, or died of loading each time: bad only if it was the last one.
-                self._actors.remove(actor)
-                if not self._actors:
-                    raise
-            else:
-                actor.is_ready = True
+            except self._ray.exceptions.RayError as error:
+                if self._is_one_of(error, *OF_ACTORS):
+                    return error
+                raise
+        return None
+
+    def _leave_for_good(self, actor: Actor, what: str, error: Exception) -> None:
+        """Go on without an actor; CaptionTrainError if it was the last one."""
+        self._actors.remove(actor)
+        if not self._actors:
+            raise CaptionTrainError(
+                f"--engine ray: no actor is left: the last one {what}, for want of memory perhaps "
+                f"({last_line(error)}): use fewer --actors on a machine, or --dtype bfloat16 or --quantize"
+            ) from error
+        left = count_things(len(self._actors), "actor")
+        print_line(f"--engine ray: an actor {what}; the run goes on with {left}")
 
     def _note_captioned(self, batch: Batch, actor: Actor, reference: Any) -> None:
         actor.batches.discard(batch)
@@ -190,7 +228,7 @@ class ActorPool:
             print_line("--engine ray: an actor died; what it had goes to others, and Ray starts it again")
         for actor in self._actors:
             if actor.is_ready:
-                self._load(actor)
+                self._start_actor(actor)
 
     def _is_one_of(self, error: BaseException, *names: str) -> bool:
         return isinstance(error, tuple(getattr(self._ray.exceptions, name) for name in names))
