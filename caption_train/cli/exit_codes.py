@@ -45,20 +45,35 @@ def _run(work: Callable[[], int], advise: Callable[[], str]) -> int:
         # Captions may contain characters that the terminal's encoding lacks.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        try:
-            return work()
-        finally:
-            # Here, and not when Python ends, where a reader that has gone away could not be dealt with.
-            if sys.stdout is not None:
-                sys.stdout.flush()
+        code = _explain(work, advise)
+    except BaseException:
+        _flush()
+        raise
+    return code if _flush() else code or 1
+
+
+def _flush() -> bool:
+    """Write what was printed, while errors can still be dealt with; False if nobody reads it any more.
+
+    Output to come goes to /dev/null then, or Python would raise when it ends.
+    """
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return True
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+
+
+def _explain(work: Callable[[], int], advise: Callable[[], str]) -> int:
+    try:
+        return work()
     except CaptionTrainError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
-    except BrokenPipeError:
-        # The program that read our output has ended. Output to come goes to /dev/null, or Python would raise
-        # again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # The program that read our output has ended.
         return 1
     except Exception as error:
         if is_out_of_memory(error):

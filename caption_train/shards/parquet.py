@@ -76,7 +76,13 @@ class ParquetReader(ShardReader):
         self._targets = targets[: len(names)]
 
     def check_target(self) -> None:
-        """Raise ShardError where a column of a new caption's name holds something else."""
+        """Raise ShardError where new captions have no column, or not each its own."""
+        double = next((name for name in self._targets if self._targets.count(name) > 1), None)
+        if double is not None:
+            raise ShardError(
+                f"{escape_unprintable(self.name)}: two captions of an image would be in its column "
+                f"{escape_unprintable(double)}: give them other names in --prompts"
+            )
         with self._explained(), self._open() as file:
             there = set(file.schema_arrow.names)
         for column, target in zip(self.caption_columns, self._targets, strict=False):

@@ -181,3 +181,24 @@ def test_nothing_is_made_of_a_caption_that_cannot_be_read(folder, capsys):
     assert run(folder, prompt_template="Correct: {caption}", overwrite=True) == 1
     assert "in/00000.tar/a: its caption cannot be read" in capsys.readouterr().err
     assert read_tar(folder / "out/00000.tar")[1] == ("a.txt", b"\xff\xfe\x00")
+    prompts = ["short={caption} s", "long={caption} l"]
+    assert run(folder, prompts=prompts, output_shards=str(folder / "named")) == 1
+    err = capsys.readouterr().err
+    assert err.count("its caption cannot be read") == 1 and "1 image could not be read" in err
+
+
+@pytest.mark.parametrize(
+    ("column", "prompts", "options"),
+    [
+        ("caption", ["text=say", "Caption=tell"], {"overwrite": True}),
+        ("text", ["text=say", "long=tell"], {"caption_extension": "long"}),
+        ("long", ["long=say", "Long=tell"], {"overwrite": True}),
+    ],
+)
+def test_two_captions_of_an_image_are_never_put_into_one_column(tmp_path, capsys, column, prompts, options):
+    (tmp_path / "in").mkdir()
+    rows = [{"image": {"bytes": make_image(0), "path": "a.png"}, column: "by hand"}]
+    write_parquet(tmp_path / "in/0.parquet", rows)
+    assert run(tmp_path, prompts=prompts, **options) == 1
+    assert "two captions of an image would be in its column" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.parquet"))

@@ -95,8 +95,11 @@ def test_a_reader_that_goes_away_is_no_error():
     assert (done.stdout, done.stderr) == ("x", "")
 
 
-@pytest.mark.parametrize("command", ["-m caption_train", "-m caption_train --version", "inference.py --help"])
-def test_a_reader_that_has_gone_away_is_no_error(command):
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [("-m caption_train", 1), ("-m caption_train --version", 1), ("inference.py --help", 0)],
+)
+def test_a_reader_that_has_gone_away_is_no_error(command, code):
     here, there = os.pipe()
     os.close(here)
     # As users have it: with PYTHONUNBUFFERED it is not when Python ends that the text is written.
@@ -106,4 +109,21 @@ def test_a_reader_that_has_gone_away_is_no_error(command):
         **{"cwd": REPOSITORY, "env": environment, "stdout": there, "stderr": subprocess.PIPE},
     )
     os.close(there)
-    assert (done.returncode, done.stderr) == (1, b"")
+    assert (done.returncode, done.stderr) == (code, b"")
+
+
+def test_what_fails_is_said_although_nobody_reads_what_was_printed():
+    code = (
+        "import sys\nfrom caption_train.cli.exit_codes import run\n"
+        "from caption_train.errors import UsageError\n"
+        "def work():\n    print('one')\n    raise UsageError('--rank is required')\nsys.exit(run(work))"
+    )
+    here, there = os.pipe()
+    os.close(here)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        **{"cwd": REPOSITORY, "env": environment, "stdout": there, "stderr": subprocess.PIPE},
+    )
+    os.close(there)
+    assert (done.returncode, done.stderr) == (2, b"-c: --rank is required\n")

@@ -37,6 +37,13 @@ def run(folder, shard=None, family=None, **options):
     return caption_folder(CaptionOptions(**settings), family or FakeFamily())
 
 
+class Answering(FakeFamily):
+    """Has answers beside its captions; with one token to a caption, also remarks. A dataset holds neither."""
+
+    def parse_answer(self, text, prompt, size):
+        return {"boxes": [[0, 0, *size]]}
+
+
 def run_shards(folder, count=3, **options):
     return [run(folder, f"{index}/{count}", **options) for index in range(1, count + 1)]
 
@@ -55,6 +62,7 @@ def of_shard(folder, index, count=3):
         ("captions.jsonl", {}, []),
         ("captions.csv", {"max_token_length": 1}, []),
         ("metadata.jsonl", {}, []),
+        ("metadata.jsonl", {"max_token_length": 1, "family": Answering()}, []),
         ("captions.csv", {"prompts": ["short=a", "long=b"]}, ["--columns", "short", "long"]),
     ],
 )

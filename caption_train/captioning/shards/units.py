@@ -64,6 +64,21 @@ class Asked:
 
 
 @dataclass
+class Judged:
+    """What becomes of the captions of a record.
+
+    Attributes:
+        asked: those to ask for.
+        kept: how many stay as they are.
+        problems: a line for each that cannot be made.
+    """
+
+    asked: list[Asked] = field(default_factory=list)
+    kept: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass
 class Unit:
     """A shard in work.
 

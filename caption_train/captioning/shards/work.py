@@ -9,7 +9,7 @@ from typing import Any
 
 from caption_train.captioning.prompts import Task, read_named_prompts
 from caption_train.captioning.shards.prompts import ShardPrompts
-from caption_train.captioning.shards.units import Asked, Counts, Unit
+from caption_train.captioning.shards.units import Asked, Counts, Judged, Unit
 from caption_train.captioning.sinks.existing import Existing
 from caption_train.config.captioning import CaptionOptions
 from caption_train.errors import CaptionTrainError
@@ -182,15 +182,20 @@ class ShardWork:
     def _ask_unit(self, unit: Unit) -> Iterator[Task]:
         try:
             for record in unit.reader.records():
-                asked = list(self._judge(unit, record))
-                if not asked:
-                    continue
-                if self._options.limit is not None and self._asked >= self._options.limit:
+                judged = self._judge(unit, record)
+                if judged.asked and self._options.limit is not None and self._asked >= self._options.limit:
                     self.counts.limited = True
                     return
+                unit.done.kept += judged.kept
+                self.counts.kept += judged.kept
+                # An image counts once, however much was asked of it.
+                unit.done.unreadable += bool(judged.problems)
+                self.counts.problems += dict.fromkeys(judged.problems)
+                if not judged.asked:
+                    continue
                 self._asked += 1
-                unit.waiting.extend(asked)
-                for caption in asked:
+                unit.waiting.extend(judged.asked)
+                for caption in judged.asked:
                     yield Task(record.image, caption.prompt)
         except ShardError as error:
             unit.is_lost = True
@@ -201,26 +206,27 @@ class ShardWork:
         print_line(*unit.reader.notes.lines(unit.shard.place))
         self.finish_ready()
 
-    def _judge(self, unit: Unit, record: Record) -> Iterator[Asked]:
-        """Yield the captions of a record to ask for; those that are not made are counted."""
+    def _judge(self, unit: Unit, record: Record) -> Judged:
+        """Return what becomes of the captions of a record."""
+        judged = Judged()
         if record.problem:
-            self._note_unreadable(unit, record.problem)
-            return
+            judged.problems.append(record.problem)
+            return judged
         first = record.index * len(self._names)
         for place, held in enumerate(record.captions[: len(self._names)]):
             if held and not self._existing.replaces:
-                unit.done.kept += 1
-                self.counts.kept += 1
+                judged.kept += 1
             elif self._existing.adds and held.problem:
-                self._note_unreadable(unit, f"{held.problem}; nothing can be added to it")
+                judged.problems.append(f"{held.problem}; nothing can be added to it")
             else:
                 try:
                     prompt = self._prompts.find(unit.shard, unit.reader, record, place)
                 except CaptionTrainError as error:
-                    self._note_unreadable(unit, str(error))
+                    judged.problems.append(str(error))
                     continue
                 if first + place > unit.resumed:
-                    yield Asked(first + place, held.text or "", prompt)
+                    judged.asked.append(Asked(first + place, held.text or "", prompt))
+        return judged
 
     def _note_failed(self, unit: Unit, result: NewCaption) -> None:
         """Note an image that could not be captioned: once, however much was asked of it."""

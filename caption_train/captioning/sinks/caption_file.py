@@ -22,6 +22,7 @@ from caption_train.captioning.sinks.row_text import REPLACED, Row, Table, TextRo
 from caption_train.captioning.storage.image_list import find_odd, folders_of
 from caption_train.captioning.storage.mapping import DiskDict
 from caption_train.captioning.storage.shard import Shard
+from caption_train.data.formats import METADATA_NAME
 from caption_train.data.text import refuse_odd_characters
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.system.console import print_line
@@ -63,8 +64,9 @@ class CaptionFile(Sink):
         shard: Shard | None = None,
     ) -> None:
         self._whole = RowFile(path) if shard else None
+        is_dataset = path.name == METADATA_NAME
         path = shard.path_of(path) if shard else path
-        self.path, self.rows = path, RowFile(path)
+        self.path, self.rows = path, RowFile(path, is_dataset=is_dataset)
         self._existing = existing
         self._column = column
         self._holds_lock = locks

@@ -8,7 +8,7 @@ from typing import IO, Any
 
 from caption_train.captioning.sinks.merging import RowMerge
 from caption_train.captioning.sinks.row_text import Row, Table, TextRow, make_table
-from caption_train.data.formats import TEXT_COLUMNS
+from caption_train.data.formats import METADATA_NAME, TEXT_COLUMNS
 from caption_train.errors import CaptionTrainError, UsageError
 from caption_train.system.console import escape_unprintable
 from caption_train.system.exclusive import Signature, create_atomically, replace_unchanged
@@ -22,15 +22,16 @@ _MOST_TRIES = 100
 
 
 class RowFile:
-    """A `.jsonl` or `.csv` file of captions; `metadata.jsonl` is a dataset's own.
+    """A `.jsonl` or `.csv` file of captions.
 
     Args:
         path: the file, which need not be there.
+        is_dataset: whether it is a dataset's own or a part of it; if not given, `metadata.jsonl` is.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_dataset: bool | None = None) -> None:
         self.path = path
-        self.is_dataset = path.name == "metadata.jsonl"
+        self.is_dataset = path.name == METADATA_NAME if is_dataset is None else is_dataset
         self._folder = path.parent.resolve()
         self._prefixes: dict[str, str] = {}
 
